@@ -1,0 +1,1 @@
+"""Vivace: diffusion pipelines, fast. Importing this loads no torch and touches no GPU."""

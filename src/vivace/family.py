@@ -1,0 +1,146 @@
+"""What is known about a model: the `Family` value, the `Split` of its denoiser, and `family_of`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+@dataclass
+class State:
+    """What flows through the blocks of one denoiser call.
+
+    `x` is the image (or video) stream, `text` the text stream where the model updates one, `skips` the residuals a
+    UNet's down path leaves for its up path. `context` holds what every block reads and none changes (modulation
+    embedding, rotary tables, cross-attention text, masks, control residuals, ...).
+    """
+
+    x: torch.Tensor
+    text: torch.Tensor | None = None
+    skips: tuple[torch.Tensor, ...] = ()
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One repeated block: its module's name inside the denoiser, and the step it does on a `State`."""
+
+    name: str  # e.g. "transformer_blocks.3"
+    module: torch.nn.Module
+    forward: Callable[[State], State]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A denoiser call in three parts; composed, they compute exactly what `denoiser.forward(**kwargs)` computes.
+
+    `prologue(**kwargs)` takes the keyword arguments of the denoiser's own forward, `epilogue(state)` returns what that
+    forward returns (a tuple or an output object, as `return_dict` asks).
+    """
+
+    prologue: Callable[..., State]
+    blocks: tuple[Block, ...]
+    epilogue: Callable[[State], Any]
+
+    def __call__(self, **kwargs: Any) -> Any:
+        state = self.prologue(**kwargs)
+        for block in self.blocks:
+            state = block.forward(state)
+        return self.epilogue(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One published model of a family, as facts: enough to build it at true size without a download."""
+
+    denoiser: Mapping[str, Any]  # configuration of the denoiser class
+    vae: Mapping[str, Any] = field(default_factory=dict)  # what differs from the family's VAE configuration
+    parameters: int | None = None  # of the denoiser, counted from the published configuration
+    hub_id: str = ""
+    size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
+    frames: int = 1
+    steps: int = 28
+    guidance: float = 5.0
+    text_tokens: int = 77  # the usual length of the text sequence the denoiser sees
+    batch: int = 1  # 2 where guidance is batched
+    guidance_kind: Literal["embedded", "batched", "two_calls", "none"] | None = None  # where it differs
+    teacache: tuple[float, ...] | None = None  # polynomial, highest power first (arXiv 2411.19108)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Every fact about a model family. No other file names one."""
+
+    name: str  # the module's stem: "flux"
+    title: str
+    pipelines: tuple[str, ...]  # diffusers pipeline class names, the text-to-image (or -video) one first
+    denoisers: tuple[str, ...]  # pipeline attributes: ("transformer",), or ("transformer", "transformer_2")
+    denoiser_class: str  # diffusers model class name
+    vae_class: str
+    blocks: tuple[str, ...]  # names of the module lists that repeat, in call order
+    guidance: Literal["embedded", "batched", "two_calls", "none"]
+    prediction: Literal["epsilon", "v", "flow"]
+    keep_16bit: tuple[str, ...]  # fnmatch patterns of module names that stay in 16 bit under quantisation
+    variants: Mapping[str, Variant]  # the first is the default
+    split: Callable[[torch.nn.Module], Split]  # the denoiser's stock Split
+    tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
+    inputs: Callable[..., dict[str, Any]]  # inputs(denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
+    text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config
+    multiple: int = 16  # pixel sizes must be multiples of this
+    media: Literal["image", "video"] = "image"
+    takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
+    single_file: bool = False  # diffusers reads its original-layout checkpoint
+
+    def full(
+        self,
+        variant: str | None = None,
+        *,
+        component: str = "denoiser",
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype | None = None,
+    ) -> torch.nn.Module:
+        """The denoiser (or `component="vae"`, or a text encoder's slot) at true size, random weights, on `device`.
+
+        Raises ValueError for an unknown variant or component. Weights are drawn on the device; nothing is downloaded.
+        """
+        from vivace.families.build import full_component
+
+        return full_component(self, self.variant(variant), component, device=device, dtype=dtype)
+
+    def variant(self, name: str | None = None) -> Variant:
+        """The named variant, or the default one."""
+        if name is None:
+            return next(iter(self.variants.values()))
+        if name not in self.variants:
+            raise ValueError(f"{self.name} has no variant {name!r}; it has {', '.join(self.variants)}")
+        return self.variants[name]
+
+
+class UnknownFamilyError(LookupError):
+    """No family is recorded for a pipeline class."""
+
+
+def family_of(pipe: object) -> Family:
+    """The family of a pipeline, pipeline class, pipeline class name, or bare denoiser; subclasses match too.
+
+    Raises UnknownFamilyError, which names the nearest known class and says how to add a family.
+    """
+    from vivace.families import FAMILIES
+
+    names = [pipe] if isinstance(pipe, str) else [c.__name__ for c in (pipe if isinstance(pipe, type) else type(pipe)).__mro__]
+    for name in names:
+        for family in FAMILIES.values():
+            if name in family.pipelines or name == family.denoiser_class:
+                return family
+    known = {name: family.name for family in FAMILIES.values() for name in (*family.pipelines, family.denoiser_class)}
+    near = difflib.get_close_matches(str(names[0]), known, n=1, cutoff=0.0)[0]
+    raise UnknownFamilyError(
+        f"no family is recorded for {names[0]}; the nearest is {near} ({known[near]}); "
+        "to add one, write families/<name>.py and one line in families/__init__.py (CONTRIBUTING.md)"
+    )
