@@ -1,0 +1,9 @@
+"""The error a user can cause: what was wrong, what was given, what is allowed, what to do."""
+
+
+class InputError(ValueError):
+    """Something the caller asked for that cannot be done; raised before anything is changed or written.
+
+    The message is one line that says what, got, allowed, do this. On the command line it is all that is printed, with
+    exit code 2; in Python it is an ordinary ValueError.
+    """
