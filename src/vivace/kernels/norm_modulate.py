@@ -1,0 +1,171 @@
+"""LayerNorm or RMSNorm, then `* (1 + scale) + shift` with one modulation a sample (adaLN), in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from vivace.kernels.kernel import Case, Draw, Kernel, register
+from vivace.kernels.language import ceil_div, jit, tl
+from vivace.kernels.row import (
+    Quantize,
+    RowScaled,
+    limit_of,
+    load_columns,
+    norm_ref,
+    normalize,
+    rows_like,
+    rows_ref,
+    shaped,
+    store_rows,
+    tile,
+    tokens_of,
+)
+
+SCHEMA = (
+    "norm_modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, str kind, "
+    "str? quantize) -> Tensor[]"
+)
+
+
+def norm_modulate_ref(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    quantize: str | None,
+) -> list[torch.Tensor]:
+    """The operation in torch, in fp32 between one load and one store."""
+    y = norm_ref(x.float(), eps, kind)
+    y = y * weight.float() if weight is not None else y
+    y = y + bias.float() if bias is not None else y
+    y = y * (1 + scale.float()[:, None]) if scale is not None else y
+    y = y + shift.float()[:, None] if shift is not None else y
+    return rows_ref(y, x.dtype, quantize)
+
+
+@jit(do_not_specialize=("tokens",))
+def _norm_modulate_kernel(
+    x, scale, shift, weight, bias, out, row_scale,
+    tokens, width, x_batch, x_token, scale_batch, shift_batch, eps,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    mask = (rows < tokens)[:, None] & inside[None, :]
+
+    at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
+    y = normalize(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, width, eps, KIND)
+    if weight is not None:
+        y = y * load_columns(weight, columns, inside)
+    if bias is not None:
+        y = y + load_columns(bias, columns, inside)
+    if scale is not None:
+        y = y * (1.0 + load_columns(scale + batch * scale_batch, columns, inside))
+    if shift is not None:
+        y = y + load_columns(shift + batch * shift_batch, columns, inside)
+    first = batch * tokens
+    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+
+
+def _launch(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    quantize: str | None,
+) -> list[torch.Tensor]:
+    batch, tokens, width = x.shape
+    made = rows_like(x, quantize)
+    rows, block, warps = tile(width)
+    _norm_modulate_kernel[(ceil_div(tokens, rows), batch)](
+        x, scale, shift, weight, bias, made[0], made[-1],
+        tokens, width, x.stride(0), x.stride(1),
+        0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0), eps,
+        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return made
+
+
+_op = register(SCHEMA, reference=norm_modulate_ref, launch=_launch)
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    kind: Literal["layer", "rms"] = "layer",
+    quantize: Quantize | None = None,
+) -> torch.Tensor | RowScaled:
+    """`(norm(x) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
+
+    `x` is [B, S, D] (or [S, D]) with contiguous rows, `scale` and `shift` [B, D] (views of a wider modulation are
+    fine), `weight` and `bias` [D]. Returns [B, S, D] in x's type, or `RowScaled` values when `quantize` names a format.
+    Raises ValueError when x's last dimension is not contiguous.
+    """
+    return shaped(_op(tokens_of(x, "x"), scale, shift, weight, bias, eps, kind, quantize), x)
+
+
+def _make(
+    draw: Draw,
+    *,
+    batch: int = 1,
+    tokens: int,
+    width: int,
+    modulate: bool = True,
+    affine: bool = False,
+    kind: str = "layer",
+    quantize: str | None = None,
+    pad: int = 0,
+) -> dict[str, Any]:
+    return {
+        "x": draw(batch, tokens, width, pad=pad),
+        "scale": draw(batch, width, pad=pad) if modulate else None,
+        "shift": draw(batch, width, pad=pad) if modulate else None,
+        "weight": draw(width) if affine else None,
+        "bias": draw(width) if affine and kind == "layer" else None,
+        "eps": 1e-6,
+        "kind": kind,
+        "quantize": quantize,
+    }
+
+
+KERNEL = Kernel(
+    name="norm_modulate",
+    reference=norm_modulate_ref,
+    launch=_launch,
+    op=_op,
+    make=_make,
+    cases=(
+        Case("odd length, two samples", {"batch": 2, "tokens": 37, "width": 192}),
+        Case("wide rows, views", {"batch": 2, "tokens": 3, "width": 3072, "pad": 64}),
+        Case("width not a multiple of 16", {"tokens": 5, "width": 1155}),
+        Case("rms with weight", {"batch": 2, "tokens": 5, "width": 72, "kind": "rms", "affine": True}),
+        Case("affine only", {"batch": 2, "tokens": 9, "width": 640, "affine": True, "modulate": False}),
+        Case("plain, one token", {"tokens": 1, "width": 320, "modulate": False}),
+        Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
+        Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
+    ),
+    bench=(
+        Case("FLUX 1024²", {"tokens": 4608, "width": 3072}),
+        Case("FLUX 1024² fp8", {"tokens": 4608, "width": 3072, "quantize": "fp8"}),
+        Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
+        Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "affine": True, "modulate": False}),
+        Case("SDXL 1280 b2", {"batch": 2, "tokens": 1024, "width": 1280, "affine": True, "modulate": False}),
+        Case("SD1.5 320 b2", {"batch": 2, "tokens": 4096, "width": 320, "affine": True, "modulate": False}),
+        Case("built-in b2", {"batch": 2, "tokens": 256, "width": 192}),
+    ),
+)

@@ -1,0 +1,128 @@
+"""What the row kernels share: how rows become tiles, the normalisation of a row, and its row-scaled 8-bit form.
+
+A row is the last dimension, and has to be contiguous; batches and tokens may have any stride. A program takes a tile of
+`rows` tokens of one sample, so that the sample's modulation is read once a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from vivace.kernels.language import jit, power_of_two, tl
+
+Quantize = Literal["fp8", "int8"]
+
+
+class RowScaled(NamedTuple):
+    """An 8-bit matrix, as row-wise scaled GEMMs take it: `values * scales` is what was meant."""
+
+    values: torch.Tensor  # [B, S, D], float8_e4m3fn or int8
+    scales: torch.Tensor  # [B, S, 1], float32
+
+
+class Format(NamedTuple):
+    dtype: torch.dtype
+    limit: float  # the largest magnitude it holds
+
+
+FORMATS: dict[str | None, Format] = {
+    "fp8": Format(torch.float8_e4m3fn, 448.0),
+    "int8": Format(torch.int8, 127.0),
+}
+
+
+# Rounding to the nearest value of an 8-bit format can go either way where fp32 sums differ in their last bit.
+TOLERANCE: dict[torch.dtype, tuple[float, float]] = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.int8: (0.0, 1.0)}
+
+
+class Tile(NamedTuple):
+    """How a program covers its rows: `rows` of them, `block` columns (a power of two), by `warps` warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def tile(width: int, *, most: int = 65536) -> Tile:
+    """The tile of a row kernel over `width` columns, in blocks of at most `most`.
+
+    About 4096 elements a program: 32 for each of 128 threads keep enough loads in flight for full bandwidth, with many
+    programs on a multiprocessor. Wider rows get more warps; narrow ones share a program.
+    """
+    block = min(power_of_two(width), most)
+    rows = max(1, min(16, 4096 // block))
+    return Tile(rows, block, max(1, min(16, rows * block // 1024)))
+
+
+def tokens_of(x: torch.Tensor, name: str) -> torch.Tensor:
+    """`x` as [B, S, D], a view. Raises ValueError when the last dimension is not contiguous."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call .contiguous()")
+    return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(-1, x.shape[-2], x.shape[-1])
+
+
+def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None) -> list[torch.Tensor]:
+    """Contiguous space for rows shaped as those of `x`: [values] as they are, or [values, scales]."""
+    shape = (*x.shape[:-1], width or x.shape[-1])
+    if quantize is None:
+        return [torch.empty(shape, device=x.device, dtype=x.dtype)]
+    values = torch.empty(shape, device=x.device, dtype=FORMATS[quantize].dtype)
+    return [values, torch.empty((*x.shape[:-1], 1), device=x.device, dtype=torch.float32)]
+
+
+def shaped(made: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor | RowScaled:
+    """What `rows_like` made, under the leading dimensions of `x`."""
+    made = [t.view(*x.shape[:-1], t.shape[-1]) for t in made]
+    return made[0] if len(made) == 1 else RowScaled(*made)
+
+
+def limit_of(quantize: str | None) -> float:
+    """The constant the kernels take: 0 means "store as it is"."""
+    return 0.0 if quantize is None else FORMATS[quantize].limit
+
+
+def rows_ref(y: torch.Tensor, dtype: torch.dtype, quantize: str | None) -> list[torch.Tensor]:
+    """`y` (fp32) cast to `dtype`, or scaled row by row into an 8-bit format: [values] or [values, scales]."""
+    if quantize is None:
+        return [y.to(dtype).contiguous()]
+    to, limit = FORMATS[quantize]
+    scales = y.abs().amax(-1, keepdim=True).clamp_min(1e-12) / limit
+    y = y / scales
+    return [(y.round() if to == torch.int8 else y).to(to).contiguous(), scales.contiguous()]
+
+
+def norm_ref(x: torch.Tensor, eps: float, kind: str) -> torch.Tensor:
+    """LayerNorm ("layer") or RMSNorm ("rms") of the last dimension of `x` (fp32), without weights."""
+    x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@jit
+def load_columns(pointer, columns, mask):
+    """[1, C] fp32, for a vector that all rows of a tile share."""
+    return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def normalize(x, mask, width, eps, KIND: tl.constexpr):
+    """LayerNorm or RMSNorm of the rows of `x` [R, C] (fp32, zero outside `mask`), without weights."""
+    if KIND == "layer":
+        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    return x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+
+
+@jit
+def store_rows(out, row_scale, rows, columns, y, mask, tokens, width, LIMIT: tl.constexpr):
+    """Stores `y` [R, C] (fp32) into contiguous rows of `width`; with LIMIT, scaled so that a row's largest is LIMIT."""
+    kind: tl.constexpr = out.dtype.element_ty
+    if LIMIT > 0:
+        y = tl.where(mask, y, 0.0)
+        scale = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / LIMIT
+        tl.store(row_scale + rows, scale, mask=rows < tokens)
+        y = y / scale[:, None]
+        if kind == tl.int8:
+            # Adding 1.5 * 2**23 leaves no fraction bits: rounds to nearest even, as torch does.
+            y = (y + 12582912.0) - 12582912.0
+    tl.store(out + rows.to(tl.int64)[:, None] * width + columns[None, :], y.to(kind), mask=mask)
