@@ -85,9 +85,11 @@ def fid(generated: Moments, real: Moments) -> float:
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semidefinite [D, D] matrix; eigenvalues rounded below 0 count as 0."""
+    """The symmetric square root of a positive semidefinite [D, D] matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    # Eigenvalues of 0 come out as rounding errors of either sign, whose roots would be 1e8 times larger errors.
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T
 
 
 def _same_width(first: Moments, second: Moments) -> int:

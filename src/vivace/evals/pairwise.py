@@ -76,7 +76,7 @@ def _smooth(x: torch.Tensor) -> torch.Tensor:
     weights = weights / weights.sum()
     planes = x.flatten(0, 1).unsqueeze(1)  # [B * C, 1, H, W]
     rows = functional.conv2d(planes, weights.view(1, 1, 1, -1))
-    return functional.conv2d(rows, weights.view(1, 1, -1, 1)).unflatten(0, x.shape[:2])
+    return functional.conv2d(rows, weights.view(1, 1, -1, 1)).squeeze(1).unflatten(0, x.shape[:2])
 
 
 def _pair(pictures: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vivace.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -32,8 +34,10 @@ def sample(
 
     They run `batch` at a time (0: all at once), the last one first with `reverse`. Prompt i starts from the noise of
     seed + i, so another batch or order is the same maths run another way. `call` goes to the pipeline
-    (guidance_scale, height, ...).
+    (guidance_scale, height, ...). Raises InputError without prompts.
     """
+    if not prompts:
+        raise InputError("there is nothing to sample, got no prompts; give at least one")
     order = list(range(len(prompts)))[:: -1 if reverse else 1]
     parts = []
     for start in range(0, len(order), batch or len(order)):
