@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from vivace.kernels import norm_modulate
+from vivace.kernels import activate, gate_residual, geglu, norm_modulate, qk_norm_rope, quant_rows, residual_norm
 from vivace.kernels.kernel import Kernel
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (norm_modulate.KERNEL,)}
+KERNELS: dict[str, Kernel] = {
+    module.KERNEL.name: module.KERNEL
+    for module in (norm_modulate, gate_residual, residual_norm, qk_norm_rope, activate, geglu, quant_rows)
+}

@@ -21,7 +21,7 @@ class Draw:
         self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
 
     def __call__(self, *shape: int, pad: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Normal values of `shape`; `pad` > 0 makes it a view into rows that are `pad` elements wider, `pad` // 2 in."""
+        """Normal values of `shape`; with `pad`, a view into rows `pad` elements wider, starting `pad` // 2 in."""
         wide = (*shape[:-1], shape[-1] + pad)
         x = torch.randn(wide, generator=self._generator, device=self.device).to(dtype or self.dtype)
         return x[..., pad // 2 : pad // 2 + shape[-1]]
@@ -67,7 +67,9 @@ class Kernel:
     make: Callable[..., dict[str, Any]]  # make(draw, **case.sizes) -> arguments
     cases: tuple[Case, ...]  # small and odd, for the tests
     bench: tuple[Case, ...]  # the shapes that models use
-    tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=lambda: ONE_ROUNDING)  # relative, absolute
+    tolerance: Mapping[torch.dtype, tuple[float, float]] = field(
+        default_factory=lambda: ONE_ROUNDING
+    )  # relative, absolute
     written: tuple[str, ...] = ()  # arguments that the operation fills
     bytes_moved: Callable[[Mapping[str, Any], list[torch.Tensor]], int] = read_and_write_once
 
@@ -89,8 +91,9 @@ class Kernel:
 
 
 def register(schema: str, *, reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines `torch.ops.vivace.<name>` from torch.library's schema, "name(Tensor x, ...) -> Tensor[]": Triton on GPUs, the reference on CPUs and for shapes under torch.compile.
+    """Defines `torch.ops.vivace.<name>` from a torch.library schema, "name(Tensor x, ...) -> Tensor[]".
 
+    Triton runs it on GPUs; the reference runs it on CPUs, and gives the shapes to torch.compile.
     The dispatcher is used bare, without `custom_op`'s checks: small models call these ops thousands of times a second.
     """
     name = schema.split("(", 1)[0]

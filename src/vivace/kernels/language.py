@@ -27,7 +27,7 @@ class _Absent:
 
 
 def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
-    """`triton.jit`; sizes that follow the resolution are listed in `do_not_specialize`, so that a new one compiles nothing."""
+    """`triton.jit`; sizes that follow the resolution go in `do_not_specialize`, so that a new one compiles nothing."""
     if function is None:
         return lambda function: jit(function, do_not_specialize=do_not_specialize)
     if triton is None:

@@ -59,7 +59,9 @@ def tile(width: int, *, most: int = 65536) -> Tile:
 def tokens_of(x: torch.Tensor, name: str) -> torch.Tensor:
     """`x` as [B, S, D], a view. Raises ValueError when the last dimension is not contiguous."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call .contiguous()")
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call .contiguous()"
+        )
     return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(-1, x.shape[-2], x.shape[-1])
 
 

@@ -1,0 +1,121 @@
+"""GELU (tanh or exact) and SiLU, with rows as they are, row-scaled to 8 bits, or written into a given place."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from vivace.kernels.kernel import Case, Draw, Kernel, register
+from vivace.kernels.language import ceil_div, jit, tl
+from vivace.kernels.row import (
+    Quantize,
+    RowScaled,
+    limit_of,
+    rows_like,
+    rows_ref,
+    shaped,
+    store_rows,
+    tile,
+    tokens_of,
+)
+
+Activation = Literal["gelu_tanh", "gelu", "silu"]
+SCHEMA = "activate(Tensor x, str kind, str? quantize) -> Tensor[]"
+
+
+def activation_ref(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The activation of `x` (fp32)."""
+    return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def activate_ref(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+    """The operation in torch, in fp32 between one load and one store."""
+    return rows_ref(activation_ref(x.float(), kind), x.dtype, quantize)
+
+
+@jit
+def activation(x, KIND: tl.constexpr):
+    """The activation of `x` (fp32)."""
+    if KIND == "silu":
+        return x * tl.sigmoid(x)
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    # 0.5 * (1 + tanh(u)) is sigmoid(2 u), and 2 * sqrt(2 / pi) is 1.5957...
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@jit(do_not_specialize=("tokens",))
+def _activate_kernel(
+    x, out, row_scale, tokens, width, x_batch, x_token,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(width, BLOCK)
+    rows = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+
+    at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
+    y = activation(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), KIND)
+    first = batch * tokens
+    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+
+
+def _launch(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+    batch, tokens, width = x.shape
+    made = rows_like(x, quantize)
+    # Only a row's scale needs the whole row in one program.
+    rows, block, warps = tile(width) if quantize else tile(width, most=1024)
+    _activate_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
+        x, made[0], made[-1], tokens, width, x.stride(0), x.stride(1),
+        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return made
+
+
+_op = register(SCHEMA, reference=activate_ref, launch=_launch)
+
+
+def activate(
+    x: torch.Tensor, *, kind: Activation = "gelu_tanh", quantize: Quantize | None = None
+) -> torch.Tensor | RowScaled:
+    """The activation of `x` [B, S, D] (or [S, D]) with contiguous rows, in its type or as `RowScaled`."""
+    return shaped(_op(tokens_of(x, "x"), kind, quantize), x)
+
+
+def _make(
+    draw: Draw,
+    *,
+    batch: int = 1,
+    tokens: int,
+    width: int,
+    kind: str = "gelu_tanh",
+    quantize: str | None = None,
+    pad: int = 0,
+) -> dict[str, Any]:
+    return {"x": draw(batch, tokens, width, pad=pad), "kind": kind, "quantize": quantize}
+
+
+KERNEL = Kernel(
+    name="activate",
+    reference=activate_ref,
+    launch=_launch,
+    op=_op,
+    make=_make,
+    cases=(
+        Case("gelu tanh, odd length", {"batch": 2, "tokens": 37, "width": 768}),
+        Case("gelu, a view of wider rows", {"batch": 2, "tokens": 3, "width": 2560, "kind": "gelu", "pad": 64}),
+        Case("silu, width not a multiple of 16", {"tokens": 5, "width": 1155, "kind": "silu"}),
+        Case("fp8 rows", {"batch": 2, "tokens": 3, "width": 1280, "quantize": "fp8"}),
+        Case("int8 rows", {"batch": 2, "tokens": 7, "width": 768, "quantize": "int8"}),
+    ),
+    bench=(
+        Case("FLUX 1024²", {"tokens": 4608, "width": 12288}),
+        Case("FLUX 1024² single, a view", {"tokens": 4608, "width": 12288, "pad": 18432}),
+        Case("FLUX 1024² fp8", {"tokens": 4608, "width": 12288, "quantize": "fp8"}),
+        Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 6144}),
+        Case("built-in b2", {"batch": 2, "tokens": 256, "width": 768}),
+    ),
+)

@@ -1,0 +1,233 @@
+"""RMSNorm of each head of q and k, rotary embedding, and q, k, v written where attention reads them, in one pass.
+
+It reads the output of one stream's fused QKV product and writes at an offset into the joint sequence, so that text and
+image streams are never concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vivace.kernels.kernel import Case, Draw, Kernel, register
+from vivace.kernels.language import jit, power_of_two, tl
+from vivace.kernels.row import load_columns, norm_ref, normalize, tokens_of
+
+SCHEMA = (
+    "qk_norm_rope(Tensor qkv, Tensor(a!) q, Tensor(b!) k, Tensor(c!)? v, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? cos, Tensor? sin, int offset, float eps) -> ()"
+)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbours (0, 1), (2, 3), ... of `x` [B, S, H, D] by the angles of `cos` and `sin` [S, D / 2]."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+def qk_norm_rope_ref(
+    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    offset: int,
+    eps: float,
+) -> None:
+    """The operation in torch, in fp32 between one load and one store."""
+    heads = qkv.unflatten(-1, (3, q.shape[2], q.shape[3])).float().unbind(2)
+    for x, out, weight in zip(heads, (q, k), (q_weight, k_weight), strict=False):
+        x = norm_ref(x, eps, "rms") * weight.float() if weight is not None else x
+        x = _rotated(x, cos, sin) if cos is not None and sin is not None else x
+        out[:, offset : offset + qkv.shape[1]] = x.to(out.dtype)
+    if v is not None:
+        v[:, offset : offset + qkv.shape[1]] = heads[2].to(v.dtype)
+
+
+@jit
+def _write_head(
+    x, weight, cos, sin, out, token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, head, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token's heads `x` [H, D] (fp32), normalised where there is a weight, rotated where there are angles."""
+    if weight is not None:
+        x = normalize(x, mask, depth, eps, "rms") * load_columns(weight, columns, columns < depth)
+    if cos is not None:
+        pairs = tl.arange(0, BLOCK // 2)
+        inside = pairs < depth // 2
+        c = load_columns(cos + token * cos_token, pairs * cos_pair, inside)
+        s = load_columns(sin + token * sin_token, pairs * sin_pair, inside)
+        even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
+        x = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (ROWS, BLOCK))
+    tl.store(out + rows.to(tl.int64) * head + columns[None, :], x.to(out.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=("offset",))
+def _qk_norm_rope_kernel(
+    qkv, q, k, v, q_weight, k_weight, cos, sin,
+    offset, heads, depth, qkv_batch, qkv_token,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    cos_token, cos_pair, sin_token, sin_pair, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)
+    mask = (rows < heads) & (columns < depth)[None, :]
+    at = qkv + batch * qkv_batch + token * qkv_token + (part * heads + rows) * depth + columns[None, :]
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    to = token + offset
+    if part == 0:
+        _write_head(
+            x, q_weight, cos, sin, q + batch * q_batch + to * q_token,
+            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, q_head, eps, ROWS, BLOCK,
+        )  # fmt: skip
+    elif part == 1:
+        _write_head(
+            x, k_weight, cos, sin, k + batch * k_batch + to * k_token,
+            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, k_head, eps, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        if v is not None:
+            at = v + batch * v_batch + to * v_token + rows.to(tl.int64) * v_head + columns[None, :]
+            tl.store(at, x.to(v.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    offset: int,
+    eps: float,
+) -> None:
+    batch, tokens, _ = qkv.shape
+    heads, depth = q.shape[2], q.shape[3]
+    rows, block = power_of_two(heads), power_of_two(depth)
+    _qk_norm_rope_kernel[(tokens, batch, 2 if v is None else 3)](
+        qkv, q, k, v, q_weight, k_weight, cos, sin,
+        offset, heads, depth, qkv.stride(0), qkv.stride(1),
+        *q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]),
+        *((0, 0) if cos is None else cos.stride()), *((0, 0) if sin is None else sin.stride()), eps,
+        ROWS=rows, BLOCK=block, num_warps=max(1, min(8, rows * block // 1024)),
+    )  # fmt: skip
+
+
+_op = register(SCHEMA, reference=qk_norm_rope_ref, launch=_launch)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    offset: int = 0,
+    eps: float = 1e-6,
+) -> None:
+    """Writes tokens `offset : offset + S` of `q`, `k` and `v` [B, S_total, H, D] from `qkv` [B, S, 3 H D].
+
+    Where attention wants [B, H, S_total, D], pass `.transpose(1, 2)` of it. With `q_weight` and `k_weight` [D] each
+    head of q and k is RMS-normalised; with `cos` and `sin` [S, D / 2] its neighbours (0, 1), (2, 3), ... are rotated (a
+    table that holds each angle twice goes in as `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can
+    read it from `qkv`. Raises ValueError when the sizes do not fit, or a last dimension is not contiguous.
+    """
+    qkv = tokens_of(qkv, "qkv")
+    if qkv.shape[-1] != 3 * q.shape[-1] * q.shape[-2] or offset + qkv.shape[1] > q.shape[1]:
+        raise ValueError(
+            f"qkv of {tuple(qkv.shape)} at offset {offset} does not fit q of {tuple(q.shape)}; "
+            "qkv is [B, S, 3 * H * D] and q is [B, S_total, H, D] with offset + S <= S_total"
+        )
+    if any(t is not None and t.stride(-1) != 1 for t in (q, k, v)):
+        raise ValueError("q, k and v must be contiguous in their last dimension; give views that keep D innermost")
+    _op(qkv, q, k, v, q_weight, k_weight, cos, sin, offset, eps)
+
+
+def _make(
+    draw: Draw,
+    *,
+    batch: int = 1,
+    tokens: int,
+    heads: int,
+    depth: int,
+    norm: bool = True,
+    rope: bool = True,
+    write_v: bool = True,
+    before: int = 0,
+    after: int = 0,
+    heads_first: bool = False,
+    pad: int = 0,
+) -> dict[str, Any]:
+    """A joint sequence with `before` and `after` tokens of another stream; twice-held angles with `pad`."""
+    total = before + tokens + after
+    joint = [
+        draw.empty(batch, heads, total, depth).transpose(1, 2)
+        if heads_first
+        else draw.empty(batch, total, heads, depth)
+        for _ in range(3)
+    ]
+    cos, sin = (draw(tokens, depth if pad else depth // 2, dtype=torch.float32) if rope else None for _ in range(2))
+    return {
+        "qkv": draw(batch, tokens, 3 * heads * depth, pad=pad),
+        "q": joint[0],
+        "k": joint[1],
+        "v": joint[2] if write_v else None,
+        "q_weight": draw(depth) if norm else None,
+        "k_weight": draw(depth) if norm else None,
+        "cos": cos[:, ::2] if pad and cos is not None else cos,
+        "sin": sin[:, ::2] if pad and sin is not None else sin,
+        "offset": before,
+        "eps": 1e-6,
+    }
+
+
+def _bytes_moved(arguments: Mapping[str, Any], results: list[torch.Tensor]) -> int:
+    """q, k (and v where it is written) once in and once out, and the angles."""
+    qkv, angles = arguments["qkv"], [arguments[name] for name in ("cos", "sin") if arguments[name] is not None]
+    heads = 2 * qkv.numel() * len(results) // 3
+    return heads * qkv.element_size() + sum(t.numel() * t.element_size() for t in angles)
+
+
+_FLUX = {"heads": 24, "depth": 128}
+_SD3 = {"batch": 2, "heads": 24, "depth": 64, "rope": False}
+
+KERNEL = Kernel(
+    name="qk_norm_rope",
+    reference=qk_norm_rope_ref,
+    launch=_launch,
+    op=_op,
+    make=_make,
+    written=("q", "k", "v"),
+    bytes_moved=_bytes_moved,
+    cases=(
+        Case("head size 128 after text", {"tokens": 5, "heads": 3, "depth": 128, "before": 7}),
+        Case("head size 64, no rope, two samples", {"batch": 2, "tokens": 9, "heads": 4, "depth": 64, "rope": False}),
+        Case("head size 72, heads first", {"tokens": 5, "heads": 2, "depth": 72, "after": 3, "heads_first": True}),
+        Case("head size 32, no norm", {"batch": 2, "tokens": 7, "heads": 6, "depth": 32, "norm": False}),
+        Case("views, angles held twice", {"batch": 2, "tokens": 5, "heads": 2, "depth": 64, "pad": 64}),
+        Case("v left in place", {"tokens": 5, "heads": 2, "depth": 128, "write_v": False}),
+    ),
+    bench=(
+        Case("FLUX 1024² image", {**_FLUX, "tokens": 4096, "before": 512}),
+        Case("FLUX 1024² text", {**_FLUX, "tokens": 512, "after": 4096, "rope": False}),
+        Case("FLUX 1024² single", {**_FLUX, "tokens": 4608, "pad": 12288, "write_v": False}),
+        Case("SD3.5-medium 1024² b2 image", {**_SD3, "tokens": 4096, "after": 333}),
+        Case("built-in b2", {"batch": 2, "tokens": 256, "heads": 6, "depth": 32, "rope": False, "after": 78}),
+    ),
+)

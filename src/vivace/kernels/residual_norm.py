@@ -1,0 +1,187 @@
+"""`h = x + gate * y` and the norm (and modulation) of h that the next branch reads, in one pass that writes both.
+
+With gate, scale and shift it is the middle of an adaLN transformer block; with weight and bias alone, the residual add
+and LayerNorm of a UNet's transformer block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from vivace.kernels.gate_residual import gate_residual_ref
+from vivace.kernels.kernel import Case, Draw, Kernel, register
+from vivace.kernels.language import ceil_div, jit, tl
+from vivace.kernels.norm_modulate import norm_modulate_ref
+from vivace.kernels.row import (
+    Quantize,
+    RowScaled,
+    limit_of,
+    load_columns,
+    normalize,
+    rows_like,
+    shaped,
+    store_rows,
+    tile,
+    tokens_of,
+)
+
+SCHEMA = (
+    "residual_norm(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
+    "float eps, str kind, str? quantize) -> Tensor[]"
+)
+
+
+def residual_norm_ref(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    quantize: str | None,
+) -> list[torch.Tensor]:
+    """The operation in torch: h is normalised in fp32, before it is rounded to x's type."""
+    (h,) = gate_residual_ref(x.float(), y, gate)
+    normed = norm_modulate_ref(h, scale, shift, weight, bias, eps, kind, quantize)
+    return [h.to(x.dtype), *(normed if quantize else [normed[0].to(x.dtype)])]
+
+
+@jit(do_not_specialize=("tokens",))
+def _residual_norm_kernel(
+    x, y, gate, scale, shift, weight, bias, h, out, row_scale,
+    tokens, width, x_batch, x_token, y_batch, y_token, gate_batch, scale_batch, shift_batch, eps,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    far = rows.to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    mask = (rows < tokens)[:, None] & inside[None, :]
+
+    branch = tl.load(y + batch * y_batch + far * y_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    stream = tl.load(x + batch * x_batch + far * x_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if gate is not None:
+        branch = branch * load_columns(gate + batch * gate_batch, columns, inside)
+    stream = stream + branch
+    first = batch * tokens
+    store_rows(h + first * width, h, rows, columns, stream, mask, tokens, width, 0.0)
+
+    normed = normalize(stream, mask, width, eps, KIND)
+    if weight is not None:
+        normed = normed * load_columns(weight, columns, inside)
+    if bias is not None:
+        normed = normed + load_columns(bias, columns, inside)
+    if scale is not None:
+        normed = normed * (1.0 + load_columns(scale + batch * scale_batch, columns, inside))
+    if shift is not None:
+        normed = normed + load_columns(shift + batch * shift_batch, columns, inside)
+    store_rows(out + first * width, row_scale + first, rows, columns, normed, mask, tokens, width, LIMIT)
+
+
+def _launch(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    quantize: str | None,
+) -> list[torch.Tensor]:
+    batch, tokens, width = x.shape
+    made = [*rows_like(x, None), *rows_like(x, quantize)]
+    rows, block, warps = tile(width)
+    gate_batch, scale_batch, shift_batch = (0 if t is None else t.stride(0) for t in (gate, scale, shift))
+    _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
+        x, y, gate, scale, shift, weight, bias, made[0], made[1], made[-1],
+        tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate_batch, scale_batch, shift_batch, eps,
+        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return made
+
+
+_op = register(SCHEMA, reference=residual_norm_ref, launch=_launch)
+
+
+def residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    kind: Literal["layer", "rms"] = "layer",
+    quantize: Quantize | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
+    """`h = x + gate * y` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
+
+    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D], `weight` and `bias` [D].
+    Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format.
+    """
+    h, *normed = _op(tokens_of(x, "x"), tokens_of(y, "y"), gate, scale, shift, weight, bias, eps, kind, quantize)
+    return h.view(x.shape), shaped(normed, x)
+
+
+def _make(
+    draw: Draw,
+    *,
+    batch: int = 1,
+    tokens: int,
+    width: int,
+    modulate: bool = True,
+    kind: str = "layer",
+    quantize: str | None = None,
+    pad: int = 0,
+) -> dict[str, Any]:
+    """Gate, scale and shift with `modulate`; weight and bias without."""
+    gate, scale, shift = (draw(batch, width, pad=pad) if modulate else None for _ in range(3))
+    return {
+        "x": draw(batch, tokens, width, pad=pad),
+        "y": draw(batch, tokens, width, pad=2 * pad),
+        "gate": gate,
+        "scale": scale,
+        "shift": shift,
+        "weight": None if modulate else draw(width),
+        "bias": None if modulate or kind == "rms" else draw(width),
+        "eps": 1e-6,
+        "kind": kind,
+        "quantize": quantize,
+    }
+
+
+KERNEL = Kernel(
+    name="residual_norm",
+    reference=residual_norm_ref,
+    launch=_launch,
+    op=_op,
+    make=_make,
+    cases=(
+        Case("odd length, two samples", {"batch": 2, "tokens": 37, "width": 192}),
+        Case("wide rows, views", {"batch": 2, "tokens": 3, "width": 3072, "pad": 64}),
+        Case("width not a multiple of 16", {"tokens": 5, "width": 1155}),
+        Case("add and LayerNorm", {"batch": 2, "tokens": 9, "width": 640, "modulate": False}),
+        Case("add and RMSNorm", {"batch": 2, "tokens": 9, "width": 320, "modulate": False, "kind": "rms"}),
+        Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
+        Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
+    ),
+    bench=(
+        Case("FLUX 1024²", {"tokens": 4608, "width": 3072}),
+        Case("FLUX 1024² fp8", {"tokens": 4608, "width": 3072, "quantize": "fp8"}),
+        Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
+        Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "modulate": False}),
+        Case("SDXL 1280 b2", {"batch": 2, "tokens": 1024, "width": 1280, "modulate": False}),
+        Case("SD1.5 320 b2", {"batch": 2, "tokens": 4096, "width": 320, "modulate": False}),
+        Case("built-in b2", {"batch": 2, "tokens": 256, "width": 192}),
+    ),
+)
