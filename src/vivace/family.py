@@ -42,13 +42,20 @@ class Split:
 
     `prologue(**kwargs)` takes the keyword arguments of the denoiser's own forward, `epilogue(state)` returns what that
     forward returns (a tuple or an output object, as `return_dict` asks).
+
+    `once`, where a split has it, computes what does not depend on the step from the arguments named in `once_inputs`;
+    its result is the prologue's further argument `once`. A caller who keeps it from step to step passes it in.
     """
 
     prologue: Callable[..., State]
     blocks: tuple[Block, ...]
     epilogue: Callable[[State], Any]
+    once: Callable[..., Mapping[str, Any]] | None = None
+    once_inputs: tuple[str, ...] = ()
 
     def __call__(self, **kwargs: Any) -> Any:
+        if self.once is not None and "once" not in kwargs:
+            kwargs["once"] = self.once(**{name: kwargs.get(name) for name in self.once_inputs})
         state = self.prologue(**kwargs)
         for block in self.blocks:
             state = block.forward(state)
@@ -61,6 +68,7 @@ class Variant:
 
     denoiser: Mapping[str, Any]  # configuration of the denoiser class
     vae: Mapping[str, Any] = field(default_factory=dict)  # what differs from the family's VAE configuration
+    text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slots that differ
     parameters: int | None = None  # of the denoiser, counted from the published configuration
     hub_id: str = ""
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
@@ -70,6 +78,7 @@ class Variant:
     text_tokens: int = 77  # the usual length of the text sequence the denoiser sees
     batch: int = 1  # 2 where guidance is batched
     guidance_kind: Literal["embedded", "batched", "two_calls", "none"] | None = None  # where it differs
+    prediction: Literal["epsilon", "v", "flow"] | None = None  # where it differs
     teacache: tuple[float, ...] | None = None  # polynomial, highest power first (arXiv 2411.19108)
 
 
@@ -90,8 +99,10 @@ class Family:
     variants: Mapping[str, Variant]  # the first is the default
     split: Callable[[torch.nn.Module], Split]  # the denoiser's stock Split
     tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
-    inputs: Callable[..., dict[str, Any]]  # inputs(denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
+    inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config
+    vae: Mapping[str, Any] = field(default_factory=dict)  # the VAE's configuration, where not its class's default
+    recognise: Callable[[Mapping[str, Any]], bool] | None = None  # a bare denoiser by configuration; None: by class
     multiple: int = 16  # pixel sizes must be multiples of this
     media: Literal["image", "video"] = "image"
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
@@ -133,14 +144,25 @@ def family_of(pipe: object) -> Family:
     """
     from vivace.families import FAMILIES
 
-    names = [pipe] if isinstance(pipe, str) else [c.__name__ for c in (pipe if isinstance(pipe, type) else type(pipe)).__mro__]
-    for name in names:
-        for family in FAMILIES.values():
-            if name in family.pipelines or name == family.denoiser_class:
+    families = FAMILIES.values()
+    classes = [pipe] if isinstance(pipe, str) else _ancestry(pipe)
+    for name in classes:
+        for family in families:
+            if name in family.pipelines or (name == family.denoiser_class and _recognised(family, pipe)):
                 return family
     known = {name: family.name for family in FAMILIES.values() for name in (*family.pipelines, family.denoiser_class)}
-    near = difflib.get_close_matches(str(names[0]), known, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(classes[0], known, n=1, cutoff=0.0)[0]
     raise UnknownFamilyError(
-        f"no family is recorded for {names[0]}; the nearest is {near} ({known[near]}); "
+        f"no family is recorded for {classes[0]}; the nearest is {near} ({known[near]}); "
         "to add one, write families/<name>.py and one line in families/__init__.py (CONTRIBUTING.md)"
     )
+
+
+def _ancestry(pipe: object) -> list[str]:
+    return [c.__name__ for c in (pipe if isinstance(pipe, type) else type(pipe)).__mro__]
+
+
+def _recognised(family: Family, denoiser: object) -> bool:
+    """Whether a bare denoiser is this family's: its configuration decides where families share the class."""
+    config = getattr(denoiser, "config", None)
+    return family.recognise is None or not isinstance(config, Mapping) or family.recognise(config)

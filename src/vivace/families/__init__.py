@@ -1,0 +1,16 @@
+"""The families, one line each; a family's module holds its facts and imports torch only inside its functions."""
+
+from vivace.families.lcm import LCM
+from vivace.families.pixart import PIXART
+from vivace.families.sd import SD
+from vivace.families.sdxl import SDXL
+from vivace.families.svd import SVD
+from vivace.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "sd": SD,
+    "sdxl": SDXL,
+    "lcm": LCM,
+    "svd": SVD,
+    "pixart": PIXART,
+}
