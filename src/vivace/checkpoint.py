@@ -49,9 +49,13 @@ def header(path: Path) -> dict[str, Tensor]:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         tensors = {name: Tensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is not a safetensors file: its header cannot be read; give a .safetensors file") from error
+        raise InputError(
+            f"{path} is not a safetensors file: its header cannot be read; give a .safetensors file"
+        ) from error
     if size < 8 + length + end:
-        raise InputError(f"{path} is truncated: {size} bytes, where its header promises {8 + length + end}; fetch it again")
+        raise InputError(
+            f"{path} is truncated: {size} bytes, where its header promises {8 + length + end}; fetch it again"
+        )
     return tensors
 
 

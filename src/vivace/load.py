@@ -27,8 +27,8 @@ DTYPES = {
     "fp16": "float16",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Beside model_index.json: the steps, guidance, width and height a model was made for.
-DEFAULTS = "vivace.json"
+# Beside model_index.json: the steps, guidance and size ([width, height]) a model was made for.
+OWN = "vivace.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,29 @@ class Source:
     family: Family | None  # None where the class belongs to no recorded family
     variant: Variant | None = None  # the published model it is, where that can be told
     index: Mapping[str, Any] = field(default_factory=dict)  # of a folder: its model_index.json
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # steps, guidance, width, height
+    own: Mapping[str, Any] = field(default_factory=dict)  # of a folder: its vivace.json
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """The width and height in pixels it was made for, where that is known."""
+        if "size" in self.own:
+            return tuple(self.own["size"])
+        return self.variant.size if self.variant else None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The steps and guidance it was made for, where they are known."""
+        known = {name: self.own[name] for name in ("steps", "guidance") if name in self.own}
+        if known or self.variant is None or self.family is None:
+            return known
+        guidance = {"guidance": self.variant.guidance} if "guidance" in self.family.takes else {}
+        return {"steps": self.variant.steps, **guidance}
+
+    @property
+    def prediction(self) -> str:
+        """What its denoiser predicts: epsilon, v or flow."""
+        found = self.variant.prediction if self.variant else None
+        return found or (self.family.prediction if self.family else "epsilon")
 
 
 def load(
@@ -61,6 +83,90 @@ def load(
     return load_source(find(model, variant=variant), dtype=dtype, device=device, variant=variant)
 
 
+def load_source(
+    source: Source,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    variant: str | None = None,
+    pipeline: type[Any] | None = None,
+    **components: Any,
+) -> DiffusionPipeline:
+    """The pipeline of a found source, as its own class or as `pipeline`, with `components` in place of the model's own.
+
+    Raises InputError for a device or dtype this machine lacks, and for weights that do not fit together.
+    """
+    import diffusers
+
+    place = resolve_device(device)
+    number = resolve_dtype(dtype, place)
+    chosen = pipeline or getattr(diffusers, source.pipeline, None)
+    if chosen is None:
+        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    try:
+        if source.path is not None and source.path.is_file():
+            from vivace import single_file
+
+            pipe = single_file.load(source.path, source=source, pipeline=chosen, dtype=number, **components)
+        else:
+            absent = {
+                key: None for key, value in source.index.items() if isinstance(value, list) and value[:1] == [None]
+            }
+            pipe = chosen.from_pretrained(
+                source.path or source.name,
+                torch_dtype=number,
+                # A single file's variant names facts; a folder's names files.
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=source.path is not None,
+                **{**absent, **components},
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source.name} cannot be loaded as {chosen.__name__}: {first_line(error)}") from error
+    return pipe.to(place)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one, else the CPU. Raises InputError where it is not there."""
+    import torch
+
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"no device {device!r}; use cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= cuda:
+        raise InputError(
+            f"no device {device}: this machine has {cuda} CUDA devices; use --device cpu or cuda:N below {cuda}"
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("no device mps on this machine; use --device cpu")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"no device {device!r}; use cpu, cuda or cuda:N")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or bfloat16 on a GPU that computes in it, else float32. Raises InputError."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        raise InputError(f"no dtype {dtype!r}; use {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[dtype])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:240]
+
+
 def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source:
     """What `model` names, checked as far as it can be without reading weights. Raises InputError."""
     name = os.fspath(model)
@@ -75,12 +181,16 @@ def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(tuple(checkpoint.PICKLES | {".safetensors"})):
         raise InputError(f"no model at {name}; give builtin, a pipeline folder, a .safetensors file or a hub id")
     if not HUB_ID.fullmatch(name):
-        raise InputError(f"unknown model {name!r}; give builtin, a pipeline folder, a .safetensors file or a hub id (owner/name)")
+        raise InputError(
+            f"unknown model {name!r}; give builtin, a pipeline folder, a .safetensors file or a hub id (owner/name)"
+        )
     return _hub(name)
 
 
 def _folder(name: str, path: Path) -> Source:
-    index = _json(path / "model_index.json", f"{path} is not a pipeline folder: it has no model_index.json that can be read")
+    index = _json(
+        path / "model_index.json", f"{path} is not a pipeline folder: it has no model_index.json that can be read"
+    )
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise InputError(f"{path} is not a pipeline folder: model_index.json names no pipeline class")
@@ -88,10 +198,8 @@ def _folder(name: str, path: Path) -> Source:
     checkpoint.check_folder(path, components=components)
     family = _family(pipeline)
     variant = _variant_of(path, family)
-    defaults = _json(path / DEFAULTS, "") if (path / DEFAULTS).is_file() else {}
-    return Source(
-        name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, defaults=defaults
-    )
+    own = _json(path / OWN, f"{path / OWN} cannot be read") if (path / OWN).is_file() else {}
+    return Source(name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, own=own)
 
 
 def _hub(name: str) -> Source:
@@ -102,7 +210,7 @@ def _hub(name: str) -> Source:
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         reason = str(error).strip().splitlines()[0][:160]
         raise InputError(
-            f"no folder {name} here, and the hub gave no pipeline of that name ({reason}); check the name or the network"
+            f"no folder {name} here, and the hub gave none of that name ({reason}); check name and network"
         ) from error
     pipeline = index.get("_class_name", "")
     family = _family(pipeline)
@@ -124,9 +232,8 @@ def _variant_of(path: Path, family: Family | None) -> Variant | None:
     if family is None or config is None or not config.is_file():
         return None
     found = _json(config, f"{config} cannot be read")
-    plain = json.loads
     for variant in family.variants.values():
-        facts = plain(json.dumps(dict(variant.denoiser)))  # tuples become lists, as in the file
+        facts = json.loads(json.dumps(dict(variant.denoiser)))  # tuples become lists, as in the file
         if facts and all(found.get(key) == value for key, value in facts.items()):
             return variant
     return None

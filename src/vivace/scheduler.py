@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-
 # What people call them where that is not the class name's own short form.
-ALIASES = {"unipc": "unipcmultistep", "dpmpp": "dpmsolvermultistep", "dpm": "dpmsolvermultistep", "eulera": "eulerancestral"}
+ALIASES = {
+    "unipc": "unipcmultistep",
+    "dpmpp": "dpmsolvermultistep",
+    "dpm": "dpmsolvermultistep",
+    "eulera": "eulerancestral",
+}
 
 
 def short_name(name: str) -> str:

@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from vivace.cli import doctor
+from vivace.cli import doctor, generate, info
 from vivace.errors import InputError
 
-VERBS = (doctor.doctor,)
+VERBS = (generate.generate, info.info, doctor.doctor)
 
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 

@@ -1,0 +1,172 @@
+"""What a job adds to its prompt: input pictures, a control model, LoRAs, an IP-Adapter, another scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace import picture
+from vivace.errors import InputError
+from vivace.inputs import CONTROLS, arguments, control_argument, control_slot
+from vivace.load import HUB_ID, Source, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    from vivace.job import Job
+
+ROUND_TO = 8  # pixels, where no family says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A job's input pictures, read."""
+
+    images: tuple[Image.Image, ...] = ()
+    mask: Image.Image | None = None
+    control: Image.Image | None = None
+    reference: Image.Image | None = None  # the IP-Adapter's
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Which inputs the pipeline class has to take for them."""
+        given = {"image": self.images, "mask": self.mask, "control": self.control}
+        return frozenset(name for name, value in given.items() if value)
+
+
+def read_pictures(job: Job) -> Pictures:
+    """Read a job's pictures; with an IP-Adapter the last image is its reference. Raises InputError."""
+    images = [picture.read(path) for path in job.images]
+    return Pictures(
+        reference=images.pop() if job.ip_adapter else None,
+        images=tuple(images),
+        mask=picture.read(job.mask, mode="L") if job.mask else None,
+        control=picture.read(job.control_image) if job.control_image else None,
+    )
+
+
+def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: Source) -> dict[str, Any]:
+    """The call's arguments for the pictures and the size. Raises InputError for more images than the class takes.
+
+    Where an image is painted over (the class takes a strength) or steers each place (control), every picture is brought
+    to the size that is made; an editing pipeline sees its images as they are.
+    """
+    call = arguments(pipeline)
+    found: dict[str, Any] = {}
+    places = [*(pictures.images if "strength" in call else ()), *([pictures.control] if pictures.control else [])]
+    size = job.size or (fitting(places[0].size, source) if places else None)
+    if size and "width" in call:
+        found |= {"width": size[0], "height": size[1]}
+
+    def placed(image: Image.Image) -> Image.Image:
+        return image.resize(size) if places and size else image
+
+    if pictures.images:
+        several = source.family is not None and "images" in source.family.takes
+        if len(pictures.images) > 1 and not several:
+            raise InputError(f"{pipeline.__name__} takes one --image; {len(pictures.images)} were given")
+        images = [placed(image) for image in pictures.images]
+        found["image"] = images if len(images) > 1 else images[0]
+    if pictures.mask:
+        found["mask_image"] = placed(pictures.mask)
+    if pictures.control:
+        found[control_argument(pipeline) or "control_image"] = placed(pictures.control)
+        slot = control_slot(pipeline)
+        if slot and job.controlnet_scale is not None:
+            found[CONTROLS[slot]] = job.controlnet_scale
+    if pictures.reference:
+        found["ip_adapter_image"] = pictures.reference
+    return found
+
+
+def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
+    """A picture's size, shrunk to the area the model was made for, in multiples that its VAE can make."""
+    multiple = source.family.multiple if source.family else ROUND_TO
+    native = source.size
+    scale = min(1.0, math.sqrt(native[0] * native[1] / (size[0] * size[1]))) if native else 1.0
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+    return width, height
+
+
+def control_class(job: Job) -> str | None:
+    """The class name of the job's control model, from its config.json alone. Raises InputError."""
+    if job.controlnet is None:
+        return None
+    config = Path(job.controlnet).expanduser() / "config.json"
+    if not config.is_file():
+        if Path(job.controlnet).exists() or not HUB_ID.fullmatch(job.controlnet):
+            raise InputError(f"--controlnet {job.controlnet} is not a ControlNet's folder: it has no config.json")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            config = Path(hf_hub_download(job.controlnet, "config.json"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"no control model {job.controlnet}, here or on the hub ({first_line(error)})") from error
+    try:
+        name = json.loads(config.read_text("utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{config} cannot be read; give a ControlNet's folder") from error
+    import diffusers
+
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise InputError(f"--controlnet {job.controlnet} holds a {name}, which diffusers {diffusers.__version__} lacks")
+    return name
+
+
+def load_control(job: Job, pipeline: type, *, name: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The job's control model, as the component the pipeline class wants it as. Raises InputError."""
+    slot = control_slot(pipeline)
+    if name is None or slot is None:
+        return {}
+    import diffusers
+
+    try:
+        model = getattr(diffusers, name).from_pretrained(job.controlnet, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--controlnet {job.controlnet} cannot be loaded: {first_line(error)}") from error
+    return {slot: model}
+
+
+def check_adapters(job: Job, pipeline: type) -> None:
+    """Check that the pipeline class can take the job's LoRAs and IP-Adapter. Raises InputError."""
+    if job.loras and not hasattr(pipeline, "load_lora_weights"):
+        raise InputError(f"{pipeline.__name__} takes no --lora")
+    if job.ip_adapter and not (hasattr(pipeline, "load_ip_adapter") and "ip_adapter_image" in arguments(pipeline)):
+        raise InputError(f"{pipeline.__name__} takes no --ip-adapter")
+
+
+def adapt(pipe: DiffusionPipeline, job: Job) -> None:
+    """Load the job's LoRAs and IP-Adapter into a loaded pipeline. Raises InputError where one does not fit it."""
+    loading: Any = pipe
+    weights = {f"lora_{index}": lora.weight for index, lora in enumerate(job.loras)}
+    for name, lora in zip(weights, job.loras, strict=True):
+        try:
+            loading.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
+            held = any(name in adapters for adapters in loading.get_list_adapters().values())
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"--lora {lora.path} does not fit {type(pipe).__name__}: {first_line(error)}") from error
+        if not held:
+            raise InputError(f"--lora {lora.path} does not fit {type(pipe).__name__}: none of its layers is there")
+    if weights:
+        loading.set_adapters(list(weights), adapter_weights=list(weights.values()))
+    if job.ip_adapter:
+        _load_ip_adapter(loading, job.ip_adapter)
+
+
+def _load_ip_adapter(pipe: Any, path: Path) -> None:
+    folder = path.parent / "image_encoder"
+    if getattr(pipe, "image_encoder", None) is None and not folder.is_dir():
+        raise InputError(f"--ip-adapter {path} needs its image encoder: put it into {folder}")
+    options = {"image_encoder_folder": folder.name} if folder.is_dir() else {"image_encoder_folder": None}
+    if "image_encoder_pretrained_model_name_or_path" in inspect.signature(pipe.load_ip_adapter).parameters:
+        options = {"image_encoder_pretrained_model_name_or_path": str(folder)} if folder.is_dir() else {}
+    try:
+        pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"--ip-adapter {path} does not fit {type(pipe).__name__}: {first_line(error)}") from error

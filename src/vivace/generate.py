@@ -1,0 +1,255 @@
+"""The main job as a plain function: a `Job` in, pictures on disk and a `Result` out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace import conditioning, inputs, picture, video
+from vivace.errors import InputError
+from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
+from vivace.load import Source, find, first_line, load_source, resolve_device, resolve_dtype
+from vivace.prompt import cuts
+from vivace.scheduler import scheduler_class, use_scheduler
+from vivace.steps import Step, counted
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+# Field of a Job -> the argument of a pipeline's call that says the same.
+CALL = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "true_cfg": "true_cfg_scale",
+    "negative": "negative_prompt",
+    "strength": "strength",
+    "frames": "num_frames",
+}
+FPS = 16  # frames a second, where neither the job nor the pipeline names a rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """One picture or video that was written."""
+
+    path: Path
+    prompt: str
+    seed: int
+    seconds: float  # the pipeline's call: text encoders, all steps, VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a job did."""
+
+    made: tuple[Made, ...]
+    steps: int  # as the denoiser ran them: strength leaves some out
+    size: tuple[int, int]  # width, height in pixels
+    frames: int
+    applied: Mapping[str, Any]  # everything that decided the pixels, besides prompt and seed
+    timings: Mapping[str, float]  # seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: paths as text, one entry for each picture."""
+        return {
+            "paths": [str(made.path) for made in self.made],
+            "seed": self.made[0].seed,
+            "pictures": [{**asdict(made), "path": str(made.path)} for made in self.made],
+            **{name: getattr(self, name) for name in ("steps", "size", "frames", "applied", "timings")},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A job that passed every check which needs no weights."""
+
+    job: Job
+    source: Source
+    pipeline: type[Any]
+    control: str | None  # class name of the control model
+    call: dict[str, Any]  # the pipeline's arguments, less prompt and generator
+    paths: list[Path]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Result:
+    """Make and write what `job` asks for.
+
+    Everything that can be checked is checked before the model is loaded, and before anything is written. A prompt that
+    a text encoder has no room for is cut, which is logged as a warning. Raises InputError.
+    """
+    began = time.perf_counter()
+    ready = prepare(job)
+    pipe = _load(ready)
+    applied = _applied(ready, pipe)
+    loaded = time.perf_counter()
+    seed = secrets.randbelow(2**32) if job.seed is None else job.seed
+    plan = [(prompt, (seed + number) % SEEDS) for prompt in job.prompts or ("",) for number in range(job.count)]
+    made: list[Made] = []
+    steps, size, count = 0, (0, 0), 0
+    for index, ((prompt, seed), path) in enumerate(zip(plan, ready.paths, strict=True)):
+        with counted(pipe, on_step, picture=index, pictures=len(plan)) as counter:
+            start = time.perf_counter()
+            frames = _call(pipe, ready.call, prompt=prompt, seed=seed)
+            seconds = round(time.perf_counter() - start, 3)
+        _write(frames, path, ready=ready, prompt=prompt, seed=seed, applied=applied)
+        steps, size, count = counter.total, frames[0].size, len(frames)
+        made.append(Made(path=path, prompt=prompt, seed=seed, seconds=seconds))
+    total = time.perf_counter() - began
+    timings = {"load_s": loaded - began, "generate_s": sum(one.seconds for one in made), "total_s": total}
+    return Result(
+        made=tuple(made),
+        steps=steps,
+        size=size,
+        frames=count,
+        applied=applied,
+        timings={name: round(value, 3) for name, value in timings.items()},
+    )
+
+
+def check(job: Job) -> tuple[Source, list[Path], conditioning.Pictures]:
+    """The checks that need no torch, quick enough to come first: where the model is, what to write, what to read.
+
+    Raises InputError.
+    """
+    check_values(job)
+    source = find(job.model, variant=job.variant)
+    check_family(job, source)
+    media = source.family.media if source.family else "image"
+    if media == "video":
+        video.require()
+    return source, outputs(job, media=media), conditioning.read_pictures(job)
+
+
+def prepare(job: Job) -> Ready:
+    """Check a job and settle how it will run; no weight is read and nothing is written. Raises InputError."""
+    source, paths, pictures = check(job)
+    control = conditioning.control_class(job)
+    pipeline = inputs.choose(source, pictures.wanted, control_class=control)
+    conditioning.check_adapters(job, pipeline)
+    if job.scheduler:
+        scheduler_class(job.scheduler, prediction=source.prediction)
+    call = _arguments(job, source, pipeline)
+    call |= conditioning.picture_arguments(pictures, pipeline, job=job, source=source)
+    steps, strength = call.get("num_inference_steps"), call.get("strength")
+    if steps and strength and int(steps * strength) < 1:
+        raise InputError(f"--strength {strength} of {steps} steps leaves none; raise --strength or --steps")
+    device = resolve_device(job.device)
+    return Ready(
+        job=job,
+        source=source,
+        pipeline=pipeline,
+        control=control,
+        call=call | dict(job.call_kwargs),
+        paths=paths,
+        device=device,
+        dtype=resolve_dtype(job.dtype, device),
+    )
+
+
+def _arguments(job: Job, source: Source, pipeline: type[Any]) -> dict[str, Any]:
+    """The arguments of the pipeline's call that a job's plain values and the model's defaults set."""
+    accepted = inputs.arguments(pipeline)
+    found = {CALL[name]: value for name, value in source.defaults.items() if CALL.get(name) in accepted}
+    for name, argument in CALL.items():
+        value = getattr(job, name)
+        if value is None:
+            continue
+        if argument not in accepted:
+            takes = ", ".join(flag(field) for field, argument in CALL.items() if argument in accepted)
+            raise InputError(f"{pipeline.__name__} does not take {flag(name)}; of such values it takes {takes}")
+        found[argument] = value
+    if job.size and "width" not in accepted and not job.images:
+        raise InputError(f"{pipeline.__name__} does not take --size")
+    if job.fps is not None and "fps" in accepted:
+        found["fps"] = job.fps
+    for name in job.call_kwargs:
+        if name not in accepted:
+            near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.0)[0]
+            raise InputError(f"{pipeline.__name__} has no argument {name!r} for --call-kwargs; the nearest is {near}")
+    return found
+
+
+def _load(ready: Ready) -> DiffusionPipeline:
+    job, source = ready.job, ready.source
+    components = conditioning.load_control(job, ready.pipeline, name=ready.control, dtype=ready.dtype)
+    pipe = load_source(
+        source, dtype=ready.dtype, device=ready.device, variant=job.variant, pipeline=ready.pipeline, **components
+    )
+    conditioning.adapt(pipe, job)
+    if job.scheduler:
+        use_scheduler(pipe, job.scheduler, prediction=source.prediction)
+    longest = ready.call.get("max_sequence_length")
+    if longest is None and "max_sequence_length" in (accepted := inputs.arguments(ready.pipeline)):
+        longest = accepted["max_sequence_length"].default
+    for prompt in job.prompts:
+        for slot, (room, rest) in cuts(pipe, prompt, longest=longest).items():
+            logger.warning("the prompt is longer than the %d tokens of %s; it was cut before: %r", room, slot, rest)
+    return pipe
+
+
+def _call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, prompt: str, seed: int) -> list[Image.Image]:
+    """Run the pipeline once: one picture, or the frames of one video."""
+    import torch
+
+    # On the CPU, so that a seed means the same noise on every device.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    text = {"prompt": prompt} if prompt else {}
+    run: Any = pipe
+    try:
+        output = run(**text, **arguments, generator=generator, output_type="pil")
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError("the GPU has too little memory for this; use a smaller --size, or --device cpu") from error
+    except ValueError as error:
+        raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
+    return list(output.frames[0]) if hasattr(output, "frames") else [output.images[0]]
+
+
+def _write(
+    frames: list[Image.Image], path: Path, *, ready: Ready, prompt: str, seed: int, applied: Mapping[str, Any]
+) -> None:
+    if path.suffix.lower() == ".mp4":
+        fps = ready.job.fps or ready.call.get("fps", FPS)
+        video.write(frames, path, fps=fps, prompt=prompt, seed=seed, settings=applied)
+    else:
+        picture.write(frames[0], path, prompt=prompt, seed=seed, settings=applied)
+
+
+def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Everything besides prompt and seed that decided the pixels, as plain values."""
+    from vivace import __version__
+
+    job = ready.job
+    plain = {name: value for name, value in ready.call.items() if isinstance(value, str | int | float | list | dict)}
+    files = {"image": job.images, "mask": job.mask, "control_image": job.control_image, "ip_adapter": job.ip_adapter}
+    return {
+        "model": job.model,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.components["scheduler"]).__name__,
+        "dtype": str(ready.dtype).removeprefix("torch."),
+        "device": str(ready.device),
+        **{name: value for name, value in plain.items() if not _holds_pictures(value)},
+        **{
+            name: [str(p) for p in value] if isinstance(value, tuple) else str(value)
+            for name, value in files.items()
+            if value
+        },
+        **({"lora": [f"{lora.path}:{lora.weight:g}" for lora in job.loras]} if job.loras else {}),
+        **({"controlnet": job.controlnet} if job.controlnet else {}),
+        "vivace": __version__,
+    }
+
+
+def _holds_pictures(value: object) -> bool:
+    return isinstance(value, list) and any(hasattr(item, "getbands") for item in value)

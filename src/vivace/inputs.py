@@ -1,0 +1,87 @@
+"""The pipeline class that takes the inputs a job has: text alone, an image, a mask, a control image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Set
+from typing import Any
+
+from vivace.errors import InputError
+from vivace.load import Source
+
+# Components that hold a control model -> the argument that scales it.
+CONTROLS = {"controlnet": "controlnet_conditioning_scale", "adapter": "adapter_conditioning_scale"}
+
+
+def arguments(pipeline: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a pipeline class's call, without self."""
+    parameters = dict(inspect.signature(pipeline.__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def control_slot(pipeline: type) -> str | None:
+    """The component that holds the class's control model, or None."""
+    return next((slot for slot in CONTROLS if slot in inspect.signature(pipeline.__init__).parameters), None)
+
+
+def control_argument(pipeline: type) -> str | None:
+    """The call's argument for the control image: `image` in the older ControlNet pipelines."""
+    if "control_image" in arguments(pipeline):
+        return "control_image"
+    return "image" if control_slot(pipeline) else None
+
+
+def inputs_of(pipeline: type) -> frozenset[str]:
+    """Which of image, mask and control the class takes."""
+    call, control = arguments(pipeline), control_argument(pipeline)
+    found = {"control"} if control else set()
+    found |= {"image"} if "image" in call and control != "image" else set()
+    found |= {"mask"} if "mask_image" in call else set()
+    return frozenset(found)
+
+
+def choose(source: Source, wanted: Set[str], *, control_class: str | None = None) -> type[Any]:
+    """The diffusers pipeline class that runs `source` with exactly the `wanted` inputs.
+
+    The model's own class where it fits; else the first class of its family that fits and needs no component which
+    the model lacks. `control_class` is the class name of the control model at hand. Raises InputError.
+    """
+    import diffusers
+
+    own = getattr(diffusers, source.pipeline, None)
+    if own is None:
+        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    missing = [name for name in sorted(inputs_of(own) - wanted) if _required(own, name)]
+    if missing:
+        raise InputError(f"{source.pipeline} needs {' and '.join(f'--{name}' for name in missing)} too")
+    names = source.family.pipelines if source.family else ()
+    others = [getattr(diffusers, name) for name in names if name != source.pipeline and hasattr(diffusers, name)]
+    for pipeline in (own, *others):
+        if inputs_of(pipeline) == wanted and _holds(pipeline, source, own, control_class):
+            return pipeline
+    if wanted <= inputs_of(own) and _holds(own, source, own, control_class):
+        return own
+    asked = " and ".join(f"--{'control-image' if name == 'control' else name}" for name in sorted(wanted))
+    with_model = f" with a {control_class}" if control_class else ""
+    raise InputError(
+        f"{source.pipeline} cannot take {asked}{with_model}: diffusers has no pipeline of its family that does"
+    )
+
+
+def _required(pipeline: type, name: str) -> bool:
+    argument = arguments(pipeline).get({"mask": "mask_image"}.get(name, name))
+    return argument is not None and argument.default is inspect.Parameter.empty
+
+
+def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: str | None) -> bool:
+    """Whether the model and the control model at hand make up all that the class is built from."""
+    slot = control_slot(pipeline)
+    built = inspect.signature(pipeline.__init__).parameters
+    if (slot is not None) != (control_class is not None):
+        return False
+    if slot is not None and control_class not in str(built[slot].annotation):
+        return False
+    at_hand = set(source.index) or set(inspect.signature(own.__init__).parameters)
+    needed = {name for name, parameter in built.items() if parameter.default is inspect.Parameter.empty}
+    return needed - {"self", slot} <= at_hand

@@ -1,0 +1,21 @@
+"""A picture in the terminal, where the terminal can show one (textual-image, the `[ui]` extra)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def show(path: Path) -> bool:
+    """Print a PNG into the terminal; False where that cannot be done, and nothing was printed."""
+    if path.suffix.lower() != ".png" or not sys.stdout.isatty():
+        return False
+    try:
+        from textual_image.renderable import Image
+    except ImportError:
+        return False
+    from rich.console import Console
+
+    console = Console()
+    console.print(Image(str(path), width="auto", height=min(24, console.height - 2)))
+    return True
