@@ -1,0 +1,1 @@
+"""Measuring: every figure is a command, a machine and a JSON file under benchmarks/."""
