@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vivace.errors import InputError
     from vivace.family import Family, family_of
+    from vivace.load import load
 
 __version__ = "0.1.0"
 
@@ -16,9 +19,11 @@ _HOME = {
     "Family": "vivace.family",
     "InputError": "vivace.errors",
     "family_of": "vivace.family",
+    "load": "vivace.load",
 }
 
-__all__ = ["Family", "InputError", "family_of"]  # the type checker reads this one; a test holds it equal to _HOME
+# Spelled out for type checkers; a test holds it equal to _HOME.
+__all__ = ["Family", "InputError", "family_of", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,3 +35,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """Keeps `vivace.load` the function: importing the module vivace/load.py would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -42,7 +42,8 @@ class Package:
 
 PACKAGES = (
     Package(distribution="triton", module="triton", gives="GPU kernels"),
-    Package(distribution="av", module="av", gives="mp4 files"),
+    Package(distribution="av", module="av", gives="mp4 files", install="'vivace[video]'"),
+    Package(distribution="textual-image", module="textual_image", gives="--show", install="'vivace[ui]'"),
     Package(
         distribution="flash-attn",
         module="flash_attn",
