@@ -1,0 +1,113 @@
+"""The course of one training stage: how many steps fit, learning rate, averaged weights, and the curve it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+WARM = 60  # steps before the rate is measured: compilation happens in them
+
+
+@dataclass
+class Course:
+    """Runs a stage for `steps` steps, or for as many as fit in `seconds` (measured once, after compilation).
+
+    The learning rate rises over `warmup` steps and falls to zero along a cosine. `first` and `last` are the shares of
+    the whole schedule that this call covers, so that a long stage can be run in several calls.
+    """
+
+    name: str
+    peak: float
+    seconds: float = 0.0
+    steps: int = 0
+    warmup: int = 300
+    first: float = 0.0
+    last: float = 1.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __iter__(self) -> Iterator[float]:
+        """Yields the progress through the whole schedule, in [0, 1), before every step."""
+        step, total, began = 0, self.steps, 0.0
+        while not total or step < total:
+            yield self.first + (self.last - self.first) * (step / total if total else 0.0)
+            step += 1
+            if not total and step == WARM:
+                synchronize()
+                began = time.monotonic()
+            if not total and step == 2 * WARM:
+                synchronize()
+                each = (time.monotonic() - began) / WARM
+                total = step + max(int((self.seconds - self.elapsed()) / each), WARM)
+                print(f"{self.name}: {1e3 * each:.1f} ms a step, {total} steps", flush=True)
+        self.steps = total
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def rate(self, progress: float, step: int) -> float:
+        """The learning rate at this progress."""
+        return self.peak * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
+
+    def log(self, step: int, **values: float) -> None:
+        row = {"stage": self.name, "step": step, "seconds": round(self.elapsed(), 1)} | {
+            name: round(float(value), 5) for name, value in values.items()
+        }
+        self.curve.append(row)
+        print(json.dumps(row), flush=True)
+
+    def save(self, folder: Path) -> None:
+        path = folder / "curves.json"
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps(earlier + self.curve, indent=0) + "\n")
+
+
+class Average:
+    """Exponential moving average of the weights, the window growing with the steps taken: 1 - 10 / (step + 10)."""
+
+    def __init__(self, module: nn.Module, longest: float):
+        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.mean = [p.detach().clone() for p in self.live]
+        self.longest = longest
+        self.step = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.step += 1
+        weight = max(1 - self.longest, 10 / (self.step + 10))
+        torch._foreach_lerp_(self.mean, self.live, weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the live weights and the averaged ones; call again to swap back."""
+        for live, mean in zip(self.live, self.mean, strict=True):
+            kept = live.detach().clone()
+            live.copy_(mean)
+            mean.copy_(kept)
+
+
+def optimizer(groups: list[dict], weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """AdamW whose groups keep their learning rate relative to the peak in `share`."""
+    fused = torch.cuda.is_available()
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
+
+
+def update(optim: torch.optim.AdamW, parameters: list[nn.Parameter], rate: float) -> None:
+    """One clipped step at this learning rate."""
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optim.param_groups:
+        group["lr"] = rate * group.get("share", 1.0)
+    optim.step()
+    optim.zero_grad(set_to_none=True)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
