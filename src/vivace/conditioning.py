@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import picture
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.inputs import CONTROLS, arguments, control_argument, control_slot
-from vivace.load import HUB_ID, Source, first_line
+from vivace.load import HUB_ID, Source
 
 if TYPE_CHECKING:
     import torch

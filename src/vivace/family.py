@@ -69,6 +69,7 @@ class Variant:
     denoiser: Mapping[str, Any]  # configuration of the denoiser class
     vae: Mapping[str, Any] = field(default_factory=dict)  # what differs from the family's VAE configuration
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slots that differ
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # what differs from the family's configuration
     parameters: int | None = None  # of the denoiser, counted from the published configuration
     hub_id: str = ""
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
@@ -102,6 +103,7 @@ class Family:
     inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config
     vae: Mapping[str, Any] = field(default_factory=dict)  # the VAE's configuration, where not its class's default
+    scheduler: tuple[str, Mapping[str, Any]] = ("", {})  # class, configuration; what a single file does not say
     recognise: Callable[[Mapping[str, Any]], bool] | None = None  # a bare denoiser by configuration; None: by class
     multiple: int = 16  # pixel sizes must be multiples of this
     media: Literal["image", "video"] = "image"

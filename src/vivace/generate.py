@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import conditioning, inputs, picture, video
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
-from vivace.load import Source, find, first_line, load_source, resolve_device, resolve_dtype
+from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
 from vivace.prompt import cuts
 from vivace.scheduler import scheduler_class, use_scheduler
 from vivace.steps import Step, counted

@@ -62,6 +62,8 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
             return pipeline
     if wanted <= inputs_of(own) and _holds(own, source, own, control_class):
         return own
+    if "control" in wanted and control_class is None:
+        raise InputError(f"{source.pipeline} needs --controlnet with --control-image")
     asked = " and ".join(f"--{'control-image' if name == 'control' else name}" for name in sorted(wanted))
     with_model = f" with a {control_class}" if control_class else ""
     raise InputError(

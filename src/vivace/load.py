@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import builtin, checkpoint
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.family import Family, UnknownFamilyError, Variant, family_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,10 @@ def load_source(
         if source.path is not None and source.path.is_file():
             from vivace import single_file
 
-            pipe = single_file.load(source.path, source=source, pipeline=chosen, dtype=number, **components)
+            if source.family is None or source.variant is None:
+                raise InputError(f"{source.name} belongs to no family that is read from one file")
+            known = {"family": source.family, "variant": source.variant}
+            pipe = single_file.load(source.path, pipeline=chosen, dtype=number, **known, **components)
         else:
             absent = {
                 key: None for key, value in source.index.items() if isinstance(value, list) and value[:1] == [None]
@@ -160,11 +163,6 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if dtype not in DTYPES:
         raise InputError(f"no dtype {dtype!r}; use {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[dtype])
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:240]
 
 
 def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source:

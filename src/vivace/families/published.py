@@ -20,6 +20,7 @@ CLIP_L: Encoder = (
         "hidden_act": "quick_gelu",
     },
 )
+CLIP_L_PROJECTED: Encoder = ("CLIPTextModelWithProjection", CLIP_L[1])
 OPENCLIP_H: Encoder = (
     "CLIPTextModel",
     # 23 of the 24 layers: Stable Diffusion 2 conditions on the last but one
@@ -67,3 +68,23 @@ SD_VAE: Mapping[str, Any] = {
     "sample_size": 512,
 }
 SDXL_VAE: Mapping[str, Any] = {**SD_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+
+# 16 latent channels and no convolution between them and the posterior: SD 3, FLUX.1 and Z-Image.
+SD3_VAE: Mapping[str, Any] = {
+    **SD_VAE,
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX_VAE: Mapping[str, Any] = {**SD3_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+# The noise schedule that Stable Diffusion 1, 2 and XL were trained on.
+SD_NOISE: Mapping[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
-from vivace.families.published import CLIP_L, OPENCLIP_H, SD_VAE
+from vivace.families.published import CLIP_L, OPENCLIP_H, SD_NOISE, SD_VAE
 from vivace.families.unet import BLOCKS, KEEP_16BIT, inputs, split
 from vivace.family import Family, Variant
 
@@ -99,6 +99,7 @@ SD = Family(
     denoiser_class="UNet2DConditionModel",
     vae_class="AutoencoderKL",
     vae=SD_VAE,
+    scheduler=("PNDMScheduler", {**SD_NOISE, "skip_prk_steps": True, "set_alpha_to_one": False}),
     blocks=BLOCKS,
     guidance="batched",
     prediction="epsilon",
@@ -132,6 +133,7 @@ SD = Family(
             guidance=7.5,
             batch=2,
             prediction="v",
+            scheduler={"prediction_type": "v_prediction"},
         ),
         "turbo": Variant(
             denoiser={**SD21, "sample_size": 64},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
-from vivace.families.published import CLIP_L, OPENCLIP_BIG_G, SDXL_VAE
+from vivace.families.published import CLIP_L, OPENCLIP_BIG_G, SD_NOISE, SDXL_VAE
 from vivace.families.unet import BLOCKS, KEEP_16BIT, inputs, split
 from vivace.family import Family, Variant
 
@@ -109,6 +109,7 @@ SDXL = Family(
     denoiser_class="UNet2DConditionModel",
     vae_class="AutoencoderKL",
     vae=SDXL_VAE,
+    scheduler=("EulerDiscreteScheduler", {**SD_NOISE, "timestep_spacing": "leading"}),
     blocks=BLOCKS,
     guidance="batched",
     prediction="epsilon",
@@ -136,6 +137,7 @@ SDXL = Family(
             steps=1,
             guidance=0.0,
             guidance_kind="none",
+            scheduler={"timestep_spacing": "trailing"},
         ),
         "lcm": Variant(
             denoiser={**BASE, "time_cond_proj_dim": 256},
