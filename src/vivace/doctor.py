@@ -136,14 +136,14 @@ def _dtypes() -> Iterator[Check]:
     def fp8(row_scales: bool) -> None:
         ones = torch.ones((256, 1) if row_scales else (), device=a.device)
         fp8_a, fp8_b = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()
-        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        out = torch._scaled_mm(
             fp8_a, fp8_b, scale_a=ones, scale_b=ones.t() if row_scales else ones, out_dtype=torch.bfloat16
         )
         _close(out, exact, within=0.06)
 
     def int8() -> None:
         int_a, int_b = ((x * 30).round().clamp(-127, 127).to(torch.int8) for x in (a, b))
-        out = torch._int_mm(int_a, int_b)  # pyright: ignore[reportPrivateImportUsage]
+        out = torch._int_mm(int_a, int_b)
         _close(out, int_a.double() @ int_b.double(), within=0)
 
     yield _tried("dtypes", "fp32 matmul", lambda: plain(torch.float32, 1e-2))  # TF32 may be on
