@@ -30,8 +30,8 @@ def eval(
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader")
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be 1 or more, got {steps}")
-    if json is not None and not json.parent.is_dir():
-        raise InputError(f"--json {json}: there is no folder {json.parent}; make it first")
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
     source = find(model)
     settings = {"steps": 28, **source.defaults}
     settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
