@@ -73,7 +73,7 @@ def test_constraints_name_exact_versions_and_no_index():
         *project["dependencies"],
         *(need for extra in project["optional-dependencies"].values() for need in extra),
     ]
-    wanted.remove("vivace[video]")
+    wanted = [need for need in wanted if not need.startswith("vivace[")]
     names = {need.partition(">=")[0].partition("[")[0].lower().replace("_", "-") for need in wanted}
     assert names <= set(pinned)
 
