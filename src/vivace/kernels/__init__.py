@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from vivace.kernels import activate, gate_residual, geglu, norm_modulate, qk_norm_rope, quant_rows, residual_norm
+from vivace.kernels import (
+    activate,
+    gate_residual,
+    geglu,
+    group_norm_silu,
+    norm_modulate,
+    qk_norm_rope,
+    quant_rows,
+    residual_norm,
+)
 from vivace.kernels.kernel import Kernel
 
 KERNELS: dict[str, Kernel] = {
     module.KERNEL.name: module.KERNEL
-    for module in (norm_modulate, gate_residual, residual_norm, qk_norm_rope, activate, geglu, quant_rows)
+    for module in (
+        norm_modulate,
+        gate_residual,
+        residual_norm,
+        qk_norm_rope,
+        activate,
+        geglu,
+        group_norm_silu,
+        quant_rows,
+    )
 }

@@ -12,8 +12,9 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 except ModuleNotFoundError:
-    triton = tl = None
+    triton = tl = knobs = None
 
 
 class _Absent:
@@ -32,10 +33,10 @@ def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any
         return lambda function: jit(function, do_not_specialize=do_not_specialize)
     if triton is None:
         return _Absent(function.__name__)
-    return triton.jit(function, do_not_specialize=list(do_not_specialize))
+    return triton.jit(do_not_specialize=list(do_not_specialize))(function)
 
 
-INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = knobs is not None and bool(knobs.runtime.interpret)
 
 
 def power_of_two(n: int) -> int:

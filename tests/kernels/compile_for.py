@@ -1,0 +1,65 @@
+"""`python compile_for.py CAPABILITY`: compiles the kernels for that GPU, without one.
+
+One line a case: kernel, case, kernels compiled for its size, for another size, and the width of the memory accesses.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from vivace.kernels import KERNELS
+
+
+class Absent:
+    """Answers what the compiler asks of a driver."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def other_size(sizes):
+    """Another resolution, odd in every way, and another number of samples."""
+    grown = {"batch": sizes.get("batch", 1) + 1}
+    grown |= {"tokens": sizes["tokens"] + 13} if "tokens" in sizes else {"size": tuple(s + 7 for s in sizes["size"])}
+    return sizes | grown | ({"before": sizes["before"] + 5} if "before" in sizes else {})
+
+
+def main():
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(Absent(capability))
+    run, compiled = JITFunction.run, {}
+
+    def compile_only(self, *arguments, **options):
+        kernel = run(self, *arguments, **options | {"warmup": True})
+        compiled[id(kernel)] = kernel
+
+    JITFunction.run = compile_only
+    for kernel in KERNELS.values():
+        # Triton converts to fp8 on sm_89 and newer.
+        case = next(case for case in kernel.bench if capability >= 89 or case.sizes.get("quantize") != "fp8")
+        counts = [len(compiled)]
+        for sizes in (case.sizes, other_size(case.sizes)):
+            case = replace(case, sizes=sizes)
+            kernel.launch(**kernel.arguments(case, device="meta", dtype=torch.float16))
+            counts.append(len(compiled))
+        asm = "".join(c.asm["ptx"] for c in list(compiled.values())[counts[0] :])
+        widest = "v4" if "ld.global.v4.b32" in asm and "st.global.v4.b32" in asm else "narrow"
+        row = kernel.name, case.name, counts[1] - counts[0], counts[2] - counts[1], widest
+        sys.stdout.write("\t".join(map(str, row)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The ops as models and torch.compile see them, and machines without Triton."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vivace.kernels import KERNELS, language, row
+from vivace.kernels.norm_modulate import norm_modulate
+from vivace.kernels.qk_norm_rope import qk_norm_rope
+from vivace.kernels.quant_rows import quant_rows
+from vivace.kernels.residual_norm import residual_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+
+
+@EVERY
+def test_torch_library_accepts_it(kernel):
+    for case in (kernel.cases[0], kernel.cases[-1]):
+        arguments = kernel.arguments(case, device=DEVICE, dtype=torch.float32)
+        arguments |= {name: torch.zeros_like(arguments[name]) for name in kernel.written if arguments[name] is not None}
+        torch.library.opcheck(kernel.op, (), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compile_takes_it_whole():
+    def block(x, y, gate):
+        h, normed = residual_norm(x, y, gate=gate)
+        q, k = torch.empty(2, 2, x.shape[0], x.shape[1], 2, 32, device=x.device).unbind(0)[0]
+        qk_norm_rope(normed, q=q, k=k)
+        return h, q + k
+
+    arguments = (
+        torch.randn(2, 5, 192, device=DEVICE),
+        torch.randn(2, 5, 192, device=DEVICE),
+        torch.randn(2, 192, device=DEVICE),
+    )
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments), block(*arguments))
+
+
+def test_leading_dimensions_are_kept():
+    x = torch.randn(6, 64, device=DEVICE)
+    assert norm_modulate(x).shape == (6, 64)
+    values, scales = quant_rows(x, quantize="int8")
+    assert (values.shape, scales.shape, values.dtype) == ((6, 64), (6, 1), torch.int8)
+    assert (values * scales - x).abs().max() <= scales.max() / 2 * 1.001
+
+
+def test_rows_must_be_contiguous():
+    with pytest.raises(ValueError, match="x must be contiguous in its last dimension"):
+        norm_modulate(torch.randn(2, 64, 5, device=DEVICE).mT)
+
+
+def test_what_does_not_fit():
+    q = torch.empty(1, 8, 2, 32)
+    with pytest.raises(ValueError, match="at offset 5 does not fit"):
+        qk_norm_rope(torch.randn(1, 4, 192), q=q, k=q, offset=5)
+
+
+def test_one_sample_does_not_change_another():
+    x = torch.randn(2, 5, 64, device=DEVICE)
+    alone = quant_rows(x[:1], quantize="int8")
+    together = quant_rows(torch.cat((x[:1], 100 * x[1:])), quantize="int8")
+    assert torch.equal(alone.values, together.values[:1])
+    assert torch.equal(alone.scales, together.scales[:1])
+
+
+@EVERY
+def test_bench_cases_have_a_bound(kernel):
+    for case in kernel.bench:
+        assert kernel.bound_bytes(case) > 2 * min(kernel.arguments(case, device="meta")[kernel_subject(kernel)].shape)
+
+
+def kernel_subject(kernel):
+    return "qkv" if kernel.name == "qk_norm_rope" else "x"
+
+
+def test_bound_counts_each_tensor_once():
+    case = next(c for c in KERNELS["gate_residual"].bench if c.name == "FLUX 1024²")
+    assert KERNELS["gate_residual"].bound_bytes(case) == 2 * 3072 * (3 * 4608 + 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(192, (16, 256, 4)), (640, (4, 1024, 4)), (3072, (1, 4096, 4)), (12288, (1, 16384, 16))]
+)
+def test_tiles(width, expected):
+    assert row.tile(width) == expected
+
+
+def test_without_triton():
+    code = """
+import sys; sys.modules["triton"] = None
+import torch
+from vivace.kernels import KERNELS
+from vivace.kernels.norm_modulate import _norm_modulate_kernel, norm_modulate
+x = torch.randn(2, 3, 64)
+torch.testing.assert_close(norm_modulate(x), torch.nn.functional.layer_norm(x, (64,), eps=1e-6))
+try: _norm_modulate_kernel[(1,)]
+except RuntimeError as error: print(len(KERNELS), error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert (
+        said.strip()
+        == f"{len(KERNELS)} _norm_modulate_kernel is a Triton kernel and Triton is not installed; pip install triton"
+    )
+
+
+@pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (24, 32), (3072, 4096)])
+def test_power_of_two(n, power):
+    assert language.power_of_two(n) == power
