@@ -8,22 +8,30 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vivace.accelerate import accelerate, restore
+    from vivace.config import PRESETS, Config
     from vivace.errors import InputError
     from vivace.family import Family, family_of
     from vivace.load import load
+    from vivace.report import report
 
 __version__ = "0.1.0"
 
 # PEP 562: a name's module is imported when the name is first asked for.
 _HOME = {
+    "Config": "vivace.config",
     "Family": "vivace.family",
     "InputError": "vivace.errors",
+    "PRESETS": "vivace.config",
+    "accelerate": "vivace.accelerate",
     "family_of": "vivace.family",
+    "report": "vivace.report",
+    "restore": "vivace.accelerate",
     "load": "vivace.load",
 }
 
 # Spelled out for type checkers; a test holds it equal to _HOME.
-__all__ = ["Family", "InputError", "family_of", "load"]
+__all__ = ["PRESETS", "Config", "Family", "InputError", "accelerate", "family_of", "load", "report", "restore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,24 @@
+"""Attention backends, by name. Each value is `module:attribute`, imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vivace.attention.backend import Backend
+
+BACKENDS: dict[str, str] = {
+    "native": "vivace.attention.native:NATIVE",
+    "cudnn": "vivace.attention.native:CUDNN",
+    "efficient": "vivace.attention.native:EFFICIENT",
+    "flash": "vivace.attention.flash:FLASH",
+    "sage": "vivace.attention.sage:SAGE",
+    "xformers": "vivace.attention.xformers:XFORMERS",
+}
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of that name; KeyError where there is none."""
+    module, attribute = BACKENDS[name].split(":")
+    return getattr(import_module(module), attribute)

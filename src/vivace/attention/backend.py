@@ -1,0 +1,56 @@
+"""`Backend`: one attention function, what it needs, and why it may refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Attend(Protocol):
+    """softmax(q k^T * scale + mask) v, with q, k, v and the result `[B, S, H, D]`.
+
+    `mask` is None, boolean (True takes part) or additive, and broadcasts to `[B, H, Sq, Sk]`. `scale` is 1/sqrt(D)
+    where None.
+    """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One attention function and what it declares about itself."""
+
+    name: str
+    attend: Attend
+    devices: frozenset[str] = frozenset({"cuda"})
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float16, torch.bfloat16})
+    masks: bool = False  # takes a mask
+    returns_lse: bool = False  # can give the log-sum-exp, which a ring over several GPUs needs
+    package: str | None = None  # the module that must be installed
+    install: str = ""  # what to type to install it
+
+    def refuses(self, *, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot run on that device and dtype, and what to do; None when it can."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed; {self.install}"
+        if device.type not in self.devices:
+            return f"it runs on {_listed(self.devices)}, not on {device.type}; use attention='native'"
+        if dtype not in self.dtypes:
+            wanted = _listed(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"it takes {wanted}, not {str(dtype).removeprefix('torch.')}; use one or attention='native'"
+        return None
+
+
+def _listed(names) -> str:
+    return " or ".join(sorted(names))

@@ -1,0 +1,28 @@
+"""The NaN guard: an attention output that is not finite stops the run, with layer, backend and step."""
+
+from __future__ import annotations
+
+from vivace import request
+from vivace.attention.backend import Attend, Backend
+
+
+class NotFiniteError(ArithmeticError):
+    """An attention output holds NaN or infinity."""
+
+
+def guarded(backend: Backend) -> Attend:
+    """`backend.attend`, which raises NotFiniteError when its result is not finite. It never switches backends."""
+
+    def attend(q, k, v, *, mask=None, scale=None):
+        out = backend.attend(q, k, v, mask=mask, scale=scale)
+        if not out.isfinite().all():
+            now = request.current()
+            where = request.LAYER.get() or "an attention layer"
+            when = f"step {now.step}" if now else "a call outside a pipeline"
+            raise NotFiniteError(
+                f"attention is not finite in {where}, backend {backend.name}, {when}; "
+                f"q, k, v are {tuple(q.shape)} {q.dtype}: use attention='native' or a wider dtype"
+            )
+        return out
+
+    return attend

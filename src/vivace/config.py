@@ -1,0 +1,139 @@
+"""What the user asks for: `Config`, and the presets, which are rows of it. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vivace.attention import BACKENDS
+from vivace.errors import InputError
+
+Switch = Literal["auto", "on", "off"]
+"""`auto` decides and says why in the report; `on` is done or is an error; `off` is left alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `accelerate` is asked to do. Every field has a default; the defaults are the preset `exact`."""
+
+    attention: str = "auto"
+    """Attention backend: auto, or a name of `vivace.attention.BACKENDS`."""
+
+    check_nan: bool = False
+    """Stop with the layer, backend and step at the first attention output that is not finite (slow: it waits)."""
+
+    channels_last: Switch = "auto"
+    """Store convolution weights in NHWC order."""
+
+    fuse: Switch = "auto"
+    """Hand-fused blocks, for the families that have them."""
+
+    compile: Switch = "auto"
+    """Regional torch.compile over the repeated blocks."""
+
+    graphs: Switch = "auto"
+    """CUDA graphs of the denoiser call, one per input signature."""
+
+    graph_gib: float = 4.0
+    """Device memory that the CUDA graphs may hold, in GiB; the least recently used go first."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    def differences(self) -> dict[str, Any]:
+        """The fields that are not at their default."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+def resolve(preset: str | Config | Mapping[str, Any] | None = None, /, **fields: Any) -> Config:
+    """The Config that a preset name, a Config or a mapping of fields stands for, with `fields` replaced.
+
+    Raises InputError for an unknown preset or field, with the nearest name.
+    """
+    if isinstance(preset, Mapping):
+        fields, preset = {**preset, **fields}, None
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise InputError(f"unknown preset {preset!r}; {_nearest(preset, PRESETS)}")
+        preset = PRESETS[preset]
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in fields:
+        if name not in names:
+            raise InputError(f"unknown Config field {name!r}; {_nearest(name, names)}")
+    return dataclasses.replace(preset or PRESETS["exact"], **fields)
+
+
+def parse_fields(assignments: Iterable[str]) -> dict[str, Any]:
+    """Config fields from `FIELD=VALUE` strings, as the command line's `--set` takes them."""
+    types = typing.get_type_hints(Config)
+    fields = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set takes FIELD=VALUE, got {assignment!r}; for example --set attention=native")
+        if name not in types:
+            raise InputError(f"unknown Config field {name!r}; {_nearest(name, types)}")
+        fields[name] = _parse(name, types[name], text)
+    return fields
+
+
+def preset_name(config: Config) -> str:
+    """The name of the preset that `config` is a row of, or `custom`."""
+    return next((name for name, row in PRESETS.items() if row == config), "custom")
+
+
+def _parse(name: str, kind: Any, text: str) -> Any:
+    if kind is bool:
+        words = {
+            "true": True,
+            "on": True,
+            "yes": True,
+            "1": True,
+            "false": False,
+            "off": False,
+            "no": False,
+            "0": False,
+        }
+        if text.lower() not in words:
+            raise InputError(f"{name} is on or off, got {text!r}; for example --set {name}=on")
+        return words[text.lower()]
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise InputError(f"{name} is a number, got {text!r}; for example --set {name}=4") from None
+    return text
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise InputError when `value` is nothing that the field `name` takes."""
+    kind = typing.get_type_hints(Config)[name]
+    if name == "attention":
+        allowed = ("auto", *BACKENDS)
+        if value not in allowed:
+            raise InputError(f"unknown attention backend {value!r}; {_nearest(str(value), allowed)}")
+    elif typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise InputError(f"{name} is one of {', '.join(allowed)}, got {value!r}; for example {name}={allowed[0]!r}")
+    elif kind is bool and not isinstance(value, bool):
+        raise InputError(f"{name} is True or False, got {value!r}; for example {name}=True")
+    elif kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        raise InputError(f"{name} is a number above 0, got {value!r}; for example {name}=4.0")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = tuple(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"the nearest is {near!r} (known: {', '.join(known)})"
+
+
+PRESETS: Mapping[str, Config] = {
+    "exact": Config(),
+}
+"""Named rows of Config. A preset appears when everything in its row exists."""

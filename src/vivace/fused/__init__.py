@@ -1,0 +1,23 @@
+"""Hand-fused block forwards, by the stem of the family's file. Optional: a family without an entry stays stock."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from vivace.fused.contract import Fused
+
+if TYPE_CHECKING:
+    from vivace.family import Family
+
+FUSED: dict[str, str] = {
+    "sd3": "vivace.fused.sd3:SD3",
+}
+
+
+def fused_of(family: Family | None) -> Fused | None:
+    """The fused blocks of a family, or None."""
+    if family is None or family.name not in FUSED:
+        return None
+    module, attribute = FUSED[family.name].split(":")
+    return getattr(import_module(module), attribute)

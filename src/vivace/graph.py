@@ -1,0 +1,120 @@
+"""The graph layer: segments of a denoiser call as CUDA graphs, one per input signature."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+SEEN = 256
+"""Signatures of which it is remembered that they came once: a graph is recorded at the second call."""
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """One recorded segment: fill `inputs`, call `replay`, read `output`."""
+
+    inputs: list[torch.Tensor]  # static, outside the pool
+    output: Any
+    replay: Callable[[], None]
+    nbytes: int  # of device memory that goes back when the recording is dropped
+
+
+Record = Callable[[Callable[..., Any], list[Any], TreeSpec], Recording]
+
+
+class Graphs:
+    """Runs segments as CUDA graphs within a byte budget; the least recently used recording goes first.
+
+    A signature is the shapes, strides, types and devices of the tensors among the arguments and the values of all
+    others. Its first call runs as it is, which warms up libraries and autotuners; the second is recorded. Recordings
+    share one memory pool, so the result is copied out before another may run; a lock keeps threads apart.
+    """
+
+    def __init__(self, *, budget: int, record: Record | None = None) -> None:
+        self.budget = budget
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._record = record or CudaRecorder()
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """`segment(**kwargs)`, recorded or replayed where its inputs allow; the result is the caller's own."""
+        leaves, spec = tree_flatten(kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path.
+        if torch.is_grad_enabled() or any(tensor.device.type == "cpu" for tensor in tensors):
+            return segment(**kwargs)
+        try:
+            key = (name, spec, *(_describe(leaf) for leaf in leaves))
+            hash(key)
+        except TypeError:
+            return segment(**kwargs)
+        with self._lock:
+            recording = self.recordings.get(key)
+            if recording is None and not self._came_before(key):
+                return segment(**kwargs)
+            if recording is None:
+                recording = self._record(segment, leaves, spec)
+                self._keep(key, recording)
+            self.recordings.move_to_end(key) if key in self.recordings else None
+            for static, tensor in zip(recording.inputs, tensors, strict=True):
+                static.copy_(tensor)
+            recording.replay()
+            return tree_map_only(torch.Tensor, torch.clone, recording.output)
+
+    def clear(self) -> None:
+        """Drop every recording and its memory."""
+        with self._lock:
+            self.recordings.clear()
+            self._seen.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the recordings hold."""
+        return sum(recording.nbytes for recording in self.recordings.values())
+
+    def _came_before(self, key: Hashable) -> bool:
+        came = key in self._seen
+        self._seen[key] = None
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        return came
+
+    def _keep(self, key: Hashable, recording: Recording) -> None:
+        self.recordings[key] = recording
+        while self.nbytes > self.budget and len(self.recordings) > 1:
+            self.recordings.popitem(last=False)
+
+
+class CudaRecorder:
+    """Records a segment as a CUDA graph; all graphs of one recorder share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, segment: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Recording:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in static if isinstance(leaf, torch.Tensor)]
+        reserved = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread's allocation (a second pipeline, a data loader) must not end the recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = segment(**tree_unflatten(static, spec))
+        grown = max(0, torch.cuda.memory_reserved() - reserved)
+        held = grown + sum(tensor.nbytes for tensor in inputs)
+        return Recording(inputs=inputs, output=output, replay=graph.replay, nbytes=held)
+
+
+def _describe(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+    # 1, 1.0 and True are equal as keys, and not the same to a model.
+    return (type(leaf), leaf)

@@ -1,0 +1,233 @@
+"""The lane: what happens when an accelerated denoiser is called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+from vivace import request
+from vivace.attention.backend import Attend
+from vivace.attention.native import NATIVE
+from vivace.attention.route import Route
+from vivace.family import Block, Split, State
+from vivace.fused.contract import Fused
+from vivace.one_off import give_class
+from vivace.passes.target import device_of
+from vivace.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+MEMO = 4
+"""Prompts whose step-independent part one request keeps; guidance in two calls takes two."""
+
+
+class Run(Protocol):
+    """Runs one named segment of a denoiser call: directly, or as a recorded graph."""
+
+    def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any: ...
+
+    def clear(self) -> None: ...
+
+
+class Direct:
+    """Runs a segment as it is."""
+
+    def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        return segment(**kwargs)
+
+    def clear(self) -> None:
+        pass
+
+
+class Lane:
+    """One denoiser's call: the fused blocks where they serve, else its stock forward, with attention routed.
+
+    `attend`, `route`, `run` and `fuse` are set by the passes before `install` puts the lane in place.
+    """
+
+    def __init__(self, name: str, denoiser: torch.nn.Module, *, named_blocks: bool = False) -> None:
+        self.name = name
+        self.denoiser = denoiser
+        self.attend: Attend = NATIVE.attend
+        self.route: Route | None = None
+        self.run: Run = Direct()
+        self.split: Split | None = None
+        self.calls: Counter[str] = Counter()  # what served, or why the stock forward did -> calls
+        self.first_seconds: float | None = None  # of the first call, with whatever it compiled or recorded
+        self.moved: Callable[[], None] = lambda: None  # what to do when the denoiser went to another kind of device
+        self._stock = type(denoiser).forward
+        self._names = list(inspect.signature(self._stock).parameters)[1:]
+        self._named_blocks = named_blocks
+        self._device_type = device_of(denoiser).type
+        self._fused: Fused | None = None
+        self._unfusable: str | None = None
+        self._split_undo = ExitStack()
+        self._watch: Watch | None = None
+        self._open = False
+
+    def install(self, *, members: dict[str, Any], undo: ExitStack) -> None:
+        """Give the denoiser a class whose forward is this lane; `members` are added to that class."""
+        stock, lane = type(self.denoiser), self
+
+        @functools.wraps(stock.forward)
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            # A copied offload hook may hold this function, with another module.
+            return lane(*args, **kwargs) if module is lane.denoiser else stock.forward(module, *args, **kwargs)
+
+        @functools.wraps(stock._apply)
+        def _apply(module: Any, *args: Any, **kwargs: Any) -> Any:
+            result = stock._apply(module, *args, **kwargs)
+            # At once: an offloaded denoiser must not leave its fused weights on the device.
+            lane.release()
+            return result
+
+        members = {"forward": forward, "_apply": _apply, **members}
+        if hasattr(stock, "cache_context"):
+            members["cache_context"] = _branching(stock)
+        with _hook_lifted(self.denoiser):
+            take_back = give_class(self.denoiser, members)
+        self._open = True
+        undo.callback(self._uninstall, take_back)
+
+    def fuse(self, fused: Fused) -> None:
+        """Serve calls with these fused blocks from now on."""
+        self._fused = fused
+        self._refuse()
+
+    def release(self) -> None:
+        """Forget everything that was built from the weights; the next call builds it again."""
+        self._split_undo.close()
+        self._watch = self.split = None
+        self.run.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's forward: its arguments, its result."""
+        if not self._open:
+            return self._stock(self.denoiser, *args, **kwargs)
+        started = time.perf_counter()
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if self._fused is not None and (self._watch is None or self._watch.changed()):
+            self.release()
+            self._refuse()
+        if device_of(self.denoiser).type != self._device_type:
+            self.moved()
+            return self.denoiser.forward(**kwargs)
+        with self.route or nullcontext():
+            out = self._serve(kwargs)
+        if self.first_seconds is None:
+            if self._device_type == "cuda":
+                torch.cuda.synchronize()
+            self.first_seconds = time.perf_counter() - started
+        return out
+
+    def _serve(self, kwargs: dict[str, Any]) -> Any:
+        reason = self._declined(kwargs)
+        if self.split is None or reason:
+            self._count(reason or "stock blocks", warn=reason is not None)
+            return self.run("forward", functools.partial(self._stock, self.denoiser), **kwargs)
+        self._count("fused blocks", warn=False)
+        if self.split.once is not None:
+            kwargs["once"] = self._once(self.split, kwargs)
+        return self.run("forward", self.split, **kwargs)
+
+    def _declined(self, kwargs: Mapping[str, Any]) -> str | None:
+        if self._fused is None:
+            return None
+        if self._unfusable:
+            return self._unfusable
+        if torch.is_grad_enabled():
+            return "gradients are enabled, and fused blocks only go forward (use torch.no_grad())"
+        return self._fused.declines(**kwargs)
+
+    def _refuse(self) -> None:
+        from vivace.passes.fuse import unfusable
+
+        assert self._fused is not None
+        self._unfusable = unfusable(self.denoiser, self._fused)
+        if self._unfusable is None:
+            self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
+            if self._named_blocks:
+                self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))
+        self._watch = Watch(self.denoiser)
+
+    def _once(self, split: Split, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the split computes once per prompt, remembered for the length of the request."""
+        assert split.once is not None
+        inputs = {name: kwargs.get(name) for name in split.once_inputs}
+        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        now = request.current()
+        # Inference tensors keep no version, so a change in place would go unseen.
+        if now is None or any(tensor.is_inference() for tensor in tensors):
+            return split.once(**inputs)
+        memo = now.memo.setdefault(self, OrderedDict())
+        key = (id(split), *(id(value) for value in inputs.values()), *(tensor._version for tensor in tensors))
+        if key not in memo:
+            # The inputs and the split are held too: an id names an object only as long as it lives.
+            memo[key] = (split.once(**inputs), inputs, split)
+            if len(memo) > MEMO:
+                memo.popitem(last=False)
+        return memo[key][0]
+
+    def _count(self, served_by: str, *, warn: bool) -> None:
+        if warn and served_by not in self.calls:
+            logger.warning("%s takes its stock forward: %s", self.name, served_by)
+        self.calls[served_by] += 1
+
+    def _uninstall(self, take_back: Callable[[], None]) -> None:
+        self._open = False
+        self.release()
+        with _hook_lifted(self.denoiser):
+            take_back()
+
+
+def _announced(block: Block) -> Block:
+    """The block, which first says its name to whoever asks what computes."""
+
+    def forward(state: State) -> State:
+        request.LAYER.set(block.name)
+        return block.forward(state)
+
+    return replace(block, forward=forward)
+
+
+def _branching(stock: type) -> Any:
+    """`cache_context`, through which some pipelines say which guidance branch they call, noted in the request."""
+
+    @functools.wraps(stock.cache_context)  # pyright: ignore[reportAttributeAccessIssue]
+    @contextmanager
+    def cache_context(module: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        now = request.current()
+        if now is not None:
+            now.branch = name
+        try:
+            with stock.cache_context(module, name, *args, **kwargs):  # pyright: ignore[reportAttributeAccessIssue]
+                yield
+        finally:
+            if now is not None:
+                now.branch = None
+
+    return cache_context
+
+
+@contextmanager
+def _hook_lifted(module: torch.nn.Module) -> Iterator[None]:
+    """Take accelerate's offload hook off while the class changes, so that it wraps the forward of the new class."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(module)
+    # What the removal (or an earlier one) leaves is the class's own forward, which would hide the new class's.
+    if getattr(module.__dict__.get("forward"), "__self__", None) is module:
+        del module.__dict__["forward"]
+    yield
+    if hook is not None:
+        add_hook_to_module(module, hook)

@@ -1,0 +1,97 @@
+"""What a pass is, and what it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vivace.config import Config, Switch
+
+if TYPE_CHECKING:
+    from vivace.family import Family
+    from vivace.lane import Lane
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """One line of the report: what a pass did, or left alone and why."""
+
+    name: str  # of the pass
+    done: bool
+    detail: str
+
+
+@dataclass(kw_only=True)
+class Target:
+    """A pipeline or bare denoiser that is being accelerated."""
+
+    subject: Any
+    family: Family | None
+    config: Config
+    denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
+    lanes: dict[str, Lane] = field(default_factory=dict)  # filled when every check has passed
+    notes: list[Note] = field(default_factory=list)
+    undo: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes: its hook's device when it is offloaded, else its parameters'."""
+        return device_of(next(iter(self.denoisers.values())))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's floating point type."""
+        parameters = next(iter(self.denoisers.values())).parameters()
+        return next((p.dtype for p in parameters if p.dtype.is_floating_point), torch.get_default_dtype())
+
+    def repeated_blocks(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The repeated blocks of every denoiser, named within it."""
+        for denoiser in self.denoisers.values():
+            for name in self.family.blocks if self.family else _repeating_lists(denoiser):
+                for index, block in enumerate(denoiser.get_submodule(name).children()):
+                    yield f"{name}.{index}", block
+
+    def done(self, name: str, detail: str) -> None:
+        self.notes.append(Note(name=name, done=True, detail=detail))
+
+    def left(self, name: str, detail: str) -> None:
+        self.notes.append(Note(name=name, done=False, detail=detail))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One reversible change, done once.
+
+    `check` says why the pass cannot or should not run, None when it will; it changes nothing. A reason is an error
+    where the user asked (`wants` is "on") and a line in the report where the choice was ours ("auto"). `apply` makes
+    the change and pushes its undo on `target.undo`.
+    """
+
+    name: str
+    why_here: str  # the reason for its place in the order
+    wants: Callable[[Config], Switch]
+    check: Callable[[Target], str | None]
+    apply: Callable[[Target], None]
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where `module` computes: the execution device of its offload hook, else where its parameters lie."""
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if hooked is not None:
+        return torch.device(hooked)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _repeating_lists(denoiser: torch.nn.Module) -> list[str]:
+    """The outermost module lists that hold at least two blocks of one class."""
+    names: list[str] = []
+    for name, module in denoiser.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in names) or not isinstance(module, torch.nn.ModuleList):
+            continue
+        if len(module) >= 2 and len({type(block) for block in module}) == 1:
+            names.append(name)
+    return names

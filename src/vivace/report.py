@@ -1,0 +1,89 @@
+"""`report`: what was done to a pipeline, what was left alone, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vivace.accelerate import acceleration_of
+from vivace.config import preset_name
+from vivace.passes.target import Note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The state of one pipeline. `str()` is a table."""
+
+    pipeline: str  # class name
+    family: str | None  # None: the generic lane
+    preset: str | None  # "custom" where no preset has these fields, None: not accelerated
+    config: dict[str, Any]
+    device: str
+    dtype: str
+    passes: tuple[Note, ...]
+    calls: dict[str, dict[str, int]]  # denoiser -> what served, or why the stock forward did -> calls so far
+    accelerate_seconds: float
+    first_call_seconds: float | None  # None: not called yet
+    weight_bytes: int  # of the denoisers
+    peak_bytes: int | None  # highest allocation so far on a CUDA device
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.preset is None:
+            return f"{self.pipeline}: not accelerated"
+        family = self.family or "no known family, so the generic lane"
+        lines = [f"{self.pipeline} ({family}), preset {self.preset}, {self.dtype} on {self.device}"]
+        width = max((len(note.name) for note in self.passes), default=0)
+        lines += [f"  {n.name:<{width}}  {'done' if n.done else 'left'}  {n.detail}" for n in self.passes]
+        for name, calls in self.calls.items():
+            lines += [f"  {name}: {count} calls, {served_by}" for served_by, count in calls.items()]
+        first = "not called yet" if self.first_call_seconds is None else f"first call {self.first_call_seconds:.2f} s"
+        lines.append(f"  cold start: accelerate {self.accelerate_seconds:.2f} s, {first}")
+        peak = "" if self.peak_bytes is None else f", peak on the device {self.peak_bytes / 2**30:.2f} GiB"
+        lines.append(f"  memory: weights {self.weight_bytes / 2**30:.2f} GiB{peak}")
+        return "\n".join(lines)
+
+
+def report(subject: Any) -> Report:
+    """What `accelerate` did to a pipeline or denoiser, and what its calls met since."""
+    acceleration = acceleration_of(subject)
+    if acceleration is None:
+        return _stock(subject)
+    target = acceleration.target
+    firsts = [lane.first_seconds for lane in target.lanes.values() if lane.first_seconds is not None]
+    return Report(
+        pipeline=type(target.subject).__name__,
+        family=target.family.name if target.family else None,
+        preset=preset_name(target.config),
+        config=asdict(target.config),
+        device=str(target.device),
+        dtype=str(target.dtype).removeprefix("torch."),
+        passes=tuple(target.notes),
+        calls={name: dict(lane.calls) for name, lane in target.lanes.items()},
+        accelerate_seconds=acceleration.seconds,
+        first_call_seconds=sum(firsts) if firsts else None,
+        weight_bytes=sum(p.nbytes for denoiser in target.denoisers.values() for p in denoiser.parameters()),
+        peak_bytes=torch.cuda.max_memory_allocated(target.device) if target.device.type == "cuda" else None,
+    )
+
+
+def _stock(subject: Any) -> Report:
+    return Report(
+        pipeline=type(subject).__name__,
+        family=None,
+        preset=None,
+        config={},
+        device="",
+        dtype="",
+        passes=(),
+        calls={},
+        accelerate_seconds=0.0,
+        first_call_seconds=None,
+        weight_bytes=0,
+        peak_bytes=None,
+    )

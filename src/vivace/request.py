@@ -1,0 +1,87 @@
+"""One request: the span of one pipeline call, which the layers around the denoiser share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from vivace.one_off import give_class
+
+LAYERS: tuple[tuple[str, str], ...] = (
+    ("request", "outermost: what the layers inside remember must begin and end with one picture"),
+    ("graphs", "outside the blocks: it replays their kernels, and takes no decision that a replay would freeze"),
+    ("blocks", "innermost: the arithmetic"),
+)
+"""The layers around a denoiser's blocks, outermost first, each with the reason for its place."""
+
+LAYER: ContextVar[str | None] = ContextVar("vivace_layer", default=None)
+"""The block that computes at this moment, where someone asked to know (the NaN guard)."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What one pipeline call knows about itself. Every thread and every task has its own."""
+
+    step: int = 0  # scheduler steps done so far: an index into this request's timesteps, repeated ones included
+    branch: str | None = None  # what the pipeline calls this denoiser call: "cond", "uncond"; None where it is silent
+    memo: dict[Any, Any] = field(default_factory=dict)  # values that hold for the request; dropped when it ends
+
+
+_CURRENT: ContextVar[Request | None] = ContextVar("vivace_request", default=None)
+
+
+def current() -> Request | None:
+    """The request that this thread or task is in, or None: a bare denoiser call."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def open_request() -> Iterator[Request]:
+    """A request for the length of a `with` block. For sampling loops of one's own; pipelines open theirs.
+
+    Nested requests do not see each other; the end also comes on an exception or a cancel.
+    """
+    request = Request()
+    token = _CURRENT.set(request)
+    try:
+        yield request
+    finally:
+        _CURRENT.reset(token)
+        request.memo.clear()
+
+
+def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callable[[], None]], Any]) -> None:
+    """Give `pipe` a class whose `__call__` opens and closes a Request; `members` are added to that class.
+
+    Undos are handed to `undo`.
+    """
+    stock = type(pipe)
+
+    @functools.wraps(stock.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Each time, because the user may have put in another scheduler since.
+        _count_steps(getattr(self, "scheduler", None), undo)
+        with open_request():
+            return stock.__call__(self, *args, **kwargs)
+
+    undo(give_class(pipe, {"__call__": __call__, **members}))
+
+
+def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> None:
+    """Let every `scheduler.step` count in the request it happens in."""
+    stock = type(scheduler)
+    if not hasattr(stock, "step") or getattr(stock, "vivace_counts", False):
+        return
+
+    @functools.wraps(stock.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock.step(self, *args, **kwargs)
+        if (request := current()) is not None:
+            request.step += 1
+        return result
+
+    undo(give_class(scheduler, {"step": step, "vivace_counts": True}))
