@@ -1,8 +1,10 @@
 """The families, one line each; a family's module holds its facts and imports torch only inside its functions."""
 
+from vivace.families.flux import FLUX
 from vivace.families.lcm import LCM
 from vivace.families.pixart import PIXART
 from vivace.families.sd import SD
+from vivace.families.sd3 import SD3
 from vivace.families.sdxl import SDXL
 from vivace.families.svd import SVD
 from vivace.family import Family
@@ -13,4 +15,6 @@ FAMILIES: dict[str, Family] = {
     "lcm": LCM,
     "svd": SVD,
     "pixart": PIXART,
+    "flux": FLUX,
+    "sd3": SD3,
 }

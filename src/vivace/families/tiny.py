@@ -125,11 +125,15 @@ def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """A ControlNet that fits `unet`, already trained in the sense that its output layers are not zero."""
     from diffusers import ControlNetModel
 
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    for parameter in net.parameters():
+    return without_zeros(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16)))
+
+
+def without_zeros(module: Any) -> Any:
+    """`module` with small random values where a parameter is all zero, as output layers are before training."""
+    for parameter in module.parameters():
         if not parameter.any():
             parameter.data.normal_(0.0, 0.05)
-    return net
+    return module
 
 
 def t2i_adapter(unet: UNet2DConditionModel, *, kind: str, downscale: int) -> T2IAdapter:
