@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vivace.kernels import KERNELS, language, row
+from vivace.kernels.kernel import Case
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.quant_rows import quant_rows
@@ -58,6 +59,28 @@ def test_what_does_not_fit():
     q = torch.empty(1, 8, 2, 32)
     with pytest.raises(ValueError, match="at offset 5 does not fit"):
         qk_norm_rope(torch.randn(1, 4, 192), q=q, k=q, offset=5)
+
+    with pytest.raises(ValueError, match=r"cos must be \[4, 16\]"):
+        qk_norm_rope(torch.randn(1, 4, 192), q=q, k=q, cos=torch.ones(4, 32), sin=torch.ones(4, 32))
+    with pytest.raises(ValueError, match=r"scale must be \[2, 64\]"):
+        norm_modulate(torch.randn(2, 3, 64), scale=torch.ones(1, 64))
+    with pytest.raises(ValueError, match="must have the same shape"):
+        residual_norm(torch.randn(2, 3, 64), torch.randn(1, 3, 64))
+
+
+@pytest.mark.parametrize("name", ["norm_modulate", "gate_residual", "residual_norm", "activate", "geglu", "quant_rows"])
+def test_more_than_two_billion_elements_apart(name):
+    # Address space, not memory: only the pages of three rows are touched.
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
+    kernel = KERNELS[name]
+    case = Case(
+        "far",
+        {"tokens": 3, "width": 32 if name == "geglu" else 64} | ({"quantize": "int8"} if name == "quant_rows" else {}),
+    )
+    arguments = kernel.arguments(case, device=DEVICE)
+    far = memory.as_strided((1, 3, 64), (0, 2**30, 1)).copy_(arguments["x"])
+    for got, expected in zip(kernel.launch(**arguments | {"x": far}), kernel.launch(**arguments), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_one_sample_does_not_change_another():

@@ -1,4 +1,4 @@
-"""GELU (tanh or exact) and SiLU, with rows as they are, row-scaled to 8 bits, or written into a given place."""
+"""GELU (tanh or exact) and SiLU, with rows as they are or row-scaled to 8 bits."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import load_columns, rows_like, rows_ref, shaped, tile, tokens_of
+from vivace.kernels.row import check_vectors, load_columns, rows_like, rows_ref, tile, tokens_of
 
 SCHEMA = "gate_residual(Tensor x, Tensor y, Tensor? gate) -> Tensor[]"
 
@@ -52,12 +52,24 @@ def _launch(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> list
     return made
 
 
+def pair_of(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stream and its branch as [B, S, D]. Raises ValueError when their shapes differ."""
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have the same shape, got {list(x.shape)} and {list(y.shape)}; expand one")
+    return tokens_of(x, "x"), tokens_of(y, "y")
+
+
 _op = register(SCHEMA, reference=gate_residual_ref, launch=_launch)
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """`x + gate * y` for x and y of [B, S, D] with contiguous rows and gate of [B, D]; a gate of None is one."""
-    return shaped(_op(tokens_of(x, "x"), tokens_of(y, "y"), gate), x)  # type: ignore[return-value]
+    """`x + gate * y` for x and y of [B, S, D] with contiguous rows and gate of [B, D]; a gate of None is one.
+
+    Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
+    """
+    rows, branch = pair_of(x, y)
+    check_vectors(rows, per_sample={"gate": gate})
+    return _op(rows, branch, gate)[0].view(x.shape)
 
 
 def _make(draw: Draw, *, batch: int = 1, tokens: int, width: int, gated: bool = True, pad: int = 0) -> dict[str, Any]:

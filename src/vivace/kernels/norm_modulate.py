@@ -11,6 +11,7 @@ from vivace.kernels.language import ceil_div, jit, tl
 from vivace.kernels.row import (
     Quantize,
     RowScaled,
+    check_vectors,
     limit_of,
     load_columns,
     norm_ref,
@@ -114,9 +115,11 @@ def norm_modulate(
 
     `x` is [B, S, D] (or [S, D]) with contiguous rows, `scale` and `shift` [B, D] (views of a wider modulation are
     fine), `weight` and `bias` [D]. Returns [B, S, D] in x's type, or `RowScaled` values when `quantize` names a format.
-    Raises ValueError when x's last dimension is not contiguous.
+    Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
-    return shaped(_op(tokens_of(x, "x"), scale, shift, weight, bias, eps, kind, quantize), x)
+    rows = tokens_of(x, "x")
+    check_vectors(rows, per_sample={"scale": scale, "shift": shift}, shared={"weight": weight, "bias": bias})
+    return shaped(_op(rows, scale, shift, weight, bias, eps, kind, quantize), x)
 
 
 def _make(

@@ -156,6 +156,13 @@ def qk_norm_rope(
         )
     if any(t is not None and t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("q, k and v must be contiguous in their last dimension; give views that keep D innermost")
+    for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
+        if weight is not None and weight.shape != q.shape[-1:]:
+            raise ValueError(f"{name} must be [{q.shape[-1]}], one a channel of a head, got {list(weight.shape)}")
+    for name, table in {"cos": cos, "sin": sin}.items():
+        if table is not None and table.shape != (qkv.shape[1], q.shape[-1] // 2):
+            allowed = [qkv.shape[1], q.shape[-1] // 2]
+            raise ValueError(f"{name} must be {allowed}, [S, D / 2], got {list(table.shape)}; give this stream's rows")
     _op(qkv, q, k, v, q_weight, k_weight, cos, sin, offset, eps)
 
 

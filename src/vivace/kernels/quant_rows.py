@@ -8,7 +8,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import Quantize, RowScaled, limit_of, rows_like, rows_ref, shaped, store_rows, tile, tokens_of
+from vivace.kernels.row import Quantize, RowScaled, limit_of, rows_like, rows_ref, store_rows, tile, tokens_of
 
 SCHEMA = "quant_rows(Tensor x, str quantize) -> Tensor[]"
 
@@ -48,7 +48,8 @@ _op = register(SCHEMA, reference=quant_rows_ref, launch=_launch)
 
 def quant_rows(x: torch.Tensor, *, quantize: Quantize) -> RowScaled:
     """`x` [B, S, D] (or [S, D]) with contiguous rows as 8-bit values and one fp32 scale a row."""
-    return shaped(_op(tokens_of(x, "x"), quantize), x)  # type: ignore[return-value]
+    values, scales = _op(tokens_of(x, "x"), quantize)
+    return RowScaled(values.view(x.shape), scales.view(*x.shape[:-1], 1))
 
 
 def _make(draw: Draw, *, batch: int = 1, tokens: int, width: int, quantize: str, pad: int = 0) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from vivace.kernels.gate_residual import gate_residual_ref
+from vivace.kernels.gate_residual import gate_residual_ref, pair_of
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
 from vivace.kernels.norm_modulate import norm_modulate_ref
 from vivace.kernels.row import (
     Quantize,
     RowScaled,
+    check_vectors,
     limit_of,
     load_columns,
     normalize,
@@ -24,7 +25,6 @@ from vivace.kernels.row import (
     shaped,
     store_rows,
     tile,
-    tokens_of,
 )
 
 SCHEMA = (
@@ -127,9 +127,14 @@ def residual_norm(
     """`h = x + gate * y` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
 
     `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D], `weight` and `bias` [D].
-    Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format.
+    Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format. Raises
+    ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
-    h, *normed = _op(tokens_of(x, "x"), tokens_of(y, "y"), gate, scale, shift, weight, bias, eps, kind, quantize)
+    rows, branch = pair_of(x, y)
+    check_vectors(
+        rows, per_sample={"gate": gate, "scale": scale, "shift": shift}, shared={"weight": weight, "bias": bias}
+    )
+    h, *normed = _op(rows, branch, gate, scale, shift, weight, bias, eps, kind, quantize)
     return h.view(x.shape), shaped(normed, x)
 
 

@@ -6,7 +6,8 @@ A row is the last dimension, and has to be contiguous; batches and tokens may ha
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -63,6 +64,21 @@ def tokens_of(x: torch.Tensor, name: str) -> torch.Tensor:
             f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call .contiguous()"
         )
     return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(-1, x.shape[-2], x.shape[-1])
+
+
+def check_vectors(x: torch.Tensor, *, per_sample: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError unless the given vectors fit `x` [B, S, D]: [B, D] a sample each, or one [D] for all.
+
+    A kernel reads them by pointer: where torch would broadcast or refuse, it would read another tensor's memory.
+    """
+    batch, _, width = x.shape
+    for vectors, shape in ((per_sample, (batch, width)), (shared or {}, (width,))):
+        for name, vector in vectors.items():
+            if vector is not None and (vector.shape != shape or vector.stride(-1) != 1):
+                raise ValueError(
+                    f"{name} must be {list(shape)} for x of {list(x.shape)} and contiguous in its last dimension, got "
+                    f"{list(vector.shape)} with strides {vector.stride()}; expand or reshape it"
+                )
 
 
 def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None) -> list[torch.Tensor]:
