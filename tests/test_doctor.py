@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from vivace import doctor
+from vivace.attention import BACKENDS
 from vivace.doctor import Check, Diagnosis
 from vivace.kernels import KERNELS
 
@@ -40,6 +41,8 @@ def test_dtypes_and_attention(report):
     assert dtypes["bf16 matmul"]["works"]
     assert len(dtypes) == 6
     assert attention["SDPA math, bf16"]["works"]
+    assert {f'attention="{name}"' for name in BACKENDS} <= set(attention)
+    assert attention['attention="native"']["works"], attention
     if not torch.cuda.is_available():
         assert "GPUs only" in attention["SDPA cudnn, bf16"]["detail"]
 

@@ -25,9 +25,9 @@ _HOME = {
     "PRESETS": "vivace.config",
     "accelerate": "vivace.accelerate",
     "family_of": "vivace.family",
+    "load": "vivace.load",
     "report": "vivace.report",
     "restore": "vivace.accelerate",
-    "load": "vivace.load",
 }
 
 # Spelled out for type checkers; a test holds it equal to _HOME.

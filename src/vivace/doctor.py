@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vivace.errors import InputError
 from vivace.machine import installed, machine
 
 if TYPE_CHECKING:
@@ -44,14 +45,6 @@ PACKAGES = (
     Package(distribution="triton", module="triton", gives="GPU kernels"),
     Package(distribution="av", module="av", gives="mp4 files", install="'vivace[video]'"),
     Package(distribution="textual-image", module="textual_image", gives="--show", install="'vivace[ui]'"),
-    Package(
-        distribution="flash-attn",
-        module="flash_attn",
-        gives="flash attention",
-        install="flash-attn --no-build-isolation",
-    ),
-    Package(distribution="sageattention", module="sageattention", gives="8-bit attention"),
-    Package(distribution="xformers", module="xformers", gives="memory-efficient attention"),
     Package(distribution="torchao", module="torchao", gives="quantised linears, as a peer in benchmarks"),
     Package(distribution="cache-dit", module="cache_dit", gives="step caching, as a peer in benchmarks"),
 )
@@ -105,6 +98,8 @@ def _headlines(facts: dict[str, Any]) -> Iterator[str]:
 def _tried(group: str, name: str, attempt: Callable[[], str | None]) -> Check:
     try:
         return Check(group=group, name=name, works=True, detail=attempt() or "")
+    except InputError as error:  # already says what to do
+        return Check(group=group, name=name, works=False, detail=str(error))
     except Exception as error:  # the point of a check: whatever goes wrong is its result
         lines = str(error).strip().splitlines() or [""]
         return Check(group=group, name=name, works=False, detail=f"{type(error).__name__}: {lines[0]}")
@@ -180,6 +175,24 @@ def _attention() -> Iterator[Check]:
     for name in ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
         backend = getattr(SDPBackend, name)
         yield _tried("attention", f"SDPA {name.removesuffix('_ATTENTION').lower()}, bf16", lambda b=backend: attend(b))
+    yield from _backends(q, k, v, exact)
+
+
+def _backends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor) -> Iterator[Check]:
+    """What `Config(attention=...)` may name; q, k, v and `exact` are [B, H, S, D]."""
+    import torch
+
+    from vivace.attention import BACKENDS, backend_of
+
+    def attend(name: str) -> None:
+        chosen = backend_of(name)
+        if reason := chosen.refuses(device=q.device, dtype=torch.bfloat16):
+            raise InputError(reason)
+        out = chosen.attend(*(x.bfloat16().transpose(1, 2).contiguous() for x in (q, k, v)))
+        _close(out.transpose(1, 2), exact, within=5e-2)  # wide enough for 8-bit attention
+
+    for name in BACKENDS:
+        yield _tried("attention", f'attention="{name}"', lambda name=name: attend(name))
 
 
 def _triton() -> Iterator[Check]:
