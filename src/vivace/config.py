@@ -89,16 +89,7 @@ def preset_name(config: Config) -> str:
 
 def _parse(name: str, kind: Any, text: str) -> Any:
     if kind is bool:
-        words = {
-            "true": True,
-            "on": True,
-            "yes": True,
-            "1": True,
-            "false": False,
-            "off": False,
-            "no": False,
-            "0": False,
-        }
+        words = {"on": True, "true": True, "off": False, "false": False}
         if text.lower() not in words:
             raise InputError(f"{name} is on or off, got {text!r}; for example --set {name}=on")
         return words[text.lower()]

@@ -62,7 +62,7 @@ class Graphs:
             if recording is None:
                 recording = self._record(segment, leaves, spec)
                 self._keep(key, recording)
-            self.recordings.move_to_end(key) if key in self.recordings else None
+            self.recordings.move_to_end(key)
             for static, tensor in zip(recording.inputs, tensors, strict=True):
                 static.copy_(tensor)
             recording.replay()

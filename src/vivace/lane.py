@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,7 @@ class Lane:
         self._split_undo = ExitStack()
         self._watch: Watch | None = None
         self._open = False
+        self._lock = threading.RLock()
 
     def install(self, *, members: dict[str, Any], undo: ExitStack) -> None:
         """Give the denoiser a class whose forward is this lane; `members` are added to that class."""
@@ -102,13 +104,14 @@ class Lane:
     def fuse(self, fused: Fused) -> None:
         """Serve calls with these fused blocks from now on."""
         self._fused = fused
-        self._refuse()
+        self._build()
 
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
-        self._split_undo.close()
-        self._watch = self.split = None
-        self.run.clear()
+        with self._lock:
+            self._split_undo.close()
+            self._watch = self.split = None
+            self.run.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward: its arguments, its result."""
@@ -116,9 +119,7 @@ class Lane:
             return self._stock(self.denoiser, *args, **kwargs)
         started = time.perf_counter()
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if self._fused is not None and (self._watch is None or self._watch.changed()):
-            self.release()
-            self._refuse()
+        self._follow()
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
@@ -131,14 +132,14 @@ class Lane:
         return out
 
     def _serve(self, kwargs: dict[str, Any]) -> Any:
-        reason = self._declined(kwargs)
-        if self.split is None or reason:
+        split, reason = self.split, self._declined(kwargs)
+        if split is None or reason:
             self._count(reason or "stock blocks", warn=reason is not None)
             return self.run("forward", functools.partial(self._stock, self.denoiser), **kwargs)
         self._count("fused blocks", warn=False)
-        if self.split.once is not None:
-            kwargs["once"] = self._once(self.split, kwargs)
-        return self.run("forward", self.split, **kwargs)
+        if split.once is not None:
+            kwargs["once"] = self._once(split, kwargs)
+        return self.run("forward", split, **kwargs)
 
     def _declined(self, kwargs: Mapping[str, Any]) -> str | None:
         if self._fused is None:
@@ -149,12 +150,19 @@ class Lane:
             return "gradients are enabled, and fused blocks only go forward (use torch.no_grad())"
         return self._fused.declines(**kwargs)
 
-    def _refuse(self) -> None:
+    def _follow(self) -> None:
+        """Build again when the denoiser is not what it was."""
+        with self._lock:
+            if self._watch is None or self._watch.changed():
+                self.release()
+                self._build()
+
+    def _build(self) -> None:
+        """Build what is made from the weights as they are now."""
         from vivace.passes.fuse import unfusable
 
-        assert self._fused is not None
-        self._unfusable = unfusable(self.denoiser, self._fused)
-        if self._unfusable is None:
+        self._unfusable = unfusable(self.denoiser, self._fused) if self._fused else None
+        if self._fused and self._unfusable is None:
             self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
             if self._named_blocks:
                 self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))

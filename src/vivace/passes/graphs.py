@@ -26,6 +26,8 @@ RULES: tuple[Rule, ...] = ()
 def _check(target: Target) -> str | None:
     if target.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {target.device.type}"
+    if target.config.check_nan:
+        return "check_nan waits for the device at every attention, which a recording cannot"
     if target.config.graphs == "auto":
         sm = torch.cuda.get_device_capability(target.device)
         size = max(sum(p.numel() for p in denoiser.parameters()) for denoiser in target.denoisers.values())

@@ -1,0 +1,103 @@
+"""The fused SD3 blocks compute what the stock transformer computes."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from vivace.attention.native import NATIVE
+from vivace.fused.sd3 import SD3
+
+
+def transformer(*, dtype=torch.float64, qk_norm="rms_norm", **fields) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 8,
+        "qk_norm": qk_norm,
+    }
+    model = SD3Transformer2DModel(**{**config, **fields}).to(dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+def inputs(*, dtype=torch.float64, zeros=16, size=8) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(2, 7 + zeros, 24, generator=generator)
+    text[:, 7:] = 0
+    return {
+        "hidden_states": torch.randn(2, 4, size, size, generator=generator).to(dtype),
+        "encoder_hidden_states": text.to(dtype),
+        "pooled_projections": torch.randn(2, 20, generator=generator).to(dtype),
+        "timestep": torch.tensor([300.0, 700.0]),
+        "return_dict": False,
+    }
+
+
+def both(model, arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    with ExitStack() as undo, torch.no_grad():
+        stock = model(**arguments)[0]
+        fused = SD3.fuse(model, attend=NATIVE.attend, undo=undo)(**arguments)[0]
+        return fused, stock
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 16])
+@pytest.mark.parametrize("qk_norm", ["rms_norm", None])
+def test_equals_stock(zeros, qk_norm):
+    fused, stock = both(transformer(qk_norm=qk_norm), inputs(zeros=zeros))
+    torch.testing.assert_close(fused, stock, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_near_to_fp64_as_stock(dtype):
+    exact, _ = both(transformer(), inputs())
+    fused, stock = both(transformer(dtype=dtype), inputs(dtype=dtype))
+    ours, theirs = ((x.double() - exact).norm() / exact.norm() for x in (fused, stock))
+    assert ours <= 1.2 * theirs
+
+
+def test_another_size_and_the_output_object():
+    arguments = {**inputs(size=6), "return_dict": True}
+    model = transformer()
+    with ExitStack() as undo, torch.no_grad():
+        stock = model(**arguments)
+        fused = SD3.fuse(model, attend=NATIVE.attend, undo=undo)(**arguments)
+    assert type(fused) is type(stock)
+    torch.testing.assert_close(fused.sample, stock.sample, rtol=1e-9, atol=1e-9)
+
+
+def test_control_residuals_and_skipped_layers():
+    residuals = [torch.randn(2, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))]
+    for extra in ({"block_controlnet_hidden_states": residuals}, {"skip_layers": [1]}):
+        fused, stock = both(transformer(), {**inputs(), **extra})
+        torch.testing.assert_close(fused, stock, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_are_the_same_storage_and_come_back():
+    model = transformer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with ExitStack() as undo, torch.no_grad():
+        split = SD3.fuse(model, attend=NATIVE.attend, undo=undo)
+        model.transformer_blocks[1].attn.to_k.weight.mul_(2)
+        torch.testing.assert_close(split(**inputs())[0], model(**inputs())[0], rtol=1e-9, atol=1e-9)
+        model.transformer_blocks[1].attn.to_k.weight.div_(2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+def test_says_what_it_cannot_fuse():
+    assert "second attention" in SD3.check(transformer(dual_attention_layers=(0,)))
+    assert SD3.check(transformer()) is None
+    assert "ip_hidden_states" in SD3.declines(joint_attention_kwargs={"ip_hidden_states": 0})
+    assert SD3.declines(joint_attention_kwargs={"scale": 1.0}) is None
