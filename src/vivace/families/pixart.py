@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
+from vivace.families.noise import noise_for, only_stills
 from vivace.families.published import SD_VAE, SDXL_VAE, T5_XXL
 from vivace.family import Block, Family, Split, State, Variant
 
@@ -128,14 +129,9 @@ def inputs(
     """
     import torch
 
-    if frames != 1:
-        raise ValueError(f"PixArt denoises single pictures, got frames={frames}; pass frames=1")
+    only_stills("PixArt", frames)
     config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
+    noise = noise_for(transformer, seed=seed)
     width, height = size
     conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
     if transformer.use_additional_conditions:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
+from vivace.families.noise import noise_for
 from vivace.families.published import OPENCLIP_H_VISION
 from vivace.families.unet import BLOCKS, KEEP_16BIT
 from vivace.family import Block, Family, Split, State, Variant
@@ -168,11 +169,7 @@ def inputs(
     import torch
 
     config, device, dtype = unet.config, unet.device, unet.dtype
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
+    noise = noise_for(unet, seed=seed)
     width, height = (side // 8 for side in size)
     return {
         "sample": noise(batch, frames, config.in_channels, height, width),

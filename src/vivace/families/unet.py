@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vivace.families.lora_scale import lora_scaled, take_lora_scale
+from vivace.families.noise import noise_for, only_stills
 from vivace.family import Block, Split, State
 
 if TYPE_CHECKING:
@@ -198,14 +199,9 @@ def inputs(
     """
     import torch
 
-    if frames != 1:
-        raise ValueError(f"an image UNet denoises single pictures, got frames={frames}; pass frames=1")
+    only_stills("a Stable Diffusion UNet", frames)
     config, device, dtype = unet.config, unet.device, unet.dtype
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
+    noise = noise_for(unet, seed=seed)
     width, height = (side // 8 for side in size)
     kwargs: dict[str, Any] = {
         "sample": noise(batch, config.in_channels, height, width),
