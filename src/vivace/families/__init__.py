@@ -3,10 +3,12 @@
 from vivace.families.flux import FLUX
 from vivace.families.lcm import LCM
 from vivace.families.pixart import PIXART
+from vivace.families.qwen_image import QWEN_IMAGE
 from vivace.families.sd import SD
 from vivace.families.sd3 import SD3
 from vivace.families.sdxl import SDXL
 from vivace.families.svd import SVD
+from vivace.families.wan import WAN
 from vivace.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,4 +19,6 @@ FAMILIES: dict[str, Family] = {
     "pixart": PIXART,
     "flux": FLUX,
     "sd3": SD3,
+    "qwen_image": QWEN_IMAGE,
+    "wan": WAN,
 }
