@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = stock.__reduce_ex__(self, protocol)
+        # Pickle refuses its own constructor for another class than the object's.
+        function = _blank if function is copyreg.__newobj__ else function  # pyright: ignore[reportAttributeAccessIssue]
         return (function, tuple(stock if value is one_off else value for value in arguments), *rest)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
@@ -30,3 +33,7 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
             alive.__class__ = stock  # pyright: ignore[reportAttributeAccessIssue]
 
     return undo
+
+
+def _blank(stock: type, *arguments: Any) -> Any:
+    return stock.__new__(stock, *arguments)

@@ -1,0 +1,75 @@
+"""Pipelines that several tests accelerate, and Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+# Without a GPU the kernels run in the interpreter, which has to be asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def sd3_pipe() -> StableDiffusion3Pipeline:
+    """A random Stable Diffusion 3 without VAE and text encoders; `sd3_latents` calls it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=20,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    ).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    absent = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **dict.fromkeys(absent)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def sd3_latents() -> Callable[..., torch.Tensor]:
+    """Calls such a pipeline: three guided steps, the same noise and text each time."""
+
+    def latents(pipe: StableDiffusion3Pipeline, *, size: int = 64, **arguments) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        dtype = next(pipe.transformer.parameters()).dtype
+        text = torch.randn(2, 23, 24, generator=generator).to(dtype)
+        text[:, 7:] = 0
+        pooled = torch.randn(2, 20, generator=generator).to(dtype)
+        return pipe(
+            **{"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:], "num_inference_steps": 3},
+            **{"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]},
+            **{"height": size, "width": size, "generator": generator, "output_type": "latent", **arguments},
+        ).images
+
+    return latents
+
+
+@pytest.fixture(scope="session")
+def unet_pipe() -> StableDiffusionPipeline:
+    """A tiny Stable Diffusion, which every test leaves as it found it."""
+    from vivace.families import FAMILIES
+
+    pipe = FAMILIES["sd"].tiny()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
