@@ -92,7 +92,8 @@ def _apply(subject: Any, config: Config) -> None:
         for one in wanted:
             one.apply(target)
         if subject not in target.denoisers.values():
-            scope_pipeline(subject, members=members, undo=failing.callback)
+            # Not `failing`: undos also come later, with a scheduler that is put in later.
+            scope_pipeline(subject, members=members, undo=lambda step: target.undo.callback(step))
         target.undo = failing.pop_all()
     order = [one.name for one in PASSES]
     target.notes.sort(key=lambda note: order.index(note.name))

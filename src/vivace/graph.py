@@ -25,6 +25,9 @@ class Recording:
     nbytes: int  # of device memory that goes back when the recording is dropped
 
 
+HOST = "cpu"
+"""Tensors there are read by the program, not by recorded kernels."""
+
 Record = Callable[[Callable[..., Any], list[Any], TreeSpec], Recording]
 
 
@@ -48,7 +51,7 @@ class Graphs:
         leaves, spec = tree_flatten(kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path.
-        if torch.is_grad_enabled() or any(tensor.device.type == "cpu" for tensor in tensors):
+        if torch.is_grad_enabled() or any(tensor.device.type == HOST for tensor in tensors):
             return segment(**kwargs)
         try:
             key = (name, spec, *(_describe(leaf) for leaf in leaves))

@@ -1,0 +1,39 @@
+"""Every backend declares itself and refuses, with what to do, where it cannot run."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vivace.attention import BACKENDS, backend_of
+from vivace.attention.native import NATIVE
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_declares_itself(name):
+    backend = backend_of(name)
+    assert backend.name == name
+    assert (backend.package is None) == (backend.install == "")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if backend_of(name).package])
+def test_not_installed_says_what_to_install(name):
+    backend = backend_of(name)
+    if importlib.util.find_spec(backend.package) is not None:
+        pytest.skip(f"{backend.package} is installed")
+    assert backend.install in backend.refuses(device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def test_refuses_device_and_dtype():
+    assert "not on cpu" in backend_of("cudnn").refuses(device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert "not float32" in backend_of("cudnn").refuses(device=torch.device("cuda"), dtype=torch.float32)
+    assert NATIVE.refuses(device=torch.device("cpu"), dtype=torch.float32) is None
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]]), torch.tensor([[0.0, 1.5, -2.0]])])
+def test_native_is_sdpa_in_token_major_layout(mask):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, scale=0.2)
+    torch.testing.assert_close(NATIVE.attend(q, k, v, mask=mask, scale=0.2), expected.transpose(1, 2))

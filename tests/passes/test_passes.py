@@ -1,0 +1,38 @@
+"""The order of the passes and the report of what they did, on every kind of family."""
+
+import json
+
+import pytest
+import torch
+
+import vivace
+from vivace import Config
+from vivace.families import FAMILIES
+from vivace.passes import PASSES
+
+
+def test_one_order_each_place_with_its_reason():
+    names = [one.name for one in PASSES]
+    assert names == ["attention", "channels_last", "fuse", "compile", "graphs"]
+    assert all(one.why_here for one in PASSES)
+    assert set(names) <= set(Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_on_every_family(family):
+    pipe = FAMILIES[family].tiny()
+    name = FAMILIES[family].denoisers[0]
+    denoiser = getattr(pipe, name)
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
+    with torch.no_grad():
+        stock = denoiser(**arguments)[0]
+        vivace.accelerate(pipe)
+        fast = denoiser(**arguments)[0]
+        report = vivace.report(pipe)
+        vivace.restore(pipe)
+        torch.testing.assert_close(fast, stock, rtol=1e-3, atol=1e-4)
+        assert torch.equal(denoiser(**arguments)[0], stock)
+    assert report.family == family
+    assert [note.name for note in report.passes] == [one.name for one in PASSES]
+    assert json.loads(json.dumps(report.to_dict()))["calls"][name]
+    assert all(note.name in str(report) for note in report.passes)

@@ -1,0 +1,56 @@
+"""The watch sees whatever makes rearranged weights wrong."""
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from vivace.watch import Watch
+
+
+def replace_child(model):
+    model[0] = torch.nn.Linear(3, 3)
+
+
+def replace_parameter(model):
+    model[1].weight = torch.nn.Parameter(torch.zeros(3, 3))
+
+
+def replace_data(model):
+    model[1].weight.data = model[1].weight.data.clone()
+
+
+def replace_processor(model):
+    model[0].processor = object()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_child,
+        replace_parameter,
+        replace_data,
+        replace_processor,
+        lambda model: model.double(),
+        lambda model: model[1].register_forward_hook(lambda *_: None),
+        lambda model: setattr(model[1], "forward", torch.relu),
+        lambda model: parametrize.register_parametrization(model[1], "weight", torch.nn.Identity()),
+    ],
+)
+def test_sees(change):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[0].processor = object()
+    watch = Watch(model)
+    kept = [parameter.data for parameter in model.parameters()]
+    assert not watch.changed()
+    change(model)
+    assert watch.changed()
+    assert not Watch(model).changed()
+    del kept
+
+
+def test_values_changed_in_place_are_no_change():
+    model = torch.nn.Linear(3, 3)
+    watch = Watch(model)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    assert not watch.changed()
