@@ -27,8 +27,9 @@ def full_component(
     """
     import torch
 
-    model = _skeleton(*_blueprint(family, variant, component))
-    _materialise(model, device=torch.device(device), dtype=dtype or torch.bfloat16)
+    device = torch.device(device)
+    model = _skeleton(*_blueprint(family, variant, component), counted=device.type == "meta")
+    _materialise(model, device=device, dtype=dtype or torch.bfloat16)
     return model.eval()
 
 
@@ -48,11 +49,15 @@ def _blueprint(family: Family, variant: Variant, component: str) -> tuple[type, 
     return getattr(transformers, name), config
 
 
-def _skeleton(model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
-    """The model with parameters on "meta" and everything else, such as rotary tables, computed as usual."""
+def _skeleton(model_class: type, config: Mapping[str, Any], *, counted: bool) -> torch.nn.Module:
+    """The model with parameters on "meta" and everything else, such as rotary tables, computed as usual.
+
+    Where the model is only `counted`, tables are not computed either: some take seconds.
+    """
+    import torch
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta") if counted else init_empty_weights(include_buffers=False):
         config_class = getattr(model_class, "config_class", None)
         model = model_class(config_class(**config)) if config_class else model_class(**config)
     if hasattr(model, "tie_weights"):

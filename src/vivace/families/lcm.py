@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
     """A random pipeline of one of the family's classes, for 64 x 64 pixels on the CPU."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import LCMScheduler
 
-    return sd.tiny_around(UNet2DConditionModel(**sd.TINY, time_cond_proj_dim=32), pipeline_class or LCM.pipelines[0])
+    return sd.tiny_around({**sd.TINY, "time_cond_proj_dim": 32}, LCMScheduler, pipeline_class or LCM.pipelines[0])
 
 
 def recognise(config: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
@@ -11,7 +12,7 @@ from vivace.families.unet import BLOCKS, KEEP_16BIT, inputs, split
 from vivace.family import Family, Variant
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
 SD15: Mapping[str, Any] = {
     "sample_size": 64,
@@ -40,30 +41,29 @@ TINY_CHANNELS = {"StableDiffusionInstructPix2PixPipeline": 8}
 
 def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
     """A random pipeline of one of the family's classes, for 64 x 64 pixels on the CPU."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import DDIMScheduler
 
     name = pipeline_class or SD.pipelines[0]
-    unet = UNet2DConditionModel(**TINY, in_channels=TINY_CHANNELS.get(name, 4))
-    return tiny_around(unet, name)
+    return tiny_around({**TINY, "in_channels": TINY_CHANNELS.get(name, 4)}, DDIMScheduler, name)
 
 
-def tiny_around(unet: UNet2DConditionModel, pipeline_class: str) -> DiffusionPipeline:
+def tiny_around(unet_config: Mapping[str, Any], scheduler: type, pipeline_class: str) -> DiffusionPipeline:
     """The tiny pipeline around a UNet of the Stable Diffusion 1 kind."""
-    from diffusers import DDIMScheduler, LCMScheduler
+    from diffusers import UNet2DConditionModel
 
     from vivace.families.tokenizers import clip_image_processor, clip_tokenizer
 
-    scheduler = DDIMScheduler if unet.config.time_cond_proj_dim is None else LCMScheduler
+    unet = cache(lambda: UNet2DConditionModel(**unet_config))
     return small.assemble(
         pipeline_class,
         {
             "vae": small.autoencoder_kl,
             "text_encoder": small.clip_text,
             "tokenizer": clip_tokenizer,
-            "unet": lambda: unet,
+            "unet": unet,
             "scheduler": lambda: scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-            "controlnet": lambda: small.controlnet(unet),
-            "adapter": lambda: small.t2i_adapter(unet, kind="full_adapter", downscale=8),
+            "controlnet": lambda: small.controlnet(unet()),
+            "adapter": lambda: small.t2i_adapter(unet(), kind="full_adapter", downscale=8),
             "image_encoder": small.clip_vision,
             "feature_extractor": clip_image_processor,
             "safety_checker": lambda: None,
@@ -118,6 +118,7 @@ SD = Family(
             denoiser={**SD15, "in_channels": 9},
             parameters=859_535_364,
             hub_id="stable-diffusion-v1-5/stable-diffusion-inpainting",
+            pipeline="StableDiffusionInpaintPipeline",
             size=(512, 512),
             steps=50,
             guidance=7.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vivace.families import tiny as small
@@ -60,7 +61,7 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
     from vivace.families.tokenizers import clip_image_processor, clip_tokenizer
 
     name = pipeline_class or SDXL.pipelines[0]
-    unet = UNet2DConditionModel(**TINY, in_channels=TINY_CHANNELS.get(name, 4))
+    unet = cache(lambda: UNet2DConditionModel(**TINY, in_channels=TINY_CHANNELS.get(name, 4)))
     return small.assemble(
         name,
         {
@@ -69,12 +70,12 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
             "text_encoder_2": small.clip_text_projected,
             "tokenizer": clip_tokenizer,
             "tokenizer_2": clip_tokenizer,
-            "unet": lambda: unet,
+            "unet": unet,
             "scheduler": lambda: EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
             ),
-            "controlnet": lambda: small.controlnet(unet),
-            "adapter": lambda: small.t2i_adapter(unet, kind="full_adapter_xl", downscale=16),
+            "controlnet": lambda: small.controlnet(unet()),
+            "adapter": lambda: small.t2i_adapter(unet(), kind="full_adapter_xl", downscale=16),
             "image_encoder": small.clip_vision,
             "feature_extractor": clip_image_processor,
             "add_watermarker": lambda: False,
@@ -126,6 +127,7 @@ SDXL = Family(
             denoiser={**BASE, "in_channels": 9},
             parameters=2_567_478_084,
             hub_id="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+            pipeline="StableDiffusionXLInpaintPipeline",
             steps=50,
             batch=2,
         ),
