@@ -1,6 +1,7 @@
 """The families, one line each; a family's module holds its facts and imports torch only inside its functions."""
 
 from vivace.families.flux import FLUX
+from vivace.families.flux2 import FLUX2
 from vivace.families.lcm import LCM
 from vivace.families.pixart import PIXART
 from vivace.families.qwen_image import QWEN_IMAGE
@@ -9,6 +10,7 @@ from vivace.families.sd3 import SD3
 from vivace.families.sdxl import SDXL
 from vivace.families.svd import SVD
 from vivace.families.wan import WAN
+from vivace.families.z_image import Z_IMAGE
 from vivace.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -21,4 +23,6 @@ FAMILIES: dict[str, Family] = {
     "sd3": SD3,
     "qwen_image": QWEN_IMAGE,
     "wan": WAN,
+    "flux2": FLUX2,
+    "z_image": Z_IMAGE,
 }

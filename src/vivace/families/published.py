@@ -88,3 +88,24 @@ SD_NOISE: Mapping[str, Any] = {
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
 }
+
+# Qwen 3, whose hidden states condition FLUX.2 klein and Z-Image.
+QWEN3_4B: Encoder = (
+    "Qwen3ForCausalLM",
+    {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    },
+)
+QWEN3_8B: Encoder = (
+    "Qwen3ForCausalLM",
+    {**QWEN3_4B[1], "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+)

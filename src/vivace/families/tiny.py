@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CLIPTextModel,
         CLIPTextModelWithProjection,
         CLIPVisionModelWithProjection,
+        Qwen3ForCausalLM,
         T5EncoderModel,
     )
 
@@ -142,3 +143,25 @@ def t2i_adapter(unet: UNet2DConditionModel, *, kind: str, downscale: int) -> T2I
 
     channels = list(unet.config.block_out_channels)
     return T2IAdapter(in_channels=3, channels=channels, num_res_blocks=1, downscale_factor=downscale, adapter_type=kind)
+
+
+def qwen3(*, layers: int) -> Qwen3ForCausalLM:
+    """A Qwen 3 for `qwen2_tokenizer()`; `layers` is at least the highest one whose output the pipeline reads."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from vivace.families.tokenizers import qwen2_tokenizer
+
+    tokenizer = qwen2_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
