@@ -30,7 +30,9 @@ def test_memory_that_is_neither_layout():
     torch.testing.assert_close(y, torch.nn.functional.group_norm(x, 8, weight, bias), rtol=2e-5, atol=2e-5)
 
 
-def test_groups_that_do_not_divide():
+def test_what_does_not_fit():
     x, weight = torch.randn(1, 30, 4, 4), torch.ones(30)
     with pytest.raises(ValueError, match="8 groups do not divide the 30 channels"):
         group_norm_silu.group_norm_silu(x, groups=8, weight=weight, bias=weight)
+    with pytest.raises(ValueError, match=r"add must be \[1, 30\]"):
+        group_norm_silu.group_norm_silu(x, groups=5, weight=weight, bias=weight, add=torch.ones(1, 30, 1, 1))

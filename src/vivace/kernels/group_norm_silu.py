@@ -258,10 +258,20 @@ def group_norm_silu(
     """`silu(group_norm(x + add))` for `x` [B, C, H, W] (or [B, C, S], [B, C, F, H, W]), `add` [B, C].
 
     Channels-last x gives a channels-last result, of the same speed or better; any other x is taken as channels first.
-    Raises ValueError when the groups do not divide the channels.
+    Raises ValueError when the groups do not divide the channels or a vector does not fit.
     """
     if x.shape[1] % groups:
         raise ValueError(f"{groups} groups do not divide the {x.shape[1]} channels of x, of shape {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    for name, vector, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("add", add, (batch, channels)),
+    ):
+        if vector is not None and (vector.shape != shape or vector.stride(-1) != 1):
+            raise ValueError(
+                f"{name} must be {list(shape)} and contiguous for x of {list(x.shape)}, got {list(vector.shape)}"
+            )
     return _op(x, weight, bias, add, groups, eps, silu)[0]
 
 

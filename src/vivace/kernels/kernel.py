@@ -67,9 +67,8 @@ class Kernel:
     make: Callable[..., dict[str, Any]]  # make(draw, **case.sizes) -> arguments
     cases: tuple[Case, ...]  # small and odd, for the tests
     bench: tuple[Case, ...]  # the shapes that models use
-    tolerance: Mapping[torch.dtype, tuple[float, float]] = field(
-        default_factory=lambda: ONE_ROUNDING
-    )  # relative, absolute
+    # Relative and absolute, for each type of a result.
+    tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=lambda: ONE_ROUNDING)
     written: tuple[str, ...] = ()  # arguments that the operation fills
     bytes_moved: Callable[[Mapping[str, Any], list[torch.Tensor]], int] = read_and_write_once
 
