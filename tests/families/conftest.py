@@ -104,5 +104,7 @@ def _copied(value: Any) -> Any:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    if not isinstance(value, dict | list | tuple):
+        return []  # such as a cache of keys and values beside the picture
     items = value.values() if isinstance(value, dict) else value
     return [tensor for item in items for tensor in _tensors(item)]

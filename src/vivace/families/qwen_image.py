@@ -75,7 +75,7 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
         name,
         {
             "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0),
-            "vae": lambda: AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+            "vae": lambda: AutoencoderKLQwenImage(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
             "text_encoder": _tiny_text_encoder,
             "tokenizer": qwen2_tokenizer,
             "processor": qwen_vl_processor,
