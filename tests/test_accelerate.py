@@ -285,3 +285,33 @@ def test_config_object_and_preset_are_the_same(sd3_pipe):
     assert vivace.report(sd3_pipe).preset == "custom"
     vivace.accelerate(sd3_pipe, "exact")
     assert vivace.report(sd3_pipe).preset == "exact"
+
+
+def test_modular_pipeline(sd3_pipe):
+    from diffusers.modular_pipelines import ModularPipeline, ModularPipelineBlocks
+    from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+
+    class Denoise(ModularPipelineBlocks):
+        model_name = "one-step"
+        expected_components = [ComponentSpec("transformer", SD3Transformer2DModel)]  # noqa: RUF012
+        inputs = [InputParam("x"), InputParam("text"), InputParam("pooled")]  # noqa: RUF012
+        intermediate_outputs = [OutputParam("sample")]  # noqa: RUF012
+
+        def __call__(self, components, state):
+            block_state = self.get_block_state(state)
+            block_state.sample = components.transformer(
+                block_state.x, block_state.text, block_state.pooled, torch.tensor([300.0])
+            ).sample
+            self.set_block_state(state, block_state)
+            return components, state
+
+    pipe = ModularPipeline(blocks=Denoise())
+    pipe.update_components(transformer=sd3_pipe.transformer)
+    arguments = {"x": torch.randn(1, 4, 8, 8), "text": torch.zeros(1, 9, 24), "pooled": torch.randn(1, 20)}
+    stock = pipe(**arguments, output="sample")
+    vivace.accelerate(pipe)
+    torch.testing.assert_close(pipe(**arguments, output="sample"), stock, rtol=1e-4, atol=1e-4)
+    assert served(pipe) == {"fused blocks": 1}
+    vivace.restore(pipe)
+    assert type(pipe) is ModularPipeline
+    assert torch.equal(pipe(**arguments, output="sample"), stock)

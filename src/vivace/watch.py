@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,26 +17,33 @@ class Watch:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._storages: list[tuple[torch.Tensor, int]] = []
-        self._hooked: list[tuple[torch.nn.Module, bool]] = []
+        self._storages: list[tuple[Callable[[], int], int]] = []
+        self._hooked: list[tuple[dict[str, Any], bool]] = []
         for child in module.modules():
             self._places += [(child._modules, name, inner) for name, inner in child._modules.items()]
             self._places += [(child._parameters, name, weight) for name, weight in child._parameters.items()]
             if "processor" in vars(child):
                 self._places.append((vars(child), "processor", vars(child)["processor"]))
-            self._storages += [(p, p.data_ptr()) for p in child._parameters.values() if p is not None]
+            self._storages += [(p.data_ptr, p.data_ptr()) for p in child._parameters.values() if p is not None]
             if child is not module:
-                self._hooked.append((child, hooked(child)))
+                self._hooked.append((vars(child), hooked(child)))
 
     def changed(self) -> bool:
         """Whether anything was replaced, moved, cast, hooked or unhooked since."""
-        return (
-            any(place.get(name) is not value for place, name, value in self._places)
-            or any(parameter.data_ptr() != pointer for parameter, pointer in self._storages)
-            or any(hooked(child) is not before for child, before in self._hooked)
-        )
+        # Plain loops: generators would double the time of what runs at every call.
+        for place, name, value in self._places:
+            if place.get(name) is not value:
+                return True
+        for pointer, before in self._storages:
+            if pointer() != before:
+                return True
+        return any(_hooked(state) is not before for state, before in self._hooked)
 
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether a call of `module` does something besides its class's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return _hooked(vars(module))
+
+
+def _hooked(state: dict[str, Any]) -> bool:
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 
 from vivace.attention.native import NATIVE
 from vivace.fused.sd3 import SD3
@@ -52,9 +53,9 @@ def both(model, arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 16])
-@pytest.mark.parametrize("qk_norm", ["rms_norm", None])
-def test_equals_stock(zeros, qk_norm):
-    fused, stock = both(transformer(qk_norm=qk_norm), inputs(zeros=zeros))
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": None}, {"dual_attention_layers": (0, 1)}])
+def test_equals_stock(zeros, fields):
+    fused, stock = both(transformer(**fields), inputs(zeros=zeros))
     torch.testing.assert_close(fused, stock, rtol=1e-9, atol=1e-9)
 
 
@@ -97,7 +98,9 @@ def test_weights_are_the_same_storage_and_come_back():
 
 
 def test_says_what_it_cannot_fuse():
-    assert "second attention" in SD3.check(transformer(dual_attention_layers=(0,)))
-    assert SD3.check(transformer()) is None
+    model = transformer()
+    assert SD3.check(model) is None
+    model.transformer_blocks[1].attn.processor = FusedJointAttnProcessor2_0()
+    assert SD3.check(model) == "block 1 has a FusedJointAttnProcessor2_0"
     assert "ip_hidden_states" in SD3.declines(joint_attention_kwargs={"ip_hidden_states": 0})
     assert SD3.declines(joint_attention_kwargs={"scale": 1.0}) is None

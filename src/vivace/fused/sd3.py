@@ -23,14 +23,16 @@ from vivace.fused.stack import Stack
 
 EPSILON = 1e-6
 
+SCALES = {2: (0,), 6: (1, 4), 9: (1, 4, 7)}
+"""Which chunks of a modulation are scales: of two, scale and shift; else of triples of shift, scale and gate."""
+
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
     for index, block in enumerate(denoiser.transformer_blocks):
-        if block.use_dual_attention:
-            return f"block {index} has a second attention"
-        if type(block.attn.processor) is not JointAttnProcessor2_0:
-            return f"block {index} has a {type(block.attn.processor).__name__}"
+        for attention in filter(None, (block.attn, block.attn2)):
+            if type(attention.processor) is not JointAttnProcessor2_0:
+                return f"block {index} has a {type(attention.processor).__name__}"
         if block._chunk_size is not None:
             return f"block {index} computes its feed-forward in chunks"
     return None
@@ -52,8 +54,7 @@ class Modulation:
         for name, norm in _norms(denoiser):
             start = sum(linear.out_features for linear in linears) // denoiser.inner_dim
             chunks = norm.linear.out_features // denoiser.inner_dim
-            # Six chunks: shift, scale, gate, shift, scale, gate. Two: scale, shift.
-            scales += [start + place for place in ((1, 4) if chunks == 6 else (0,))]
+            scales += [start + place for place in SCALES[chunks]]
             self.spans[name] = slice(start, start + chunks)
             linears.append(norm.linear)
         self.stack = Stack(linears, undo=undo)
@@ -92,6 +93,8 @@ class JointBlock:
         self.block, self.attend, self.spans = block, attend, spans
         self.heads: int = attention.heads
         self.image_qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=undo)
+        second = block.attn2
+        self.second_qkv = second and Stack([second.to_q, second.to_k, second.to_v], undo=undo)
         self.text_qkv = Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=undo)
 
     def __call__(self, state: State) -> State:
@@ -99,13 +102,17 @@ class JointBlock:
         x, text = state.x, state.text
         assert text is not None
         image_parts, text_parts = (context["modulation"][span] for span in self.spans)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = image_parts
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second_parts = image_parts
         last = block.context_pre_only
+        normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
         text_scale, text_shift = text_parts if last else (text_parts[1], text_parts[0])
         attended = self._attention(
-            _norm_modulate(x, scale, shift), _norm_modulate(text, text_scale, text_shift), context["bias"]
+            torch.addcmul(shift, normed, scale), _norm_modulate(text, text_scale, text_shift), context["bias"]
         )
         x = torch.addcmul(x, gate, block.attn.to_out[0](attended[:, : x.shape[1]]))
+        if second_parts:
+            shift, scale, gate = second_parts
+            x = torch.addcmul(x, gate, self._second_attention(torch.addcmul(shift, normed, scale)))
         x = torch.addcmul(x, mlp_gate, _feed_forward(block.ff, _norm_modulate(x, mlp_scale, mlp_shift)))
         if not last:
             _, _, gate, mlp_shift, mlp_scale, mlp_gate = text_parts
@@ -122,6 +129,12 @@ class JointBlock:
         q_text, k_text, v_text = self._heads(self.text_qkv(text), attention.norm_added_q, attention.norm_added_k)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q_image, q_text), (k_image, k_text), (v_image, v_text)))
         return self.attend(q, k, v, mask=bias).flatten(2)
+
+    def _second_attention(self, image: torch.Tensor) -> torch.Tensor:
+        """The image tokens among themselves, where a block has that too (SD 3.5 medium): `[B, S, D]`."""
+        attention = self.block.attn2
+        q, k, v = self._heads(self.second_qkv(image), attention.norm_q, attention.norm_k)
+        return attention.to_out[0](self.attend(q, k, v).flatten(2))
 
     def _heads(self, qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
