@@ -1,0 +1,69 @@
+"""`vivace families`: the models vivace knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vivace.family import Family
+
+
+def families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of the table.")] = False,
+) -> None:
+    """List the known model families, their variants and their pipeline classes."""
+    import json
+
+    from vivace.families import FAMILIES
+
+    if as_json:
+        print(json.dumps([_facts(family) for family in FAMILIES.values()]))
+    else:
+        from rich.console import Console
+
+        Console().print(_table(list(FAMILIES.values())))
+
+
+def _facts(family: Family) -> dict[str, Any]:
+    """What a reader chooses a family and variant by, as plain values."""
+    variants = {
+        name: {
+            "hub_id": variant.hub_id,
+            "parameters": variant.parameters,
+            "size": list(variant.size),
+            "frames": variant.frames,
+            "steps": variant.steps,
+            "guidance": variant.guidance,
+        }
+        for name, variant in family.variants.items()
+    }
+    return {
+        "name": family.name,
+        "title": family.title,
+        "media": family.media,
+        "takes": sorted(family.takes),
+        "variants": variants,
+        "pipelines": list(family.pipelines),
+    }
+
+
+def _table(families: list[Family]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("name", "title", "variant (parameters)", "pipelines", box=box.SIMPLE_HEAD)
+    for family in families:
+        variants = [f"{name} ({_short(variant.parameters)})" for name, variant in family.variants.items()]
+        table.add_row(family.name, family.title, "\n".join(variants), "\n".join(family.pipelines), end_section=True)
+    return table
+
+
+def _short(count: int | None) -> str:
+    """A parameter count in billions or millions."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
