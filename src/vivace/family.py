@@ -72,6 +72,7 @@ class Variant:
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # what differs from the family's configuration
     parameters: int | None = None  # of the denoiser, counted from the published configuration
     hub_id: str = ""
+    pipeline: str | None = None  # diffusers pipeline class name, where it is not the family's first
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
     frames: int = 1
     steps: int = 28

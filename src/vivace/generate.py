@@ -15,7 +15,7 @@ from vivace import conditioning, inputs, picture, video
 from vivace.errors import InputError, first_line
 from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
 from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
-from vivace.prompt import cuts
+from vivace.prompt import cut_lines, cuts
 from vivace.scheduler import scheduler_class, use_scheduler
 from vivace.steps import Step, counted
 
@@ -190,12 +190,13 @@ def _load(ready: Ready) -> DiffusionPipeline:
     conditioning.adapt(pipe, job)
     if job.scheduler:
         use_scheduler(pipe, job.scheduler, prediction=source.prediction)
+    accepted = inputs.arguments(ready.pipeline)
     longest = ready.call.get("max_sequence_length")
-    if longest is None and "max_sequence_length" in (accepted := inputs.arguments(ready.pipeline)):
+    if longest is None and "max_sequence_length" in accepted:
         longest = accepted["max_sequence_length"].default
     for prompt in job.prompts:
-        for slot, (room, rest) in cuts(pipe, prompt, longest=longest).items():
-            logger.warning("the prompt is longer than the %d tokens of %s; it was cut before: %r", room, slot, rest)
+        for line in cut_lines(cuts(pipe, prompt, longest=longest)):
+            logger.warning(line)
     return pipe
 
 

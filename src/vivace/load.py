@@ -124,6 +124,8 @@ def load_source(
                 local_files_only=source.path is not None,
                 **{**absent, **components},
             )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.name} cannot be loaded as {chosen.__name__}: {first_line(error)}") from error
     return pipe.to(place)
@@ -175,7 +177,8 @@ def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source
         from vivace import single_file
 
         family, found = single_file.identify(path, variant=variant)
-        return Source(name=name, path=path, pipeline=family.pipelines[0], family=family, variant=found)
+        pipeline = found.pipeline or family.pipelines[0]
+        return Source(name=name, path=path, pipeline=pipeline, family=family, variant=found)
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(tuple(checkpoint.PICKLES | {".safetensors"})):
         raise InputError(f"no model at {name}; give builtin, a pipeline folder, a .safetensors file or a hub id")
     if not HUB_ID.fullmatch(name):

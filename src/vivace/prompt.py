@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+MOST_SHOWN = 160  # characters of what was cut
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -41,3 +44,15 @@ def cuts(pipe: DiffusionPipeline, prompt: str, *, longest: int | None = None) ->
             rest: Any = tokenizer.decode(ids[room - ending : len(ids) - ending], skip_special_tokens=True)
             found[slot] = (room, rest.strip())
     return found
+
+
+def cut_lines(found: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What `cuts` found, one line for each place of cutting."""
+    slots: dict[tuple[int, str], list[str]] = {}
+    for slot, where in found.items():
+        slots.setdefault(where, []).append(slot)
+    lines = []
+    for (room, rest), names in slots.items():
+        shown = rest if len(rest) <= MOST_SHOWN else f"{rest[: MOST_SHOWN // 2]} ... {rest[-MOST_SHOWN // 2 :]}"
+        lines.append(f"the prompt is longer than the {room} tokens of {' and '.join(names)}; cut off: {shown!r}")
+    return lines

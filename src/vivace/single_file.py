@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 INDEX = "model_index.json"
-# How original layouts begin the names of an autoencoder's tensors.
-VAE_STARTS = ("first_stage_model.", "vae.")
+# How original layouts begin the names of a component's tensors; the denoiser's are what is left.
+STARTS = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.t5xxl."),
+}
 
 
 def identify(path: Path, *, variant: str | None = None) -> tuple[Family, Variant]:
@@ -74,11 +78,17 @@ def load(
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    names = checkpoint.header(path)
+    held = {slot for slot, starts in STARTS.items() if any(name.startswith(starts) for name in names)}
     published = _published(path, variant)
-    given = dict(components) if published else _tokenizers(family, variant, pipeline) | components
+    given = (
+        _rest(published, held | set(family.denoisers), dtype) if published else _tokenizers(family, variant, pipeline)
+    )
+    given |= components
+    for slot in ("vae", *family.text_encoders):
+        if slot not in held | given.keys():
+            raise InputError(f"{path} lacks weights of its {slot}; {_advice(variant)}")
     with nullcontext(published) if published else _facts(family, variant, pipeline) as folder:
-        if not any(name.startswith(VAE_STARTS) for name in checkpoint.header(path)):
-            given.setdefault("vae", _vae(path, folder, family, variant, dtype))
         try:
             pipe = pipeline.from_single_file(
                 str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **given
@@ -172,12 +182,18 @@ def clip_tokenizer(*, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
 
 
-def _vae(path: Path, folder: Path, family: Family, variant: Variant, dtype: torch.dtype) -> Any:
+def _rest(folder: Path, held: set[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The models of a diffusers folder, less those that the file holds."""
     import diffusers
+    import transformers
 
-    try:
-        return getattr(diffusers, family.vae_class).from_pretrained(
-            folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except OSError as error:
-        raise InputError(f"{path} lacks weights of its vae; {_advice(variant)}") from error
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    found = {}
+    for slot, value in json.loads((folder / INDEX).read_text("utf-8")).items():
+        if slot in held or not isinstance(value, list) or not any((folder / slot).glob("*.safetensors")):
+            continue
+        library, name = value
+        part = getattr(libraries.get(library), name, None)
+        if part is not None:
+            found[slot] = part.from_pretrained(folder / slot, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return found

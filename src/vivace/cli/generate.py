@@ -149,7 +149,8 @@ def quiet() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("vivace: %(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("vivace: warning: %(message)s"))
     logger = logging.getLogger("vivace")
     logger.addHandler(handler)
     try:
