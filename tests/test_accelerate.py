@@ -243,6 +243,13 @@ def test_a_denoiser_of_two_pipelines(sd3_pipe, sd3_latents):
     assert served(sd3_pipe) == {"fused blocks": 3}
 
 
+def test_a_forward_of_the_users_own_is_an_error(sd3_pipe):
+    sd3_pipe.transformer.forward = lambda *args, **kwargs: "mine"
+    with pytest.raises(InputError, match="replaced on the instance"):
+        vivace.accelerate(sd3_pipe)
+    assert sd3_pipe.transformer.forward() == "mine"
+
+
 def test_no_denoiser_is_an_error():
     with pytest.raises(InputError, match="found no denoiser"):
         vivace.accelerate(object())

@@ -12,7 +12,7 @@ import torch
 from vivace.config import Config, resolve
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
-from vivace.lane import Lane
+from vivace.lane import Lane, holds_own_forward
 from vivace.passes import PASSES
 from vivace.passes.target import Note, Pass, Target
 from vivace.request import scope_pipeline
@@ -173,6 +173,5 @@ def _check_denoiser(name: str, denoiser: torch.nn.Module, subject: Any) -> None:
             f"the {name} carries diffusers hooks (group offload, layerwise casting or a cache); accelerate it first "
             "and enable them afterwards"
         )
-    forward = denoiser.__dict__.get("forward")
-    if forward is not None and not hasattr(denoiser, "_hf_hook") and getattr(forward, "__self__", None) is not denoiser:
+    if "forward" in vars(denoiser) and not hasattr(denoiser, "_hf_hook") and not holds_own_forward(denoiser):
         raise InputError(f"the {name}'s forward was replaced on the instance; `del {name}.forward` first")

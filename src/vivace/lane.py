@@ -227,6 +227,12 @@ def _branching(stock: type) -> Any:
     return cache_context
 
 
+def holds_own_forward(module: torch.nn.Module) -> bool:
+    """Whether the instance holds its class's own forward, as accelerate's hooks leave it behind."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is type(module).forward
+
+
 @contextmanager
 def _hook_lifted(module: torch.nn.Module) -> Iterator[None]:
     """Take accelerate's offload hook off while the class changes, so that it wraps the forward of the new class."""
@@ -234,7 +240,7 @@ def _hook_lifted(module: torch.nn.Module) -> Iterator[None]:
     if hook is not None:
         remove_hook_from_module(module)
     # What the removal (or an earlier one) leaves is the class's own forward, which would hide the new class's.
-    if getattr(module.__dict__.get("forward"), "__self__", None) is module:
+    if holds_own_forward(module):
         del module.__dict__["forward"]
     yield
     if hook is not None:
