@@ -45,10 +45,6 @@ class Config:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
 
-    def differences(self) -> dict[str, Any]:
-        """The fields that are not at their default."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-
 
 def resolve(preset: str | Config | Mapping[str, Any] | None = None, /, **fields: Any) -> Config:
     """The Config that a preset name, a Config or a mapping of fields stands for, with `fields` replaced.
