@@ -99,7 +99,7 @@ class Family:
     prediction: Literal["epsilon", "v", "flow"]
     keep_16bit: tuple[str, ...]  # fnmatch patterns of module names that stay in 16 bit under quantisation
     variants: Mapping[str, Variant]  # the first is the default
-    split: Callable[[torch.nn.Module], Split]  # the denoiser's stock Split
+    split: Callable[[Any], Split]  # the denoiser's stock Split
     tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
     inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config

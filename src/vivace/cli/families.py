@@ -53,12 +53,15 @@ def _facts(family: Family) -> dict[str, Any]:
 
 def _table(families: list[Family]) -> Table:
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "title", "variant (parameters)", "pipelines", box=box.SIMPLE_HEAD)
+    # class names are for copying: the other column gives way first
+    longest = max(len(name) for family in families for name in family.pipelines)
+    table = Table("family", Column("pipelines", min_width=longest, overflow="fold"), box=box.SIMPLE_HEAD)
     for family in families:
-        variants = [f"{name} ({_short(variant.parameters)})" for name, variant in family.variants.items()]
-        table.add_row(family.name, family.title, "\n".join(variants), "\n".join(family.pipelines), end_section=True)
+        variants = [f"{name:16} {_short(variant.parameters)}" for name, variant in family.variants.items()]
+        facts = "\n".join((f"[bold]{family.name}[/]: {family.title}", *variants))
+        table.add_row(facts, "\n".join(family.pipelines), end_section=True)
     return table
 
 
@@ -66,4 +69,4 @@ def _short(count: int | None) -> str:
     """A parameter count in billions or millions."""
     if count is None:
         return "?"
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+    return f"{count / 1e9:5.1f} B" if count >= 1e9 else f"{count / 1e6:5.0f} M"

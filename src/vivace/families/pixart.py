@@ -63,7 +63,7 @@ def split(transformer: PixArtTransformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: PixArtTransformer2DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, C, H, W]
     encoder_hidden_states: torch.Tensor,  # [B, S, D]
@@ -101,7 +101,7 @@ def _block(block: torch.nn.Module, state: State) -> State:
     return replace(state, x=block(state.x, class_labels=None, **state.context["block"]))
 
 
-def _epilogue(transformer: PixArtTransformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     table = transformer.scale_shift_table
@@ -130,7 +130,8 @@ def inputs(
     import torch
 
     only_stills("PixArt", frames)
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    config: Any = transformer.config
+    device, dtype = transformer.device, transformer.dtype
     noise = noise_for(transformer, seed=seed)
     width, height = size
     conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

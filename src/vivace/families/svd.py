@@ -63,13 +63,8 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
 def _tiny_vae() -> AutoencoderKLTemporalDecoder:
     from diffusers import AutoencoderKLTemporalDecoder
 
-    return AutoencoderKLTemporalDecoder(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        sample_size=64,
-        force_upcast=False,
-    )
+    config: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 4, "block_out_channels": (32,) * 4}
+    return AutoencoderKLTemporalDecoder(**config, layers_per_block=1, sample_size=64, force_upcast=False)
 
 
 def split(unet: UNetSpatioTemporalConditionModel) -> Split:
@@ -88,7 +83,7 @@ def split(unet: UNetSpatioTemporalConditionModel) -> Split:
 
 
 def _prologue(
-    unet: UNetSpatioTemporalConditionModel,
+    unet: Any,
     *,
     sample: torch.Tensor,  # [B, F, C, H, W]
     timestep: torch.Tensor | float | int,
@@ -120,7 +115,7 @@ def _prologue(
     return State(x, skips=(x,), context=context)
 
 
-def _conditions(block: torch.nn.Module, state: State) -> dict[str, torch.Tensor]:
+def _conditions(block: Any, state: State) -> dict[str, torch.Tensor]:
     """What a block reads beside its input."""
     context = state.context
     conditions = {"temb": context["emb"], "image_only_indicator": context["image_only_indicator"]}
@@ -129,16 +124,16 @@ def _conditions(block: torch.nn.Module, state: State) -> dict[str, torch.Tensor]
     return conditions
 
 
-def _down(block: torch.nn.Module, state: State) -> State:
+def _down(block: Any, state: State) -> State:
     x, skips = block(hidden_states=state.x, **_conditions(block, state))
     return replace(state, x=x, skips=(*state.skips, *skips))
 
 
-def _mid(block: torch.nn.Module, state: State) -> State:
+def _mid(block: Any, state: State) -> State:
     return replace(state, x=block(hidden_states=state.x, **_conditions(block, state)))
 
 
-def _up(block: torch.nn.Module, state: State, *, last: bool) -> State:
+def _up(block: Any, state: State, *, last: bool) -> State:
     count = len(block.resnets)
     skips, own = state.skips[:-count], state.skips[-count:]
     size = skips[-1].shape[2:] if state.context["odd_size"] and not last else None
@@ -146,7 +141,7 @@ def _up(block: torch.nn.Module, state: State, *, last: bool) -> State:
     return replace(state, x=x, skips=skips)
 
 
-def _epilogue(unet: UNetSpatioTemporalConditionModel, state: State) -> Any:
+def _epilogue(unet: Any, state: State) -> Any:
     from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
 
     x = unet.conv_out(unet.conv_act(unet.conv_norm_out(state.x))).unflatten(0, state.context["shape"])
@@ -168,7 +163,8 @@ def inputs(
     """
     import torch
 
-    config, device, dtype = unet.config, unet.device, unet.dtype
+    config: Any = unet.config
+    device, dtype = unet.device, unet.dtype
     noise = noise_for(unet, seed=seed)
     width, height = (side // 8 for side in size)
     return {

@@ -74,7 +74,7 @@ def _clip_text_config() -> Any:
 
     from vivace.families.tokenizers import clip_tokenizer
 
-    tokenizer = clip_tokenizer()
+    tokenizer: Any = clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -141,7 +141,8 @@ def t2i_adapter(unet: UNet2DConditionModel, *, kind: str, downscale: int) -> T2I
     """A T2I-Adapter that fits `unet`; `kind` is "full_adapter" or, for SDXL, "full_adapter_xl"."""
     from diffusers import T2IAdapter
 
-    channels = list(unet.config.block_out_channels)
+    config: Any = unet.config
+    channels = list(config.block_out_channels)
     return T2IAdapter(in_channels=3, channels=channels, num_res_blocks=1, downscale_factor=downscale, adapter_type=kind)
 
 
@@ -151,7 +152,7 @@ def qwen3(*, layers: int) -> Qwen3ForCausalLM:
 
     from vivace.families.tokenizers import qwen2_tokenizer
 
-    tokenizer = qwen2_tokenizer()
+    tokenizer: Any = qwen2_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

@@ -39,7 +39,7 @@ def _mid_block(unet: UNet2DConditionModel) -> Block:
 
 
 def _prologue(
-    unet: UNet2DConditionModel,
+    unet: Any,
     *,
     sample: torch.Tensor,  # [B, C, H, W]
     timestep: torch.Tensor | float | int,
@@ -93,7 +93,7 @@ def _prologue(
 
 
 def _embed(
-    unet: UNet2DConditionModel,
+    unet: Any,
     sample: torch.Tensor,
     timestep: torch.Tensor | float | int,
     timestep_cond: torch.Tensor | None,
@@ -119,7 +119,7 @@ def _embed(
     return sample, emb
 
 
-def _down(block: torch.nn.Module, index: int, state: State) -> State:
+def _down(block: Any, index: int, state: State) -> State:
     context = state.context
     adapter = context["adapter"][index] if index < len(context["adapter"]) else None
     with lora_scaled(block, context["lora_scale"]):
@@ -135,7 +135,7 @@ def _down(block: torch.nn.Module, index: int, state: State) -> State:
     return replace(state, x=x, skips=(*state.skips, *skips))
 
 
-def _mid(block: torch.nn.Module, index: int, state: State) -> State:
+def _mid(block: Any, index: int, state: State) -> State:
     context = state.context
     attention = context["attention"] if getattr(block, "has_cross_attention", False) else {}
     with lora_scaled(block, context["lora_scale"]):
@@ -153,7 +153,7 @@ def _join_control(state: State) -> State:
     return replace(state, x=state.x + mid, skips=skips)
 
 
-def _up(block: torch.nn.Module, state: State, *, first: bool, last: bool) -> State:
+def _up(block: Any, state: State, *, first: bool, last: bool) -> State:
     context = state.context
     if first and context["control"] is not None:
         state = _join_control(state)
@@ -168,7 +168,7 @@ def _up(block: torch.nn.Module, state: State, *, first: bool, last: bool) -> Sta
     return replace(state, x=x, skips=skips)
 
 
-def _epilogue(unet: UNet2DConditionModel, state: State) -> Any:
+def _epilogue(unet: Any, state: State) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
     x = state.x
@@ -200,7 +200,8 @@ def inputs(
     import torch
 
     only_stills("a Stable Diffusion UNet", frames)
-    config, device, dtype = unet.config, unet.device, unet.dtype
+    config: Any = unet.config
+    device, dtype = unet.device, unet.dtype
     noise = noise_for(unet, seed=seed)
     width, height = (side // 8 for side in size)
     kwargs: dict[str, Any] = {
