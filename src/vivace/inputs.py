@@ -82,7 +82,7 @@ def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: s
     built = inspect.signature(pipeline.__init__).parameters
     if (slot is not None) != (control_class is not None):
         return False
-    if slot is not None and control_class not in str(built[slot].annotation):
+    if slot and control_class and control_class not in str(built[slot].annotation):
         return False
     at_hand = set(source.index) or set(inspect.signature(own.__init__).parameters)
     needed = {name for name, parameter in built.items() if parameter.default is inspect.Parameter.empty}

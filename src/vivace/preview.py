@@ -11,7 +11,7 @@ def show(path: Path) -> bool:
     if path.suffix.lower() != ".png" or not sys.stdout.isatty():
         return False
     try:
-        from textual_image.renderable import Image
+        from textual_image.renderable import Image  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     from rich.console import Console

@@ -171,7 +171,7 @@ def clip_tokenizer(*, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     packed = resources.files("vivace.families").joinpath("clip_merges.txt.gz").read_bytes()
-    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()]
+    merges: Any = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()]
     # Byte-level BPE: printable Latin-1 bytes stand for themselves, the rest for the letters from U+0100 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in printable]

@@ -24,7 +24,7 @@ class Step:
 class Counter:
     """What a pipeline gets from `pipe.progress_bar(...)`: it counts, and tells each step."""
 
-    def __init__(self, tell: Callable[[int, int], None] | None) -> None:
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
         self.tell = tell
         self.done = 0
         self.total = 0
@@ -33,7 +33,7 @@ class Counter:
     def __call__(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Counter:
         self.over = () if iterable is None else list(iterable)
         self.done, self.total = 0, len(self.over) if total is None else total
-        self._tell()
+        self.tell(self.done, self.total)
         return self
 
     def __enter__(self) -> Counter:
@@ -50,11 +50,7 @@ class Counter:
     def update(self, n: int = 1) -> None:
         """`n` more steps are done."""
         self.done += n
-        self._tell()
-
-    def _tell(self) -> None:
-        if self.tell:
-            self.tell(self.done, self.total)
+        self.tell(self.done, self.total)
 
 
 @contextmanager
@@ -66,10 +62,9 @@ def counted(
     Every stock pipeline asks `self.progress_bar` for a bar, also those without a step callback, and it is told the true
     number of steps where strength skips some.
     """
-    tell = None
-    if on_step is not None:
 
-        def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int) -> None:
+        if on_step is not None:
             on_step(Step(done=done, total=total, picture=picture, pictures=pictures))
 
     counter = Counter(tell)

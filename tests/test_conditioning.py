@@ -1,0 +1,113 @@
+"""LoRAs, IP-Adapters, ControlNets and videos, through `generate` on random models."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+from vivace.families.tiny import clip_vision
+from vivace.generate import generate
+from vivace.job import Job, Lora
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A random SD and SVD folder, a control model, a picture."""
+    room = tmp_path_factory.mktemp("room")
+    pipe = FAMILIES["sd"].tiny("StableDiffusionControlNetPipeline")
+    pipe.controlnet.save_pretrained(room / "controlnet")
+    pipe = FAMILIES["sd"].tiny()
+    pipe.register_modules(image_encoder=None)  # as in the published model
+    pipe.save_pretrained(room / "sd")
+    FAMILIES["svd"].tiny().save_pretrained(room / "svd")
+    Image.new("RGB", (64, 64), "red").save(room / "in.png")
+    Image.radial_gradient("L").convert("RGB").save(room / "control.png")
+    return room
+
+
+@pytest.fixture
+def make(room, tmp_path):
+    """Runs a job on the SD folder; gives the picture's bytes and the result."""
+
+    def run(**fields):
+        job = {
+            "model": str(room / "sd"),
+            "prompts": ("a red circle",),
+            "steps": 2,
+            "seed": 1,
+            "size": (64, 64),
+        } | fields
+        result = generate(Job(output=tmp_path / "out.png", overwrite=True, device="cpu", **job))
+        return Image.open(tmp_path / "out.png").tobytes(), result
+
+    return run
+
+
+def lora(path, *, rank=2):
+    """A LoRA of the first attention's output, as PEFT names it."""
+    start = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    torch.manual_seed(0)
+    save_file({f"{start}.lora_A.weight": torch.randn(rank, 16), f"{start}.lora_B.weight": torch.randn(16, rank)}, path)
+    return path
+
+
+def test_a_lora_acts_by_its_weight(make, tmp_path):
+    path = lora(tmp_path / "style.safetensors")
+    plain, _ = make()
+    full, result = make(loras=(Lora(path=path),))
+    none, _ = make(loras=(Lora(path=path, weight=0.0),))
+    assert none == plain != full
+    assert result.applied["lora"] == [f"{path}:1"]
+
+
+def test_a_control_image_steers_by_its_scale(make, room):
+    plain, _ = make()
+    control = {"controlnet": str(room / "controlnet"), "control_image": room / "control.png"}
+    steered, result = make(**control)
+    unsteered, _ = make(**control, controlnet_scale=0.0)
+    assert unsteered == plain != steered
+    assert result.applied["pipeline"] == "StableDiffusionControlNetPipeline"
+
+
+def test_a_control_model_that_is_none(make, room):
+    with pytest.raises(InputError, match="is not a ControlNet's folder"):
+        make(controlnet=str(room / "svd"), control_image=room / "control.png")
+    with pytest.raises(InputError, match="cannot take --control-image with a AutoencoderKL"):
+        make(controlnet=str(room / "sd" / "vae"), control_image=room / "control.png")
+
+
+def test_an_ip_adapter_sees_the_last_image(make, room, tmp_path):
+    unet = StableDiffusionPipeline.from_pretrained(room / "sd").unet
+    torch.manual_seed(0)
+    weights = {"image_proj.proj.weight": torch.randn(4 * 32, 32), "image_proj.proj.bias": torch.zeros(4 * 32)}
+    weights |= {"image_proj.norm.weight": torch.ones(32), "image_proj.norm.bias": torch.zeros(32)}
+    crossing = [name for name in unet.attn_processors if "attn2" in name]
+    for index, name in enumerate(crossing):
+        width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        weights |= {f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight": torch.randn(width, 32) for kind in "kv"}
+    path = tmp_path / "ip.safetensors"
+    save_file(weights, path)
+    with pytest.raises(InputError, match="needs its image encoder"):
+        make(ip_adapter=path, images=(room / "in.png",))
+    clip_vision().save_pretrained(tmp_path / "image_encoder")
+    plain, _ = make()
+    red, result = make(ip_adapter=path, images=(room / "in.png",))
+    grey, _ = make(ip_adapter=path, images=(room / "control.png",))
+    assert len({plain, red, grey}) == 3
+    assert result.applied["pipeline"] == "StableDiffusionPipeline"
+
+
+def test_a_video_from_a_picture_without_a_prompt(room, tmp_path):
+    pytest.importorskip("av")
+    from vivace import video
+
+    job = {"model": str(room / "svd"), "images": (room / "in.png",), "steps": 1, "seed": 1, "frames": 3, "fps": 5}
+    result = generate(Job(output=tmp_path / "out.mp4", device="cpu", size=(64, 64), **job))
+    assert (result.frames, result.size) == (3, (64, 64))
+    made = video.facts(tmp_path / "out.mp4")
+    assert (made["frames"], made["seed"], made["prompt"]) == (3, 1, "")
+    with pytest.raises(InputError, match=r"does not take PROMPT|needs --image"):
+        generate(Job(model=str(room / "svd"), output=tmp_path / "b.mp4", prompts=("a frog",)))
