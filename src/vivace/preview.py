@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from pathlib import Path
 def show(path: Path) -> bool:
     """Print a PNG into the terminal; False where that cannot be done, and nothing was printed."""
     if path.suffix.lower() != ".png" or not sys.stdout.isatty():
+        return False
+    # A terminal may not know its size; then there is nothing to fit a picture into.
+    if not os.get_terminal_size(sys.stdout.fileno()).columns:
         return False
     try:
         from textual_image.renderable import Image  # pyright: ignore[reportMissingImports]

@@ -1,0 +1,50 @@
+"""The pipeline class for the inputs at hand."""
+
+import pytest
+
+from vivace.errors import InputError
+from vivace.family import family_of
+from vivace.inputs import choose
+from vivace.load import Source
+
+
+def source(pipeline: str) -> Source:
+    return Source(name="model", path=None, pipeline=pipeline, family=family_of(pipeline))
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "control", "expected"),
+    [
+        ("StableDiffusionPipeline", "", None, "StableDiffusionPipeline"),
+        ("StableDiffusionPipeline", "image", None, "StableDiffusionImg2ImgPipeline"),
+        ("StableDiffusionImg2ImgPipeline", "", None, "StableDiffusionPipeline"),
+        ("StableDiffusionPipeline", "control", "ControlNetModel", "StableDiffusionControlNetPipeline"),
+        ("StableDiffusionPipeline", "control", "T2IAdapter", "StableDiffusionAdapterPipeline"),
+        ("StableDiffusionXLPipeline", "image mask", None, "StableDiffusionXLInpaintPipeline"),
+        ("StableDiffusionXLPipeline", "image control", "ControlNetModel", "StableDiffusionXLControlNetImg2ImgPipeline"),
+        ("StableDiffusion3Pipeline", "image", None, "StableDiffusion3Img2ImgPipeline"),
+        ("StableDiffusion3Pipeline", "image mask", None, "StableDiffusion3InpaintPipeline"),
+        ("FluxPipeline", "image", None, "FluxImg2ImgPipeline"),
+        ("FluxPipeline", "image mask", None, "FluxInpaintPipeline"),
+        ("FluxKontextPipeline", "image", None, "FluxKontextPipeline"),
+        ("FluxFillPipeline", "image mask", None, "FluxFillPipeline"),
+        ("FluxControlPipeline", "control", None, "FluxControlPipeline"),
+        ("FluxPipeline", "control", "FluxControlNetModel", "FluxControlNetPipeline"),
+        ("StableVideoDiffusionPipeline", "image", None, "StableVideoDiffusionPipeline"),
+    ],
+)
+def test_choice(own, wanted, control, expected):
+    assert choose(source(own), set(wanted.split()), control_class=control).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "said"),
+    [
+        ("PixArtSigmaPipeline", "image", "cannot take --image"),
+        ("StableVideoDiffusionPipeline", "", "needs --image too"),
+        ("StableDiffusionPipeline", "control", "needs --controlnet with --control-image"),
+    ],
+)
+def test_no_class(own, wanted, said):
+    with pytest.raises(InputError, match=said):
+        choose(source(own), set(wanted.split()))

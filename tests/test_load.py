@@ -1,0 +1,61 @@
+"""`load`: a stock pipeline from a folder, and what is known of it before its weights are read."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import vivace
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+from vivace.load import find
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    pipe = FAMILIES["sd3"].tiny()
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_becomes_its_own_stock_class(folder):
+    pipe = vivace.load(folder, dtype="bf16", device="cpu")
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert (pipe.text_encoder_3, pipe.dtype, pipe.device.type) == (None, torch.bfloat16, "cpu")
+    assert vivace.load(str(folder), device="cpu").dtype == torch.float32
+
+
+def test_a_folder_says_what_it_was_made_for(folder):
+    assert (find(folder).defaults, find(folder).size) == ({}, None)
+    (folder / "vivace.json").write_text(json.dumps({"steps": 28, "guidance": 3.0, "size": [256, 256]}))
+    assert (find(folder).defaults, find(folder).size) == ({"steps": 28, "guidance": 3.0}, (256, 256))
+    (folder / "vivace.json").unlink()
+
+
+def test_a_published_model_is_told_by_its_denoiser(folder, tmp_path):
+    family = FAMILIES["sd3"]
+    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        (tmp_path / place.relative_to(folder)).mkdir(exist_ok=True)
+    (tmp_path / "model_index.json").write_bytes((folder / "model_index.json").read_bytes())
+    for name, variant in family.variants.items():
+        (tmp_path / "transformer" / "config.json").write_text(json.dumps(dict(variant.denoiser)))
+        source = find(tmp_path)
+        assert source.variant is not None, name
+        assert source.variant.denoiser == variant.denoiser
+        assert source.defaults["steps"] == source.variant.steps
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"_class_name": 3}'])
+def test_a_folder_that_is_no_pipeline(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(InputError, match="is not a pipeline folder"):
+        vivace.load(tmp_path)
+
+
+def test_a_class_that_diffusers_lacks(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NewestPipeline"}')
+    with pytest.raises(InputError, match=r"is a NewestPipeline, which this diffusers \(.*\) lacks"):
+        vivace.load(tmp_path)
