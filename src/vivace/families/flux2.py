@@ -63,6 +63,7 @@ MISTRAL_SMALL_24B = (
         },
         "spatial_merge_size": 2,
         "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
     },
 )
 
