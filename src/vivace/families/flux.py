@@ -89,7 +89,7 @@ def split(transformer: FluxTransformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, S, C], patches of 2 x 2 latent positions
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
@@ -146,7 +146,7 @@ def _block(block: torch.nn.Module, index: int, control: str, state: State) -> St
     return replace(state, x=x, text=text)
 
 
-def _epilogue(transformer: FluxTransformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     with lora_scaled(transformer, state.context["lora_scale"]):
@@ -170,7 +170,8 @@ def inputs(
     import torch
 
     only_stills("FLUX.1", frames)
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    config: Any = transformer.config
+    device, dtype = transformer.device, transformer.dtype
     noise = noise_for(transformer, seed=seed)
     rows, columns = size[1] // 16, size[0] // 16
     positions = torch.cartesian_prod(*(torch.arange(n, device=device, dtype=dtype) for n in (1, rows, columns)))

@@ -132,9 +132,9 @@ def _tiny_mistral() -> Mistral3ForConditionalGeneration:
         "image_size": 28,
         "patch_size": 14,
     }
-    image_token = tokenizer.convert_tokens_to_ids("[IMG]")
+    image_token: Any = tokenizer.convert_tokens_to_ids("[IMG]")
     return Mistral3ForConditionalGeneration(
-        Mistral3Config(text_config=text, vision_config=vision, image_token_id=image_token)
+        Mistral3Config(text_config=text, vision_config=vision, image_token_index=image_token)
     )
 
 
@@ -159,7 +159,7 @@ def split(transformer: Flux2Transformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: Flux2Transformer2DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, S, C]
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
@@ -193,8 +193,8 @@ def _prologue(
         x = transformer.x_embedder(hidden_states)
         text = transformer.context_embedder(encoder_hidden_states)
         ropes = [transformer.pos_embed(ids[0] if ids.ndim == 3 else ids) for ids in (txt_ids, img_ids)]
-    if extract or (kv_cache_mode == "cached" and kv_cache is not None):
-        seen = num_ref_tokens if extract else kv_cache.num_ref_tokens
+    if kv_cache_mode is not None:
+        seen = num_ref_tokens if kv_cache is None else kv_cache.num_ref_tokens
         attention = {**(attention or {}), "kv_cache": None, "kv_cache_mode": kv_cache_mode, "num_ref_tokens": seen}
     context = {
         **modulation,
@@ -203,6 +203,7 @@ def _prologue(
         "kv_cache": kv_cache if kv_cache_mode is not None else None,
         "kv_cache_mode": kv_cache_mode,
         "references": references,
+        "text_tokens": text.shape[1],
         "lora_scale": scale,
         "return_dict": return_dict,
     }
@@ -210,7 +211,7 @@ def _prologue(
 
 
 def _modulation(
-    transformer: Flux2Transformer2DModel, timestep: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
+    transformer: Any, timestep: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The embedding of time and guidance [B, D], and what all double and all single blocks make of it."""
     temb = transformer.time_guidance_embed(
@@ -260,7 +261,7 @@ def _double(block: torch.nn.Module, index: int, state: State) -> State:
 def _single(block: torch.nn.Module, index: int, state: State) -> State:
     context, attention = state.context, state.context["attention"]
     if context["kv_cache_mode"] is not None:
-        attention = {**attention, "num_txt_tokens": state.text.shape[1]}
+        attention = {**attention, "num_txt_tokens": context["text_tokens"]}
     if context["kv_cache"] is not None:
         attention = {**attention, "kv_cache": context["kv_cache"].get_single(index)}
     with lora_scaled(block, context["lora_scale"]):
@@ -275,7 +276,7 @@ def _single(block: torch.nn.Module, index: int, state: State) -> State:
     return replace(state, x=x, text=text)
 
 
-def _epilogue(transformer: Flux2Transformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
 
     context = state.context
@@ -303,7 +304,8 @@ def inputs(
     import torch
 
     only_stills("FLUX.2", frames)
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    config: Any = transformer.config
+    device, dtype = transformer.device, transformer.dtype
     noise = noise_for(transformer, seed=seed)
     rows, columns = size[1] // 16, size[0] // 16
 

@@ -94,7 +94,7 @@ def _tiny_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     from vivace.families.tokenizers import qwen2_tokenizer
 
     tokenizer = qwen2_tokenizer()
-    special = {
+    special: dict[str, Any] = {
         f"{role}_token_id": tokenizer.convert_tokens_to_ids(token)
         for role, token in (
             ("image", "<|image_pad|>"),
@@ -137,7 +137,7 @@ def split(transformer: QwenImageTransformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: QwenImageTransformer2DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, S, C], patches of 2 x 2 latent positions, pictures to edit after the new one
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
@@ -207,7 +207,7 @@ def _block(block: torch.nn.Module, index: int, state: State) -> State:
     return replace(state, x=x, text=text)
 
 
-def _epilogue(transformer: QwenImageTransformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     temb = state.context["block"]["temb"]
@@ -234,7 +234,8 @@ def inputs(
     import torch
 
     only_stills("Qwen-Image", frames)
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    config: Any = transformer.config
+    device, dtype = transformer.device, transformer.dtype
     noise = noise_for(transformer, seed=seed)
     rows, columns = size[1] // 16, size[0] // 16
     return {

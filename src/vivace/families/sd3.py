@@ -92,7 +92,7 @@ def split(transformer: SD3Transformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: SD3Transformer2DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, C, H, W]
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
@@ -141,7 +141,7 @@ def _block(block: torch.nn.Module, index: int, state: State) -> State:
     return replace(state, x=x, text=text)
 
 
-def _epilogue(transformer: SD3Transformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     with lora_scaled(transformer, state.context["lora_scale"]):
@@ -168,7 +168,7 @@ def inputs(
     import torch
 
     only_stills("Stable Diffusion 3", frames)
-    config = transformer.config
+    config: Any = transformer.config
     noise = noise_for(transformer, seed=seed)
     return {
         "hidden_states": noise(batch, config.in_channels, size[1] // 8, size[0] // 8),

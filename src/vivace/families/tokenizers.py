@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import (
-        CLIPImageProcessor,
         CLIPTokenizer,
         PreTrainedTokenizerFast,
         Qwen2_5_VLProcessor,
         Qwen2Tokenizer,
         T5Tokenizer,
     )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 # Their words become single tokens, so that ordinary prompts stay short; other words fall into pieces.
 SENTENCES = (
@@ -56,10 +56,11 @@ INSTRUCT_TOKENS = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "
 
 
 @cache
-def _byte_pairs(space: str = "", suffix: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _byte_pairs(space: str = "", suffix: str = "") -> tuple[dict[str, int], Any]:
     """Byte-level BPE vocabulary and merges: every word of `SENTENCES` grows from its letters, left to right.
 
     `space` is the byte that opens a word, `suffix` the mark that closes one; a model has one of the two.
+    Merges are a list of pairs, which the annotations of transformers do not foresee.
     """
     from tokenizers import pre_tokenizers
 
@@ -133,7 +134,7 @@ def mistral_tokenizer(*, max_length: int = 8192) -> PreTrainedTokenizerFast:
     )
 
 
-def clip_image_processor(*, size: int = 32) -> CLIPImageProcessor:
+def clip_image_processor(*, size: int = 32) -> CLIPImageProcessorPil:
     """The image processor of a CLIP vision encoder that sees `size` x `size` pixels (the one built on Pillow)."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

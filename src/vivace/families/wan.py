@@ -120,7 +120,7 @@ def split(transformer: WanTransformer3DModel) -> Split:
 
 
 def _prologue(
-    transformer: WanTransformer3DModel,
+    transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, C, F, H, W]
     timestep: torch.Tensor,  # [B], or [B, S] where each position has its own (TI2V), 0 to 1000
@@ -161,7 +161,7 @@ def _block(block: torch.nn.Module, state: State) -> State:
         return replace(state, x=block(state.x, context["text"], context["modulation"], context["rope"]))
 
 
-def _epilogue(transformer: WanTransformer3DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     context, x = state.context, state.x
@@ -195,7 +195,7 @@ def inputs(
 
     if frames % 4 != 1:
         raise ValueError(f"Wan makes 4 n + 1 frames, got {frames}; pass {frames // 4 * 4 + 1}")
-    config = transformer.config
+    config: Any = transformer.config
     noise = noise_for(transformer, seed=seed)
     dense = config.out_channels == TI2V_5B["out_channels"]  # of the two autoencoders
     pixels = 16 if dense else 8

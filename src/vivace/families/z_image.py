@@ -80,7 +80,7 @@ def split(transformer: ZImageTransformer2DModel) -> Split:
 
 
 def _prologue(
-    transformer: ZImageTransformer2DModel,
+    transformer: Any,
     *,
     x: list[torch.Tensor],  # one [C, F, H, W] a sample
     t: torch.Tensor,  # [B], 0 to 1, rising as noise falls
@@ -129,7 +129,7 @@ def _prologue(
 
 
 def _refined(
-    transformer: ZImageTransformer2DModel, part: tuple, refiner: torch.nn.ModuleList, *temb: torch.Tensor
+    transformer: Any, part: tuple, refiner: torch.nn.ModuleList, *temb: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """One part of the joint sequence, embedded and refined [B, S, D], with its rotary table and lengths."""
     import torch
@@ -154,7 +154,7 @@ def _block(block: torch.nn.Module, index: int, state: State) -> State:
     return replace(state, x=x)
 
 
-def _epilogue(transformer: ZImageTransformer2DModel, state: State) -> Any:
+def _epilogue(transformer: Any, state: State) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     context = state.context
@@ -181,7 +181,7 @@ def inputs(
     import torch
 
     only_stills("Z-Image", frames)
-    config = transformer.config
+    config: Any = transformer.config
     noise = noise_for(transformer, seed=seed)
     return {
         "x": [noise(config.in_channels, 1, size[1] // 8, size[0] // 8) for _ in range(batch)],
