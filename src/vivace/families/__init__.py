@@ -10,6 +10,7 @@ from vivace.families.sd3 import SD3
 from vivace.families.sdxl import SDXL
 from vivace.families.svd import SVD
 from vivace.families.wan import WAN
+from vivace.families.wan_vace import WAN_VACE
 from vivace.families.z_image import Z_IMAGE
 from vivace.family import Family
 
@@ -25,4 +26,5 @@ FAMILIES: dict[str, Family] = {
     "wan": WAN,
     "flux2": FLUX2,
     "z_image": Z_IMAGE,
+    "wan_vace": WAN_VACE,
 }

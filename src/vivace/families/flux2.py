@@ -185,9 +185,8 @@ def _prologue(
         if references:
             kv_cache = Flux2KVCache(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks))
             kv_cache.num_ref_tokens = references
-            still = _modulation(
-                transformer, torch.full_like(timestep, ref_fixed_timestep), guidance, hidden_states.dtype
-            )
+            clean = torch.full_like(timestep, ref_fixed_timestep)
+            still = _modulation(transformer, clean, guidance, hidden_states.dtype)
             lengths = (encoder_hidden_states.shape[1], references, hidden_states.shape[1])
             modulation = _blended(modulation, still, *lengths)
         x = transformer.x_embedder(hidden_states)

@@ -6,7 +6,7 @@ Wan 2.2 A14B has two experts of one shape: `transformer` for the noisy steps, `t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -67,9 +67,9 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
 
     Text to video has two experts, as Wan 2.2 A14B; picture to video sees a CLIP embedding, as Wan 2.1.
     """
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from diffusers import WanTransformer3DModel
 
-    from vivace.families.tokenizers import clip_image_processor, t5_tokenizer
+    from vivace.families.tokenizers import clip_image_processor
 
     name = pipeline_class or WAN.pipelines[0]
     from_picture = name == "WanImageToVideoPipeline"
@@ -78,12 +78,7 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
     return small.assemble(
         name,
         {
-            "tokenizer": t5_tokenizer,
-            "text_encoder": _tiny_text_encoder,
-            "vae": lambda: AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-            "scheduler": lambda: UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-            ),
+            **tiny_surroundings(),
             "transformer": lambda: WanTransformer3DModel(**config),
             "transformer_2": lambda: WanTransformer3DModel(**config) if two_experts else None,
             "boundary_ratio": lambda: 0.875 if two_experts else None,
@@ -91,6 +86,22 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
             "image_processor": clip_image_processor,
         },
     )
+
+
+def tiny_surroundings() -> dict[str, Callable[[], Any]]:
+    """Builders of what every tiny pipeline of Wan has around its denoisers."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+
+    from vivace.families.tokenizers import t5_tokenizer
+
+    return {
+        "tokenizer": t5_tokenizer,
+        "text_encoder": _tiny_text_encoder,
+        "vae": lambda: AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        "scheduler": lambda: UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
 
 
 def _tiny_text_encoder() -> UMT5EncoderModel:
@@ -116,10 +127,10 @@ def split(transformer: WanTransformer3DModel) -> Split:
         Block(name=f"blocks.{i}", module=block, forward=partial(_block, block))
         for i, block in enumerate(transformer.blocks)
     )
-    return Split(prologue=partial(_prologue, transformer), blocks=blocks, epilogue=partial(_epilogue, transformer))
+    return Split(prologue=partial(prologue, transformer), blocks=blocks, epilogue=partial(epilogue, transformer))
 
 
-def _prologue(
+def prologue(
     transformer: Any,
     *,
     hidden_states: torch.Tensor,  # [B, C, F, H, W]
@@ -129,6 +140,7 @@ def _prologue(
     return_dict: bool = True,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> State:
+    """Everything before the blocks: patches, positions, and the embeddings of time, text and picture."""
     import torch
 
     _, scale = take_lora_scale(attention_kwargs)
@@ -161,7 +173,8 @@ def _block(block: torch.nn.Module, state: State) -> State:
         return replace(state, x=block(state.x, context["text"], context["modulation"], context["rope"]))
 
 
-def _epilogue(transformer: Any, state: State) -> Any:
+def epilogue(transformer: Any, state: State) -> Any:
+    """The output layers, and the video [B, C, F, H, W] put together again."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     context, x = state.context, state.x
