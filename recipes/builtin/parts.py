@@ -47,10 +47,18 @@ def tokenizer() -> CLIPTokenizer:
 def text_encoder(tokens: CLIPTokenizer, width: int, layers: int, heads: int) -> CLIPTextModelWithProjection:
     """A CLIP text encoder whose projection is as wide as itself."""
     config = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=TEXT_LENGTH, hidden_act="quick_gelu",
-        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=TEXT_LENGTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
     return CLIPTextModelWithProjection(config)
 
 
@@ -62,29 +70,48 @@ def text_encoders(tokens: CLIPTokenizer) -> tuple[CLIPTextModelWithProjection, C
 def transformer() -> SD3Transformer2DModel:
     """Seven joint blocks over 16 x 16 patches of the 32 x 32 latent."""
     return SD3Transformer2DModel(
-        sample_size=32, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=LAYERS,
-        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, caption_projection_dim=WIDTH,
-        joint_attention_dim=sum(TEXT_WIDTHS), pooled_projection_dim=sum(TEXT_WIDTHS), pos_embed_max_size=16,
+        sample_size=32,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=LAYERS,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        caption_projection_dim=WIDTH,
+        joint_attention_dim=sum(TEXT_WIDTHS),
+        pooled_projection_dim=sum(TEXT_WIDTHS),
+        pos_embed_max_size=16,
         qk_norm="rms_norm",
-    )  # fmt: skip
+    )
 
 
 def autoencoder(width: int = 48) -> AutoencoderTiny:
     """Plain convolutions, eight times down to eight channels; cheap to decode on a CPU."""
     return AutoencoderTiny(
-        encoder_block_out_channels=(width,) * 4, decoder_block_out_channels=(width,) * 4, latent_channels=LATENT_CHANNELS,
-        num_encoder_blocks=(0, 2, 2, 2), num_decoder_blocks=(2, 2, 2, 1), scaling_factor=1.0, shift_factor=0.0,
-    )  # fmt: skip
+        encoder_block_out_channels=(width,) * 4,
+        decoder_block_out_channels=(width,) * 4,
+        latent_channels=LATENT_CHANNELS,
+        num_encoder_blocks=(0, 2, 2, 2),
+        num_decoder_blocks=(2, 2, 2, 1),
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
 
 
 def assemble(vae: AutoencoderTiny, denoiser: SD3Transformer2DModel, encoders: tuple, *, shift: float = 1.0):
     """The stock pipeline of these parts; the T5 slot stays empty."""
     tokens = tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=vae,
-        text_encoder=encoders[0], tokenizer=tokens, text_encoder_2=encoders[1], tokenizer_2=tokens,
-        text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+        transformer=denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokens,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokens,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
 
 
 def export(pipe: StableDiffusion3Pipeline, folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from parts import WIDTH, TEXT_WIDTHS, text_encoders, tokenizer, transformer
+from parts import TEXT_WIDTHS, WIDTH, text_encoders, tokenizer, transformer
 from torch import nn
 
 from vivace.builtin.captions import LABEL_CLASSES
@@ -30,9 +31,11 @@ class FoldedAttention:
         split = hidden_states.shape[1]
         image = self.heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
         text = self.heads(
-            attn, encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            attn,
+            encoder_hidden_states,
+            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
             (attn.norm_added_q, attn.norm_added_k),
-        )  # fmt: skip
+        )
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
         out = folded_attention(q, k, v).transpose(1, 2).flatten(2)
         image, text = out[:, :split], out[:, split:]
@@ -134,7 +137,7 @@ def draw(student: Student, ids: torch.Tensor, empty: torch.Tensor, noise: torch.
     tokens, pooled = (torch.cat(pair) for pair in zip(student.encode(empty), student.encode(ids), strict=True))
     sigmas = [*torch.linspace(1, 1 / 1000, steps).tolist(), 0.0]
     x = noise
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in pairwise(sigmas):
         sigma = torch.full((2 * len(x),), now, device=x.device)
         without, with_text = student.velocity(torch.cat((x, x)), sigma, tokens, pooled)[0].float().chunk(2)
         x = x + (following - now) * (without + guidance * (with_text - without))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,17 +27,30 @@ import train_transformer
 from course import Course
 from diffusers import AutoencoderTiny
 
+from vivace import builtin
+from vivace.builtin.reader import WEIGHTS, load_reader
+
 PEAKS = {"reader": 2e-3, "autoencoder": 1.2e-3, "reader2": 1e-3, "transformer": 1e-3}
 GATES = {"reader": ("renders", 0.95), "reader2": ("reconstructions", 0.99)}
 
 
 def course_of(text: str) -> tuple[str, Course]:
-    """"transformer:0-0.5=540" to the stage's name and its course."""
+    """ "transformer:0-0.5=540" to the stage's name and its course."""
     stage, _, length = text.partition("=")
     name, _, span = stage.partition(":")
     first, last = (float(part) for part in span.split("-")) if span else (0.0, 1.0)
     fixed = {"steps": int(length[:-1])} if length.endswith("s") else {"seconds": float(length)}
     return name, Course(name=name, peak=PEAKS[name], first=first, last=last, **fixed)
+
+
+def begin(state: Path) -> None:
+    """Where no earlier stage left a reader or an autoencoder, start from the shipped ones."""
+    state.mkdir(parents=True, exist_ok=True)
+    shipped = Path(builtin.__file__).parent
+    if not (state / "reader.pt").exists() and WEIGHTS.exists():
+        torch.save(load_reader().state_dict(), state / "reader.pt")
+    if not (state / "vae").exists() and (shipped / "model" / "vae").exists():
+        shutil.copytree(shipped / "model" / "vae", state / "vae")
 
 
 def run(name: str, course: Course, options: argparse.Namespace) -> None:
@@ -46,9 +60,16 @@ def run(name: str, course: Course, options: argparse.Namespace) -> None:
         train_autoencoder.train(course, state, out, device, batch=options.small or 96)
     elif name == "transformer":
         train_transformer.train(
-            course, state, out, device, scenes=options.scenes, batch=options.small or options.batch,
-            workers=min(os.cpu_count() or 1, 14), resume=options.resume, quizzes=options.quizzes,
-        )  # fmt: skip
+            course,
+            state,
+            out,
+            device,
+            scenes=options.scenes,
+            batch=options.small or options.batch,
+            workers=min(os.cpu_count() or 1, 14),
+            resume=options.resume,
+            quizzes=options.quizzes,
+        )
     else:
         vae = None
         if name == "reader2":
@@ -70,8 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for folder in (options.state, options.out):
-        folder.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    begin(options.state)
     for text in options.stages:
         name, course = course_of(text)
         run(name, course, options)

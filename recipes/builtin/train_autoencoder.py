@@ -27,7 +27,9 @@ def reconstruct(vae: AutoencoderTiny, pictures: torch.Tensor, *, noise: torch.Te
 
 def edges(pictures: torch.Tensor) -> torch.Tensor:
     """Horizontal and vertical differences, as Sobel's operator takes them: [B, 6, H - 2, W - 2]."""
-    kernel = torch.tensor([[1.0, 2, 1]], device=pictures.device).T @ torch.tensor([[-1.0, 0, 1]], device=pictures.device)
+    kernel = torch.tensor([[1.0, 2, 1]], device=pictures.device).T @ torch.tensor(
+        [[-1.0, 0, 1]], device=pictures.device
+    )
     kernel = torch.stack((kernel, kernel.T))[:, None].repeat(3, 1, 1, 1) / 4
     return F.conv2d(pictures, kernel, groups=3)
 

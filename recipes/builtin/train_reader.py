@@ -81,7 +81,9 @@ def train(
         pictures = drawer(scenes)
         if vae is not None and step % 2:
             noise = 0.15 * torch.rand((), generator=generator, device=device)
-            pictures = torch.cat((reconstruct(vae, pictures[: batch * 3 // 4], noise=noise), pictures[batch * 3 // 4 :]))
+            pictures = torch.cat(
+                (reconstruct(vae, pictures[: batch * 3 // 4], noise=noise), pictures[batch * 3 // 4 :])
+            )
         pictures = photographed(pictures.clamp(0, 1), generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             value = fast(reader, pictures, scenes)

@@ -59,17 +59,17 @@ def caption_all(rows: list[list[int]], seed: int, workers: int) -> tuple[torch.T
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderTiny, scenes: Scenes, drawer=render) -> torch.Tensor:
+def encoded(vae: AutoencoderTiny, scenes: Scenes) -> torch.Tensor:
     """Latents of scenes, shifted and scaled, float16."""
     with torch.autocast(scenes.count.device.type, torch.bfloat16):
-        z = vae.encoder(drawer(scenes) * 2 - 1)
+        z = vae.encoder(render(scenes) * 2 - 1)
     return ((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).half()
 
 
-def album(vae: AutoencoderTiny, supply: Supply, n: int, *, workers: int, drawer=render, chunk: int = 512) -> Album:
+def album(vae: AutoencoderTiny, supply: Supply, n: int, *, workers: int, chunk: int = 512) -> Album:
     """n encoded and captioned scenes."""
     scenes = concatenate([supply.take(chunk) for _ in range(n // chunk)])
-    latents = torch.cat([encoded(vae, scenes[slice(i, i + chunk)], drawer) for i in range(0, len(scenes), chunk)])
+    latents = torch.cat([encoded(vae, scenes[slice(i, i + chunk)]) for i in range(0, len(scenes), chunk)])
     ids, labels = caption_all(facts(scenes), 500, workers)
     device = latents.device
     return Album(scenes, latents, ids.to(device), labels.to(device))
@@ -91,14 +91,27 @@ def batch_of(book: Album, n: int, progress: float, empty: torch.Tensor, generato
     uniform = torch.rand(n, generator=generator, device=device)
     sigma = torch.where(torch.rand(n, generator=generator, device=device) < 0.2, uniform, sigma)
     return (
-        ids * (1 - dropped) + empty * dropped, labels * (1 - dropped), cell_labels(scenes),
+        ids * (1 - dropped) + empty * dropped,
+        labels * (1 - dropped),
+        cell_labels(scenes),
         torch.stack((scenes.background, scenes.ground), dim=1),
-        x0, torch.randn(x0.shape, generator=generator, device=device), sigma,
-    )  # fmt: skip
+        x0,
+        torch.randn(x0.shape, generator=generator, device=device),
+        sigma,
+    )
 
 
-def quiz(student: Student, vae: AutoencoderTiny, reader: Reader, *, heldout: str, n: int, seed: int, steps: int = 28,
-         guidance: float = 3.0) -> dict[str, float]:  # fmt: skip
+def quiz(
+    student: Student,
+    vae: AutoencoderTiny,
+    reader: Reader,
+    *,
+    heldout: str,
+    n: int,
+    seed: int,
+    steps: int = 28,
+    guidance: float = 3.0,
+) -> dict[str, float]:
     """Shares of n fresh captions drawn right: by part, and wholly by object count."""
     device = next(student.parameters()).device.type
     supply, rng = Supply(seed, device, heldout=heldout, counts=(1.0, 1.0, 1.0)), random.Random(seed)
@@ -108,7 +121,9 @@ def quiz(student: Student, vae: AutoencoderTiny, reader: Reader, *, heldout: str
     for start in range(0, n, 500):
         size = min(500, n - start)
         pairs = [say(row, rng) for row in facts(supply.take(size))]
-        ids = torch.tensor(tokens([t for t, _ in pairs], padding="max_length", truncation=True).input_ids, device=device)
+        ids = torch.tensor(
+            tokens([t for t, _ in pairs], padding="max_length", truncation=True).input_ids, device=device
+        )
         noise = torch.randn(size, 8, 32, 32, generator=generator, device=device)
         with torch.autocast(device, torch.bfloat16):
             x = draw(student, ids, empty.expand_as(ids), noise, steps=steps, guidance=guidance)
@@ -122,8 +137,18 @@ def quiz(student: Student, vae: AutoencoderTiny, reader: Reader, *, heldout: str
     return {name: sum(v) / max(len(v), 1) for name, v in tally.items()}
 
 
-def train(course: Course, state: Path, out: Path, device: str, *, scenes: int, batch: int, workers: int,
-          resume: Path | None = None, quizzes: int = 6) -> Student:  # fmt: skip
+def train(
+    course: Course,
+    state: Path,
+    out: Path,
+    device: str,
+    *,
+    scenes: int,
+    batch: int,
+    workers: int,
+    resume: Path | None = None,
+    quizzes: int = 6,
+) -> Student:
     """Train from nothing, from the state an earlier call left, or from exported averaged weights (`resume`)."""
     torch.manual_seed(31)
     vae = AutoencoderTiny.from_pretrained(state / "vae").to(device, memory_format=torch.channels_last)
@@ -142,9 +167,11 @@ def train(course: Course, state: Path, out: Path, device: str, *, scenes: int, b
         optim.load_state_dict(kept["optim"])
         average.mean, average.step, begun = kept["mean"], kept["step"], kept["step"]
     generator = torch.Generator(device).manual_seed(32 + begun)
-    fast, drawer = (torch.compile(f) if device == "cuda" else f for f in (student, render))
+    if device == "cuda":  # block by block: one compilation serves all blocks of a kind
+        for block in (*student.denoiser.transformer_blocks, *student.clip.text_model.encoder.layers):
+            block.compile()
     supply = Supply(300 + begun, device, heldout="without", pool=1 << 17)
-    book = album(vae, supply, scenes, workers=workers, drawer=drawer)
+    book = album(vae, supply, scenes, workers=workers)
     course.log(begun, scenes=len(book.scenes))
     empty = torch.tensor(tokenizer()("", padding="max_length").input_ids, device=device)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -152,7 +179,7 @@ def train(course: Course, state: Path, out: Path, device: str, *, scenes: int, b
     for step, progress in enumerate(course, start=begun):
         data = batch_of(book, batch, progress, empty, generator)
         with torch.autocast(device, torch.bfloat16):
-            flow, teach = fast(*data)
+            flow, teach = student(*data)
         (flow + TEACHING * min(1.0, 2 - 2 * progress) * teach).backward()
         update(optim, parameters, course.rate(progress, step))
         average.update()
@@ -161,13 +188,20 @@ def train(course: Course, state: Path, out: Path, device: str, *, scenes: int, b
         if progress >= due + (course.last - course.first) / quizzes:
             due = progress
             average.swap()
-            course.log(step, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device) // 3, seed=902))
+            course.log(
+                step, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device) // 3, seed=902)
+            )
             average.swap()
     kept = {"live": student.state_dict(), "optim": optim.state_dict(), "mean": average.mean, "step": average.step}
     torch.save(kept, state / "student.pt")
     average.swap()
-    course.log(begun + course.steps, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device), seed=903))
-    course.log(begun + course.steps, heldout=quiz(student, vae, reader, heldout="only", n=course_size(device), seed=904)["right"])
+    course.log(
+        begun + course.steps, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device), seed=903)
+    )
+    course.log(
+        begun + course.steps,
+        heldout=quiz(student, vae, reader, heldout="only", n=course_size(device), seed=904)["right"],
+    )
     export(student, out)
     course.save(out)
     return student
@@ -180,9 +214,10 @@ def course_size(device: str) -> int:
 
 def export(student: Student, out: Path) -> None:
     """Averaged weights in 16 bit, in two files."""
-    items = [(name, value.half().contiguous()) for name, value in student.state_dict().items()]
+    items = sorted(student.state_dict().items(), key=lambda item: item[1].numel())
     for part in (0, 1):
-        save_file(dict(items[part::2]), out / f"student-{part + 1}.safetensors")
+        tensors = {name: value.half().contiguous() for name, value in items[part::2]}
+        save_file(tensors, out / f"student-{part + 1}.safetensors")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def objects(said: Said, rng: random.Random) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -130,7 +130,9 @@ def grounded(body: str, background: tuple[int, int], rng: random.Random) -> str:
 
 def vocabulary() -> list[str]:
     """Every word and mark that a caption can hold, for the tokenizer."""
-    text = "a an the and on against of to that is which than background picture drawing image showing outlined filled , ."
+    text = (
+        "a an the and on against of to that is which than background picture drawing image showing outlined filled , ."
+    )
     words = [*text.split(), *SHAPES, *SIZES, *COLOURS, *BACKGROUNDS]
     words += [word for group in PHRASES for wording in group for word in wording.split()]
     return sorted(set(words))

@@ -8,7 +8,7 @@ import torch
 
 from vivace.builtin.captions import Said
 from vivace.builtin.reader import Reading, Seen
-from vivace.builtin.world import NO_RELATION, Scenes, stands
+from vivace.builtin.world import NO_RELATION, stands
 
 TOLERANCE = 0.5  # a stated relation holds when its axis is at least half of the other one
 PARTS = ("count", "shape", "colour", "size", "fill", "relation", "background")
@@ -55,9 +55,3 @@ def agrees(reading: Reading, facts: list[int]) -> bool:
     truth = sorted(tuple(rest[4 * slot : 4 * slot + 4]) for slot in range(count))
     seen = sorted((o.shape, o.colour, o.size, int(o.outlined)) for o in reading.objects)
     return seen == truth and (kind, ground) == (reading.background, reading.ground) and not reading.doubtful
-
-
-def placed(reading: Reading, scenes: Scenes, row: int, *, within: float = 6.0) -> bool:
-    """Whether every object's centre was read to within this many pixels."""
-    centres = scenes.centre[row, : int(scenes.count[row])].tolist()
-    return all(min(abs(o.x - x) + abs(o.y - y) for x, y in centres) <= within for o in reading.objects)

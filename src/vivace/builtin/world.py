@@ -1,6 +1,6 @@
 """The built-in model's world: what a scene can hold, and how scenes are drawn at random.
 
-A scene is one to three flat objects on a background. Lengths are pixels of a 256 x 256 picture, x to the right and y down.
+A scene is one to three flat objects on a background. Lengths are pixels of a 256 x 256 picture, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -104,12 +104,19 @@ def sample(n: int, generator: torch.Generator, *, counts: tuple[float, float, fl
     relation = torch.where(stated, pick(len(RELATIONS), n, 2), NO_RELATION)
     centre, fits = place(radius, count, relation, generator)
     scenes = Scenes(
-        count=count, shape=shape, colour=colour, size=size,
+        count=count,
+        shape=shape,
+        colour=colour,
+        size=size,
         outlined=(uniform(n, SLOTS) < 0.3) & (shape != RING),
-        centre=centre, radius=radius, relation=relation,
-        background=pick(len(BACKGROUNDS), n), ground=ground,
-        pattern=uniform(n, 3), tint=uniform(n, 4, 3) * 2 - 1,
-    )  # fmt: skip
+        centre=centre,
+        radius=radius,
+        relation=relation,
+        background=pick(len(BACKGROUNDS), n),
+        ground=ground,
+        pattern=uniform(n, 3),
+        tint=uniform(n, 4, 3) * 2 - 1,
+    )
     return scenes[(fits & ~ambiguous(scenes)).nonzero()[:, 0]]
 
 
@@ -142,7 +149,7 @@ def place(
 
 
 def ordered(draw: torch.Tensor, first: int, relation: torch.Tensor) -> torch.Tensor:
-    """Swap one coordinate of objects `first` and `first + 1` in draws [B, K, 3, 2] where it contradicts the relation."""
+    """Swap one coordinate of `first` and `first + 1` in draws [B, K, 3, 2] where it contradicts the relation."""
     a, b = draw[:, :, first], draw[:, :, first + 1]
     axis = torch.arange(2, device=draw.device)
     along = (relation[:, None] // 2 == axis) & (relation[:, None] != NO_RELATION)  # [B, 2]
