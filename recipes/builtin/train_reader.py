@@ -69,6 +69,8 @@ def train(
 ) -> Reader:
     """Train a new reader, or go on with the saved one on autoencoded pictures when `vae` is given."""
     reader = Reader().to(device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        reader.cells.get_parameter("2.bias")[:1] = -4.0  # most cells hold no object's centre
     if vae is not None:
         reader.load_state_dict(torch.load(state / "reader.pt", weights_only=True))
     average, generator = Average(reader, 0.999), torch.Generator(device).manual_seed(11)

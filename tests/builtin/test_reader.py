@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+
 from vivace import builtin
 from vivace.builtin.captions import facts, say
 from vivace.builtin.judge import agrees, judge

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from vivace.builtin.captions import LABEL_CLASSES, facts, say, vocabulary
 from vivace.builtin.world import (
     DOMINANCE,

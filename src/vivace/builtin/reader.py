@@ -44,7 +44,6 @@ class Reader(nn.Module):
         self.middle = nn.Sequential(nn.Conv2d(b, c, 3, 2, 1), Residual(c), Residual(c))
         self.coarse = nn.Sequential(nn.Conv2d(c, d, 3, 2, 1), Residual(d), Residual(d))
         self.cells = nn.Sequential(nn.GroupNorm(8, d), nn.SiLU(), nn.Conv2d(d, sum(HEADS.values()), 1))
-        nn.init.constant_(self.cells[-1].bias[:1], -4.0)  # most cells hold no object's centre
         self.feature = nn.Linear(2 * d, FEATURES)
         self.whole = nn.Linear(FEATURES, sum(WHOLE.values()))
 

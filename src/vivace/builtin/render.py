@@ -62,7 +62,8 @@ def render(scenes: Scenes, *, side: int = SIDE) -> torch.Tensor:
             ((x - scenes.centre[:, slot, 0, None, None]) / radius).expand(-1, side, -1),
             ((y - scenes.centre[:, slot, 1, None, None]) / radius).expand(-1, -1, side),
         )
-        d = sum(d[i] * (scenes.shape[:, slot] == i)[:, None, None] for i in range(len(SHAPES)))
+        mine = torch.arange(len(SHAPES), device=device)[:, None] == scenes.shape[:, slot]
+        d = (d * mine[..., None, None]).sum(0)
         d = torch.where(scenes.outlined[:, slot, None, None], torch.maximum(d, -d - STROKE), d)
         cover = (0.5 - d * radius * (side / SIDE)).clamp(0, 1) * here[:, slot, None, None]
         colour = (palette[scenes.colour[:, slot]] + TINT * scenes.tint[:, slot]).clamp(0, 1)
