@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-WARM = 60  # steps before the rate is measured: compilation happens in them
+WARM = 60  # steps before the clock drives the schedule: compilation happens in them
 
 
 @dataclass
 class Course:
-    """Runs a stage for `steps` steps, or for as many as fit in `seconds` (measured once, after compilation).
+    """Runs a stage for `steps` steps, or until `seconds` are over, everything in between counted.
 
     The learning rate rises over `warmup` steps and falls to zero along a cosine. `first` and `last` are the shares of
     the whole schedule that this call covers, so that a long stage can be run in several calls.
@@ -30,24 +30,27 @@ class Course:
     warmup: int = 300
     first: float = 0.0
     last: float = 1.0
+    taken: int = 0  # steps of this call, once it is over
     curve: list[dict[str, float]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def __iter__(self) -> Iterator[float]:
         """Yields the progress through the whole schedule, in [0, 1), before every step."""
-        step, total, began = 0, self.steps, 0.0
-        while not total or step < total:
-            yield self.first + (self.last - self.first) * (step / total if total else 0.0)
+        step, done, ready = 0, 0.0, 0.0
+        while done < 1:
+            yield self.first + (self.last - self.first) * done
             step += 1
-            if not total and step == WARM:
+            if self.steps:
+                done = step / self.steps
+            elif step == WARM:
                 synchronize()
-                began = time.monotonic()
-            if not total and step == 2 * WARM:
+                ready = self.elapsed()
+            elif step > WARM:
+                done = (self.elapsed() - ready) / max(self.seconds - ready, 1.0)
+            if step == 3 * WARM:
                 synchronize()
-                each = (time.monotonic() - began) / WARM
-                total = step + max(int((self.seconds - self.elapsed()) / each), WARM)
-                print(f"{self.name}: {1e3 * each:.1f} ms a step, {total} steps", flush=True)
-        self.steps = total
+                print(f"{self.name}: {self.elapsed():.1f} s after {step} steps, {ready:.1f} s after {WARM}", flush=True)
+        self.taken = step
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -94,18 +97,29 @@ class Average:
 
 
 def optimizer(groups: list[dict], weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW whose groups keep their learning rate relative to the peak in `share`."""
+    """AdamW whose groups keep their learning rate relative to the peak in `share`; a CUDA graph can hold its step."""
     fused = torch.cuda.is_available()
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
-
-
-def update(optim: torch.optim.AdamW, parameters: list[nn.Parameter], rate: float) -> None:
-    """One clipped step at this learning rate."""
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optim = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused, capturable=fused)
     for group in optim.param_groups:
-        group["lr"] = rate * group.get("share", 1.0)
-    optim.step()
-    optim.zero_grad(set_to_none=True)
+        group["lr"] = torch.zeros((), device=group["params"][0].device)
+    return optim
+
+
+def follow(optims: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """Set the learning rate, in place."""
+    for optim in optims:
+        for group in optim.param_groups:
+            group["lr"].fill_(rate * group.get("share", 1.0))
+
+
+def update(optims: Sequence[torch.optim.Optimizer], loss: torch.Tensor, parameters: list[nn.Parameter]) -> None:
+    """One clipped step down the loss."""
+    for optim in optims:
+        optim.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optim in optims:
+        optim.step()
 
 
 def synchronize() -> None:

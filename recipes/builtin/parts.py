@@ -119,7 +119,15 @@ def export(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     pipe.to(dtype=torch.float16)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         encoder.config.dtype = torch.float16
-    pipe.save_pretrained(folder, safe_serialization=True)
+    pipe.save_pretrained(folder, max_shard_size="10MB")
     for name in ("text_encoder", "text_encoder_2"):  # transformers loads in the dtype that the configuration names
-        path = folder / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        amend(folder / name / "config.json", dtype="float32")
+    amend(folder / "vae" / "config.json", _name_or_path=None, block_out_channels=None)
+
+
+def amend(path: Path, **entries: str | None) -> None:
+    """Set entries of a configuration file; None takes one away."""
+    settings = json.loads(path.read_text()) | entries
+    path.write_text(
+        json.dumps({k: v for k, v in settings.items() if k not in entries or v is not None}, indent=2) + "\n"
+    )

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from parts import TEXT_WIDTHS, WIDTH, text_encoders, tokenizer, transformer
 from torch import nn
 
@@ -21,11 +22,7 @@ WHOLE_CLASSES = (len(BACKGROUNDS), len(COLOURS))
 
 
 class FoldedAttention:
-    """Joint attention whose last text token stands for ZERO_TOKENS equal ones: its logit is raised by their log.
-
-    softmax over n equal keys gives each exp(l), n exp(l) = exp(l + log n) together, and their values are equal too:
-    the result is stock's. The bias rides in extra head dimensions, so that no mask is needed.
-    """
+    """Joint attention whose last text token stands for ZERO_TOKENS equal ones."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
         split = hidden_states.shape[1]
@@ -37,25 +34,83 @@ class FoldedAttention:
             (attn.norm_added_q, attn.norm_added_k),
         )
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
-        out = folded_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = Folded.apply(q, k[:, :, :-1], v[:, :, :-1], k[:, :, -1:], v[:, :, -1:]).transpose(1, 2).flatten(2)
         image, text = out[:, :split], out[:, split:]
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
     @staticmethod
     def heads(attn, x, projections, norms):
         q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projections)
-        return norms[0](q), norms[1](k), v
+        return norms[0](q).to(v.dtype), norms[1](k).to(v.dtype), v  # the norms' weights are float32
 
 
-def folded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention [B, H, S, D] with log(ZERO_TOKENS) added to the last key's logit, exact to bfloat16's second order."""
-    d = q.shape[-1]
-    bias = math.log(ZERO_TOKENS) * math.sqrt(d)
-    coarse = round(4 * bias) / 4  # exact in bfloat16; the rest rides in a second dimension
-    q, k, v = (F.pad(t, (0, 8)) for t in (q, k, v))  # flash attention wants multiples of eight
-    q[..., d : d + 2] = 1.0
-    k[:, :, -1, d], k[:, :, -1, d + 1] = coarse, bias - coarse
-    return F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
+class Folded(torch.autograd.Function):
+    """Attention of q [B, H, Q, D] over k, v [B, H, K, D] and one further key and value [B, H, 1, D] that count
+    ZERO_TOKENS times.
+
+    The further key only raises the softmax's log-sum-exp, so that flash attention's own backward is exact once it is
+    given the raised one, and the merged output, in place of its own (as in ring attention, arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, further_k, further_v):
+        out, lse, *state = flash(q, k, v)
+        logit = (q.float() * further_k.float()).sum(-1) / math.sqrt(q.shape[-1]) + math.log(ZERO_TOKENS)
+        total = torch.logaddexp(lse, logit)
+        share = (logit - total).exp()[..., None]
+        out = torch.lerp(out.float(), further_v.float(), share).to(q.dtype)
+        ctx.save_for_backward(q, k, v, further_k, further_v, out, total, share, *state)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, further_k, further_v, out, total, share, *state = ctx.saved_tensors
+        grads = flash_backward(grad, q, k, v, out, total, state)
+        grad_q, grad_k, grad_v = (g.transpose(1, 2) for g in grads)
+        wide = grad.float()
+        slope = share * (wide * (further_v.float() - out.float())).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])
+        grad_q = grad_q + (slope * further_k.float()).to(q.dtype)
+        grad_further_k = (slope * q.float()).sum(2, keepdim=True).to(q.dtype)
+        return grad_q, grad_k, grad_v, grad_further_k, (share * wide).sum(2, keepdim=True).to(q.dtype)
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Flash attention's output, its log-sum-exp [B, H, Q], and what its backward needs besides."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse, seed, offset
+
+
+@torch.library.custom_op("builtin_recipe::flash_backward", mutates_args=())
+def flash_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    state: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v, as [B, S, H, D].
+
+    Opaque to the compiler, which would store `lse` in an order of its own; flash attention takes it as contiguous.
+    """
+    aten, lse = torch.ops.aten, lse.contiguous()
+    grad, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, out))
+    if q.device.type == "cpu":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = backward(grad, q, k, v, out, lse, 0.0, is_causal=False)
+    else:
+        lengths = (None, None, q.shape[2], k.shape[2])
+        backward = aten._scaled_dot_product_flash_attention_backward
+        grads = backward(grad, q, k, v, out, lse, *lengths, 0.0, False, *state)
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+@flash_backward.register_fake
+def _(grad, q, k, v, out, lse, state):
+    return tuple(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v))
 
 
 class Student(nn.Module):
@@ -132,10 +187,21 @@ def cell_labels(scenes: Scenes) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw(student: Student, ids: torch.Tensor, empty: torch.Tensor, noise: torch.Tensor, *, steps: int, guidance: float):
-    """Latents by Euler's method with guidance, as the stock pipeline with shift 1 takes them."""
+def draw(
+    student: Student,
+    ids: torch.Tensor,
+    empty: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    shift: float,
+) -> torch.Tensor:
+    """Latents by Euler's method with guidance, at the stock scheduler's sigmas."""
     tokens, pooled = (torch.cat(pair) for pair in zip(student.encode(empty), student.encode(ids), strict=True))
-    sigmas = [*torch.linspace(1, 1 / 1000, steps).tolist(), 0.0]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.tolist()
     x = noise
     for now, following in pairwise(sigmas):
         sigma = torch.full((2 * len(x),), now, device=x.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from course import Average, Course, optimizer, update
+from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
 from parts import autoencoder
 from safetensors.torch import save_file
@@ -65,8 +65,8 @@ def train(course: Course, state: Path, out: Path, device: str, *, batch: int = 9
         pictures = crops(drawer(supply.take(batch)), side)
         with torch.autocast(device, torch.bfloat16):
             value, pixel = fast(vae, reader, pictures)
-        value.backward()
-        update(optim, list(vae.parameters()), course.rate(progress, step))
+        follow([optim], course.rate(progress, step))
+        update([optim], value, list(vae.parameters()))
         average.update()
         if step % 400 == 0:
             course.log(step, loss=value.item(), pixel=pixel.item())
@@ -86,4 +86,4 @@ def measure(vae: AutoencoderTiny, course: Course, device: str) -> None:
         z = vae.encoder(pictures * 2 - 1).float()
     vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
     error = (reconstruct(vae, pictures).clamp(0, 1) - pictures).square().mean((1, 2, 3))
-    course.log(course.steps, psnr=(-10 * error.log10()).mean(), mean=z.mean(), deviation=z.std(), largest=z.abs().max())
+    course.log(course.taken, psnr=(-10 * error.log10()).mean(), mean=z.mean(), deviation=z.std(), largest=z.abs().max())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from course import Average, Course, optimizer, update
+from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from scenery import Supply, photographed
@@ -89,8 +89,8 @@ def train(
         pictures = photographed(pictures.clamp(0, 1), generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             value = fast(reader, pictures, scenes)
-        value.backward()
-        update(optim, list(reader.parameters()), course.rate(progress, step))
+        follow([optim], course.rate(progress, step))
+        update([optim], value, list(reader.parameters()))
         average.update()
         if step % 200 == 0:
             course.log(step, loss=value.item())
@@ -101,7 +101,7 @@ def train(
     values = {"renders": share_right(reader, device, seed=900, n=course_size(device))}
     if vae is not None:
         values["reconstructions"] = share_right(reader, device, seed=901, n=course_size(device), vae=vae)
-    course.log(course.steps, **values)
+    course.log(course.taken, **values)
     course.save(out)
     return reader
 

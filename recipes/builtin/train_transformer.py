@@ -2,139 +2,101 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import random
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from course import Average, Course, optimizer, update
+from album import Album, album, batch_of
+from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
+from muon import Muon
 from parts import tokenizer
+from quiz import quiz
 from safetensors.torch import load_file, save_file
 from scenery import Supply
-from student import Student, cell_labels, draw
+from student import Student
 
-from vivace.builtin.captions import facts, say
-from vivace.builtin.judge import PARTS, judge
-from vivace.builtin.reader import Reader, read
-from vivace.builtin.render import render
-from vivace.builtin.world import Scenes, concatenate
+from vivace.builtin.reader import Reader
 
-CAPTIONS = 3  # wordings of every scene
-DROPPED = 0.1  # share of empty captions, for guidance
 TEACHING = 0.05  # weight of the teaching heads; it fades over the last half
 
 
-@dataclass
-class Album:
-    """Encoded scenes on the device with their captions as token ids and labels."""
-
-    scenes: Scenes
-    latents: torch.Tensor  # [N, 8, 32, 32] float16, shifted and scaled
-    ids: torch.Tensor  # [N, CAPTIONS, 48]
-    labels: torch.Tensor  # [N, CAPTIONS, 17]
-
-
-def captioned(job: tuple[int, list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [n, CAPTIONS, 48] and labels [n, CAPTIONS, 17] of captions for rows of facts."""
-    seed, rows = job
-    rng = random.Random(seed)
-    pairs = [say(row, rng) for row in rows for _ in range(CAPTIONS)]
-    ids = tokenizer()([text for text, _ in pairs], padding="max_length", truncation=True).input_ids
-    labels = [said.labels() for _, said in pairs]
-    return tuple(np.array(part, np.int16).reshape(len(rows), CAPTIONS, -1) for part in (ids, labels))
+def optimizers(student: Student) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, AdamW for the rest: embeddings, modulation, norms, biases, heads."""
+    blocks = (*student.denoiser.transformer_blocks, *student.clip.text_model.encoder.layers)
+    matrices = [p for b in blocks for name, p in b.named_parameters() if p.ndim == 2 and "norm" not in name]
+    taken = {id(p) for p in matrices}
+    text = [p for m in (student.clip, student.least) for p in m.parameters() if id(p) not in taken]
+    taken |= {id(p) for p in text}
+    rest = [p for p in student.parameters() if id(p) not in taken]
+    return [Muon(matrices), optimizer([{"params": text, "share": 0.5}, {"params": rest}])]
 
 
-def caption_all(rows: list[list[int]], seed: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Caption every row, in parallel processes where there are several cores; reproducible."""
-    jobs = [(seed + i, rows[i : i + 5000]) for i in range(0, len(rows), 5000)]
-    if workers < 2:
-        parts = [captioned(job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            parts = pool.map(captioned, jobs, chunksize=1)
-    return tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+class Training:
+    """The student, its optimizers and its averaged weights.
 
+    A step launches a thousand small kernels, which takes Python longer than the GPU takes to run them: `record` makes
+    one CUDA graph of it.
+    """
 
-@torch.no_grad()
-def encoded(vae: AutoencoderTiny, scenes: Scenes) -> torch.Tensor:
-    """Latents of scenes, shifted and scaled, float16."""
-    with torch.autocast(scenes.count.device.type, torch.bfloat16):
-        z = vae.encoder(render(scenes) * 2 - 1)
-    return ((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).half()
+    def __init__(self, device: str, *, resume: Path | None):
+        self.student = Student().to(device)
+        if resume is not None:
+            self.student.load_state_dict(weights_of(resume))
+        self.optims = optimizers(self.student)
+        self.average = Average(self.student, 0.9998)
+        self.teaching = torch.zeros((), device=device)
+        self.data: tuple[torch.Tensor, ...] = ()
+        self.losses: tuple[torch.Tensor, ...] = ()
+        self.graph: torch.cuda.CUDAGraph | None = None
 
+    def load(self, path: Path, device: str) -> None:
+        kept = torch.load(path, weights_only=True, map_location=device)
+        self.student.load_state_dict(kept["live"])
+        for optim, state in zip(self.optims, kept["optims"], strict=True):
+            optim.load_state_dict(state)
+        self.average.mean, self.average.step = kept["mean"], kept["step"]
 
-def album(vae: AutoencoderTiny, supply: Supply, n: int, *, workers: int, chunk: int = 512) -> Album:
-    """n encoded and captioned scenes."""
-    scenes = concatenate([supply.take(chunk) for _ in range(n // chunk)])
-    latents = torch.cat([encoded(vae, scenes[slice(i, i + chunk)]) for i in range(0, len(scenes), chunk)])
-    ids, labels = caption_all(facts(scenes), 500, workers)
-    device = latents.device
-    return Album(scenes, latents, ids.to(device), labels.to(device))
+    def save(self, path: Path) -> None:
+        optims = [optim.state_dict() for optim in self.optims]
+        mean, step = self.average.mean, self.average.step
+        torch.save({"live": self.student.state_dict(), "optims": optims, "mean": mean, "step": step}, path)
 
+    def step(self, data: tuple[torch.Tensor, ...], teaching: float, rate: float) -> tuple[torch.Tensor, ...]:
+        """One update; the flow-matching loss and the teaching loss."""
+        self.teaching.fill_(teaching)
+        follow(self.optims, rate)
+        if self.graph is None:
+            self.data = data
+            self.work()
+        else:
+            torch._foreach_copy_(list(self.data), list(data))
+            self.graph.replay()
+        self.average.update()
+        return self.losses
 
-def batch_of(book: Album, n: int, progress: float, empty: torch.Tensor, generator: torch.Generator) -> tuple:
-    """One training batch: ids, labels, cells, whole, latents, noise, sigma."""
-    device = book.latents.device
-    crowded = progress > 0.15  # three objects join after the first part
-    rows = torch.randint(len(book.scenes), (n if crowded else 2 * n,), generator=generator, device=device)
-    if not crowded:
-        rows = rows[(book.scenes.count[rows] < 3).float().topk(n).indices]
-    wording = torch.randint(CAPTIONS, (n,), generator=generator, device=device)
-    ids, labels = book.ids[rows, wording].long(), book.labels[rows, wording].long()
-    dropped = (torch.rand(n, 1, generator=generator, device=device) < DROPPED).long()
-    scenes = book.scenes[rows]
-    x0 = book.latents[rows].float()
-    sigma = torch.sigmoid(torch.randn(n, generator=generator, device=device))
-    uniform = torch.rand(n, generator=generator, device=device)
-    sigma = torch.where(torch.rand(n, generator=generator, device=device) < 0.2, uniform, sigma)
-    return (
-        ids * (1 - dropped) + empty * dropped,
-        labels * (1 - dropped),
-        cell_labels(scenes),
-        torch.stack((scenes.background, scenes.ground), dim=1),
-        x0,
-        torch.randn(x0.shape, generator=generator, device=device),
-        sigma,
-    )
+    def work(self) -> None:
+        """What a step does on the device, all shapes fixed."""
+        with torch.autocast(self.teaching.device.type, torch.bfloat16):
+            flow, teach = self.student(*self.data)
+        update(self.optims, flow + self.teaching * teach, self.average.live)
+        self.losses = (flow.detach(), teach.detach())
 
-
-def quiz(
-    student: Student,
-    vae: AutoencoderTiny,
-    reader: Reader,
-    *,
-    heldout: str,
-    n: int,
-    seed: int,
-    steps: int = 28,
-    guidance: float = 3.0,
-) -> dict[str, float]:
-    """Shares of n fresh captions drawn right: by part, and wholly by object count."""
-    device = next(student.parameters()).device.type
-    supply, rng = Supply(seed, device, heldout=heldout, counts=(1.0, 1.0, 1.0)), random.Random(seed)
-    tokens, tally = tokenizer(), {name: [] for name in (*PARTS, "right", "one", "two", "three")}
-    generator = torch.Generator(device).manual_seed(seed)
-    empty = torch.tensor(tokens("", padding="max_length").input_ids, device=device)
-    for start in range(0, n, 500):
-        size = min(500, n - start)
-        pairs = [say(row, rng) for row in facts(supply.take(size))]
-        ids = torch.tensor(
-            tokens([t for t, _ in pairs], padding="max_length", truncation=True).input_ids, device=device
-        )
-        noise = torch.randn(size, 8, 32, 32, generator=generator, device=device)
-        with torch.autocast(device, torch.bfloat16):
-            x = draw(student, ids, empty.expand_as(ids), noise, steps=steps, guidance=guidance)
-            with torch.no_grad():
-                pictures = vae.decoder(x / vae.config.scaling_factor + vae.config.shift_factor).float() / 2 + 0.5
-        for reading, (_, said) in zip(read(reader, pictures.clamp(0, 1)), pairs, strict=True):
-            verdict = judge(reading, said)
-            for part in (*PARTS, "right"):
-                tally[part].append(verdict[part])
-            tally[("one", "two", "three")[len(said.things) - 1]].append(verdict["right"])
-    return {name: sum(v) / max(len(v), 1) for name, v in tally.items()}
+    def record(self, data: tuple[torch.Tensor, ...]) -> None:
+        """Compile block by block (one compilation serves all of a kind), then record; the weights stay as they are."""
+        for block in self.student.denoiser.transformer_blocks:
+            block.compile()
+        follow(self.optims, 0.0)
+        self.data = tuple(t.clone() for t in data)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.work()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.work()
 
 
 def train(
@@ -154,62 +116,51 @@ def train(
     vae = AutoencoderTiny.from_pretrained(state / "vae").to(device, memory_format=torch.channels_last)
     reader = Reader().to(device)
     reader.load_state_dict(torch.load(state / "reader.pt", weights_only=True))
-    student = Student().to(device)
-    text = [p for m in (student.clip, student.least) for p in m.parameters()]
-    rest = [p for p in student.parameters() if all(p is not q for q in text)]
-    optim = optimizer([{"params": text, "share": 0.5}, {"params": rest}])
-    if resume is not None:
-        student.load_state_dict(weights_of(resume))
-    average, begun = Average(student, 0.9998), 0
+    training = Training(device, resume=resume)
     if (state / "student.pt").exists() and course.first > 0:
-        kept = torch.load(state / "student.pt", weights_only=True, map_location=device)
-        student.load_state_dict(kept["live"])
-        optim.load_state_dict(kept["optim"])
-        average.mean, average.step, begun = kept["mean"], kept["step"], kept["step"]
-    generator = torch.Generator(device).manual_seed(32 + begun)
-    if device == "cuda":  # block by block: one compilation serves all blocks of a kind
-        for block in (*student.denoiser.transformer_blocks, *student.clip.text_model.encoder.layers):
-            block.compile()
-    supply = Supply(300 + begun, device, heldout="without", pool=1 << 17)
-    book = album(vae, supply, scenes, workers=workers)
+        training.load(state / "student.pt", device)
+    begun = training.average.step
+    book = kept_album(vae, state, device, scenes=scenes, workers=workers)
     course.log(begun, scenes=len(book.scenes))
+    generator = torch.Generator(device).manual_seed(32 + begun)
     empty = torch.tensor(tokenizer()("", padding="max_length").input_ids, device=device)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    due = course.first
+    if device == "cuda":
+        training.record(batch_of(book, batch, 1.0, empty, generator))
+    due, size = course.first, 1500 if device == "cuda" else 12
+
+    def examine(step: int, **sets: tuple[str, int]) -> None:
+        training.average.swap()
+        for name, (heldout, n) in sets.items():
+            found = quiz(training.student, vae, reader, heldout=heldout, n=n, seed=902)
+            course.log(step, **(found if name == "all" else {name: found["right"]}))
+        training.average.swap()
+
     for step, progress in enumerate(course, start=begun):
         data = batch_of(book, batch, progress, empty, generator)
-        with torch.autocast(device, torch.bfloat16):
-            flow, teach = student(*data)
-        (flow + TEACHING * min(1.0, 2 - 2 * progress) * teach).backward()
-        update(optim, parameters, course.rate(progress, step))
-        average.update()
+        flow, teach = training.step(data, TEACHING * min(1.0, 2 - 2 * progress), course.rate(progress, step))
         if step % 250 == 0:
             course.log(step, flow=flow.item(), teach=teach.item())
+            if not flow.item() < (4 if step < 250 else 0.8):
+                sys.exit(f"transformer diverges: the loss is {flow.item():.3f} after {step} steps")
         if progress >= due + (course.last - course.first) / quizzes:
             due = progress
-            average.swap()
-            course.log(
-                step, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device) // 3, seed=902)
-            )
-            average.swap()
-    kept = {"live": student.state_dict(), "optim": optim.state_dict(), "mean": average.mean, "step": average.step}
-    torch.save(kept, state / "student.pt")
-    average.swap()
-    course.log(
-        begun + course.steps, **quiz(student.eval(), vae, reader, heldout="without", n=course_size(device), seed=903)
-    )
-    course.log(
-        begun + course.steps,
-        heldout=quiz(student, vae, reader, heldout="only", n=course_size(device), seed=904)["right"],
-    )
-    export(student, out)
+            examine(step, all=("without", size // 3))
+    training.save(state / "student.pt")
+    examine(training.average.step, all=("without", size), heldout=("only", size))
+    training.average.swap()
+    export(training.student, out)
     course.save(out)
-    return student
+    return training.student
 
 
-def course_size(device: str) -> int:
-    """Captions of a full quiz."""
-    return 1500 if device == "cuda" else 12
+def kept_album(vae: AutoencoderTiny, state: Path, device: str, *, scenes: int, workers: int) -> Album:
+    """The album that an earlier call made, or a new one."""
+    path = state / "album.safetensors"
+    if path.exists():
+        return Album.load(path, device)
+    book = album(vae, Supply(300, device, heldout="without", pool=1 << 17), scenes, workers=workers)
+    book.save(path)
+    return book
 
 
 def export(student: Student, out: Path) -> None:
