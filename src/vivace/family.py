@@ -77,6 +77,7 @@ class Variant:
     pipeline: str | None = None  # diffusers pipeline class name, where it is not the family's first
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
     frames: int = 1
+    experts: int = 1  # denoisers of this shape, each for its share of the steps
     steps: int = 28
     guidance: float = 5.0
     text_tokens: int = 77  # the usual length of the text sequence the denoiser sees

@@ -118,7 +118,7 @@ def _torchao(subject: Any, workload: Workload) -> str:
             quantize_,
         )
     except ImportError as error:
-        raise InputError("torchao is not installed; pip install -c constraints.txt torchao") from error
+        raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
     def wanted(module: torch.nn.Module, name: str) -> bool:
         if not isinstance(module, torch.nn.Linear) or any(fnmatch(name, p) for p in workload.facts.keep_16bit):
@@ -137,7 +137,7 @@ def _cache_dit(subject: Any, workload: Workload) -> str:
     try:
         import cache_dit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError("cache-dit is not installed; pip install -c constraints.txt cache-dit") from error
+        raise ModuleNotFoundError("cache-dit is not installed; pip install -c constraints.txt cache-dit") from error
     cache_dit.enable_cache(subject)
     return "cache_dit.enable_cache(pipe)"
 

@@ -42,8 +42,8 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     family, variant = workload.facts, workload.published
     name = _pipeline_class(workload)
     small = family.tiny(name)
-    slots = [*family.denoisers, "vae", *family.text_encoders]
-    parts = dict(small.components)
+    slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
+    parts = {**dict(small.components), **dict.fromkeys(family.denoisers[variant.experts :])}
     for slot in slots:
         if parts.get(slot) is not None:
             parts[slot] = family.full(

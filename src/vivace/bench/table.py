@@ -98,8 +98,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
 def comma_separated(groups: Mapping[str, Sequence[Line]]) -> str:
     """Every workload's rows with its title in front, full precision."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, ("workload", *COLUMNS), lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("workload", *COLUMNS))
     for title, lines in groups.items():
-        writer.writerows({"workload": title, **row} for row in rows(lines))
+        writer.writerows([title, *(row[name] for name in COLUMNS)] for row in rows(lines))
     return text.getvalue()

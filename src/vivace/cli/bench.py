@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,16 +60,20 @@ def bench(
         raise InputError("nothing to time; name a family (vivace families lists them), or give --kernels")
     shape = {"size": read_size(size) if size else None, "batch": batch, "frames": frames, "steps": steps}
     options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, **shape}
+    drafts = [workload_of(name, device="", dtype="", **options) for name in families or ()]
+    contest = partial(contestants_of, presets=_names(presets), fields=fields or ())
+    contest(peers=_names(peers or ""))  # wrong names come out before the machine is asked, which takes seconds
     here = place(device=device, dtype=dtype)
-    workloads = [workload_of(name, device=here.device, dtype=here.dtype, **options) for name in families or ()]
-    chosen = DEFAULT_PEERS[here.gpu] if peers is None else _names(peers)
-    contestants = contestants_of(presets=_names(presets), fields=fields or (), peers=chosen)
+    workloads = [replace(draft, device=here.device, dtype=here.dtype) for draft in drafts]
+    contestants = contest(peers=DEFAULT_PEERS[here.gpu] if peers is None else _names(peers))
 
     def on_line(line: Mapping[str, Any]) -> None:
         print(_sentence(line), flush=True)
         write(output)
 
     told = {"folder": output, "machine": here.machine, "command": _command(sys.argv[1:]), "on_line": on_line}
+    if kernels and not here.gpu:
+        raise InputError(f"--kernels times CUDA kernels, and the device is {here.device}; leave it out")
     if kernels:
         bench_kernels(seconds=limit_s, **told)
     left = Bench(
