@@ -76,4 +76,5 @@ def test_the_table():
     text = str(vivace.plan("sdxl", device="cpu", dtype=torch.float16)).splitlines()
     assert text[0] == "sdxl: StableDiffusionXLPipeline (sdxl), preset exact, float16 on cpu"
     assert any(line.startswith("  cross attention: 70 layers, native") for line in text)
-    assert text[-1].startswith("  memory: weights 6.46 GiB (unet 4.78 GiB, vae 0.16 GiB")
+    assert text[-2].startswith("  memory: weights 6.46 GiB (unet 4.78 GiB, vae 0.16 GiB")
+    assert text[-1] == "  one denoiser forward: 13.52 TFLOP"

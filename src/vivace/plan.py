@@ -35,6 +35,8 @@ class Plan:
     components: dict[str, int]  # bytes of each as loaded
     added_bytes: int  # that the passes add to them; below 0: save
     weight_bytes: int  # on the device, all components and passes together
+    forward_tflop: float | None  # of one denoiser forward of the published model, at its own size
+    forward_ms: float | None  # the least that takes at the rate measured on this GPU, in 16 bit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -50,6 +52,9 @@ class Plan:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.components.items())
         change = f", passes {_gib(self.added_bytes)}" if self.added_bytes else ""
         lines.append(f"  memory: weights {_gib(self.weight_bytes)} ({parts}{change})")
+        if self.forward_tflop:
+            least = f", at least {self.forward_ms:.1f} ms in 16 bit here" if self.forward_ms else ""
+            lines.append(f"  one denoiser forward: {self.forward_tflop:.2f} TFLOP{least}")
         return "\n".join(lines)
 
 
@@ -67,7 +72,10 @@ def plan(
     `model` is what `load` takes, or a family that is known: "flux", "sd3:3.5-medium". Raises InputError for what
     cannot be found, and for what was asked for and cannot be done.
     """
+    import torch
+
     from vivace.accelerate import wanted_passes
+    from vivace.bench.roofline import rate_of
     from vivace.memory import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
@@ -83,6 +91,8 @@ def plan(
     order = [one.name for one in PASSES]
     sizes = {name: part.nbytes for name, part in components_of(source, dtype=number).items()}
     added = sum(one.adds_bytes(target) for one in wanted)
+    tflop = _tflop(source, dtype=number)
+    rate = rate_of(torch.cuda.get_device_name(place) if place.type == "cuda" else None, "bf16")
     return Plan(
         model=source.name,
         pipeline=source.pipeline,
@@ -96,6 +106,8 @@ def plan(
         components=sizes,
         added_bytes=added,
         weight_bytes=sum(sizes.values()) + added,
+        forward_tflop=tflop,
+        forward_ms=tflop / rate * 1e3 if tflop and rate else None,
     )
 
 
@@ -125,6 +137,18 @@ def _target(source: Source, config: Config, parts: dict[str, torch.nn.Module], *
         )
     subject = SimpleNamespace(**parts)
     return Target(subject=subject, family=source.family, config=config, denoisers=denoisers, place=place)
+
+
+def _tflop(source: Source, *, dtype: torch.dtype) -> float | None:
+    """Operations of one forward, where the model is one of the published ones."""
+    if source.family is None or source.variant is None or source.path is not None:
+        return None
+    from vivace.bench.flops import tflop
+    from vivace.bench.workload import workload_of
+
+    variant = next(name for name, variant in source.family.variants.items() if variant is source.variant)
+    number = str(dtype).removeprefix("torch.")
+    return tflop(workload_of(f"{source.family.name}:{variant}", device="cpu", dtype=number))
 
 
 def _gib(size: int) -> str:

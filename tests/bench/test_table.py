@@ -40,6 +40,7 @@ def test_rows_fastest_first_beside_eager_and_the_roofline():
     assert ours["TFLOP/s"] == pytest.approx(744)
     assert ours["roofline"] == pytest.approx(744 / 802)
     assert ours["peak GiB"] == 2
+    assert rows([line("vivace fast", 100.0, rate="fp8")])[0]["roofline"] == pytest.approx(744 / 1500)
     assert (found[-1]["ms"], found[-1]["how"]) == (None, "not finished in 200 s")
 
 

@@ -37,6 +37,7 @@ class Peer:
 
     prepare: Callable[[Any, Workload], str]
     order: int  # how long it takes to get going: the quick ones run first
+    rate: str | None = None  # whose roofline its time is held against; None: the workload's type
 
 
 def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
@@ -168,6 +169,6 @@ PEERS: dict[str, Peer] = {
     "eager": Peer(prepare=_eager, order=0),
     "cache-dit": Peer(prepare=_cache_dit, order=1),
     "compile": Peer(prepare=_compile_regional, order=2),
-    "torchao": Peer(prepare=_torchao, order=3),
+    "torchao": Peer(prepare=_torchao, order=3, rate="fp8"),
     "compile-full": Peer(prepare=_compile_full, order=4),
 }

@@ -11,6 +11,7 @@ import logging
 import statistics
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 COPY_BYTES = 2**30
 LAUNCHES = 64  # in one graph: the host's launch time disappears, and a clock tick is small beside them
-SETS = 8  # of arguments at most, taken in turn, so that none is found in the cache
+CACHE_BYTES = 256 * 2**20
+"""Several times a GPU's cache: arguments and results taken in turn fill as much, so that none is found there."""
 
 
 def bench_kernels(
@@ -93,8 +95,10 @@ def copy_rate() -> float:
 def measure(kernel: Any, case: Any, *, copy: float) -> dict[str, Any]:
     """The median microseconds of one launch, the bound at `copy` bytes a second, and the share of it reached."""
     size = kernel.bound_bytes(case)
-    sets = [kernel.arguments(case, device="cuda", seed=seed) for seed in range(SETS)]
-    times = _replays(lambda index: kernel.op(**sets[index % SETS]), launches=LAUNCHES)
+    turns = min(LAUNCHES, max(2, CACHE_BYTES // size))
+    sets = [kernel.arguments(case, device="cuda", seed=seed) for seed in range(turns)]
+    results: deque[Any] = deque(maxlen=turns)  # held, so that the next launch writes elsewhere
+    times = _replays(lambda index: results.append(kernel.op(**sets[index % turns])), launches=LAUNCHES)
     took, bound = statistics.median(times) * 1e3, size / copy * 1e6
     return {
         "microseconds": round(took, 3),
@@ -112,7 +116,7 @@ def _replays(launch: Callable[[int], Any], *, launches: int, replays: int = 20) 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for index in range(SETS):  # compiles, and lets libraries choose
+        for index in range(2):  # compiles, and lets libraries choose
             launch(index)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

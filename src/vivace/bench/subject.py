@@ -44,6 +44,8 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     small = family.tiny(name)
     slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
     parts = {**dict(small.components), **dict.fromkeys(family.denoisers[variant.experts :])}
+    if variant.experts > 1:
+        parts["boundary_ratio"] = small.config["boundary_ratio"]
     for slot in slots:
         if parts.get(slot) is not None:
             parts[slot] = family.full(

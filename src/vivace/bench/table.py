@@ -28,7 +28,7 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def _row(line: Line, eager: Line) -> dict[str, Any]:
     ms, error = line.get("median_ms"), line.get("error")
     speed = line["tflop"] / ms * 1e3 if ms and line.get("tflop") else None
-    rate = rate_of(gpu_of(line["machine"]), line.get("rate", BITS[line["workload"]["dtype"]]))
+    rate = rate_of(gpu_of(line["machine"]), line.get("rate") or BITS[line["workload"]["dtype"]])
     return {
         "contestant": line["contestant"],
         "ms": ms,

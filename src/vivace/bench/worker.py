@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from vivace.bench.contestant import REFERENCE, Contestant, prepare
+from vivace.bench.contestant import PEERS, REFERENCE, Contestant, prepare
 from vivace.bench.workload import Workload, from_dict
 from vivace.errors import InputError, first_line
 
@@ -66,6 +66,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         times = samples(call, device, fewest=3 if workload.end_to_end else 7)
         last = _error(call(), reference)
         profile = _profile(call, trace) if trace else None
+    report = _report(contestant, subject)
     return {
         "status": "done",
         "detail": detail,
@@ -76,10 +77,11 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         "weight_bytes": weights,
         "peak_bytes": _peak(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        "rate": _rate(contestant, report),
         "tflop": None if workload.end_to_end else float(f"{tflop(workload):.6g}"),
         "error": last,
         "first_error": error,
-        "report": _report(contestant, subject),
+        "report": report,
         **({"profile": profile} if profile else {}),
     }
 
@@ -99,6 +101,14 @@ def _report(contestant: Contestant, subject: Any) -> dict[str, Any] | None:
     from vivace.report import report
 
     return report(subject).to_dict()
+
+
+def _rate(contestant: Contestant, report: Mapping[str, Any] | None) -> str | None:
+    """The roofline that the time is held against: that of the 8-bit format its linears run in, or None."""
+    if report is None:
+        return PEERS[contestant.name].rate
+    quantised = next((note["detail"] for note in report["passes"] if note["name"] == "quant" and note["done"]), "")
+    return next((kind for kind in ("fp8", "int8") if quantised.startswith(f"{kind}:")), None)
 
 
 def _tensors(output: Any) -> list[Any]:
