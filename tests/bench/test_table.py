@@ -54,7 +54,7 @@ def test_the_verdict_is_against_the_better_compiled_peer():
 
 def test_markdown():
     text = markdown({"flux on NVIDIA H200": LINES})
-    assert "| vivace exact | 100.00 | 1.60 | 5.0 | 2.00 | 744 | 93% | 1.20e-02 | 1.20 | how |" in text
+    assert "| vivace exact | 100.00 ms | 1.60 | 5.0 | 2.00 | 744 | 93% | 1.20e-02 | 1.20 | how |" in text
     assert "| torchao | - | - | - | - | - | - | - | - | not finished in 200 s |" in text
 
 

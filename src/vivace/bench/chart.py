@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vivace.bench.table import Line, rows
+from vivace.bench.table import Line, duration, rows
 
 SCALE = 2  # pixels a unit, for sharp text
 WIDTH, MARGIN, LABEL, ROW, HEADER = 960, 24, 190, 30, 56
@@ -31,7 +31,7 @@ def draw(groups: Mapping[str, Sequence[Line]], path: Path) -> None:
 def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]], ours: set[str], top: int) -> int:
     """Draws one workload from `top` down; returns where the next one starts."""
     _text(canvas, (MARGIN, top), title, size=15, fill=INK)
-    _text(canvas, (MARGIN, top + 22), "milliseconds, median; shorter is faster", size=11, fill=FAINT)
+    _text(canvas, (MARGIN, top + 22), "median; shorter is faster", size=11, fill=FAINT)
     top += HEADER
     longest = max((row["ms"] for row in found if row["ms"]), default=1.0)
     full = WIDTH - LABEL - MARGIN - 190  # what the figures beside the bars need
@@ -44,7 +44,7 @@ def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]],
             box = [edge * SCALE for edge in (LABEL, top + 5, end, top + ROW - 5)]
             canvas.rounded_rectangle(box, radius=3 * SCALE, fill=OURS if mine else PEER)
             cold = "" if row["cold s"] is None else f"   cold {row['cold s']:.1f} s"
-            _text(canvas, (end + 8, middle), f"{row['ms']:.2f} ms{cold}", size=12, fill=INK, anchor="lm")
+            _text(canvas, (end + 8, middle), f"{duration(row['ms'])}{cold}", size=12, fill=INK, anchor="lm")
         else:
             _text(canvas, (LABEL, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
         top += ROW

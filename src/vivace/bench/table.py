@@ -12,6 +12,7 @@ from vivace.bench.roofline import rate_of
 
 Line = Mapping[str, Any]
 
+MARKDOWN = ("contestant", "time", "x eager", "cold s", "peak GiB", "TFLOP/s", "roofline", "error", "x eager's", "how")
 COLUMNS = ("contestant", "ms", "x eager", "cold s", "peak GiB", "TFLOP/s", "roofline", "error", "x eager's", "how")
 COMPILED = ("compile", "compile-full")
 """The peers that a fast lane is measured against."""
@@ -64,14 +65,18 @@ def markdown(groups: Mapping[str, Sequence[Line]]) -> str:
     parts = []
     for title, lines in groups.items():
         parts += [f"## {title}", "", _machine(lines[-1]["machine"]), ""]
-        parts += [markdown_table(COLUMNS, [_cells(row) for row in rows(lines)])]
+        parts += [markdown_table(MARKDOWN, [_cells(row) for row in rows(lines)])]
         parts += ["", *verdicts(lines), "", *sorted({f"`{line['command']}`" for line in lines}), ""]
     return "\n".join(parts)
 
 
+def duration(ms: float) -> str:
+    """Milliseconds in the unit that reads best."""
+    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     forms = {
-        "ms": "{:.2f}",
         "x eager": "{:.2f}",
         "cold s": "{:.1f}",
         "peak GiB": "{:.2f}",
@@ -80,7 +85,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "error": "{:.2e}",
         "x eager's": "{:.2f}",
     }
-    return ["-" if row[name] is None else forms.get(name, "{}").format(row[name]) for name in COLUMNS]
+    shown = {**row, "time": row["ms"] and duration(row["ms"])}
+    return ["-" if shown[name] is None else forms.get(name, "{}").format(shown[name]) for name in MARKDOWN]
 
 
 def markdown_table(columns: Sequence[str], cells: Iterable[Iterable[str]]) -> str:
