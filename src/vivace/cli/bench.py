@@ -42,7 +42,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where results are kept.")] = Path(
-        "bench"
+        "out/bench"
     ),
 ) -> None:
     """Time models beside their peers, each contestant in a process of its own; continues where it stopped."""
@@ -102,12 +102,13 @@ def _command(arguments: list[str]) -> str:
 
 def _sentence(line: Mapping[str, Any]) -> str:
     """One result in one line."""
+    from vivace.bench.table import duration
+
     if "kernel" in line:
         found = f"{line['microseconds']:.1f} us, {line['share']:.0%} of its bound" if "share" in line else line["why"]
         return f"{line['kernel']}, {line['case']}: {found}"
     if line["status"] != "done":
         return f"{line['title']}: {line['contestant']}: {line['status']}: {line['why']}"
     error = "" if line["error"] is None else f", error {line['error']:.2e}"
-    return (
-        f"{line['title']}: {line['contestant']}: {line['median_ms']:.2f} ms, cold {line['cold_seconds']:.1f} s{error}"
-    )
+    cold = f"cold {line['cold_seconds']:.1f} s"
+    return f"{line['title']}: {line['contestant']}: {duration(line['median_ms'])}, {cold}{error}"
