@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from vivace import InputError
 from vivace.bench.flops import tflop
-from vivace.bench.subject import build, inputs_of
+from vivace.bench.subject import build, full_pipeline, inputs_of
 from vivace.bench.workload import from_dict, workload_of
 from vivace.families import FAMILIES
 
@@ -61,6 +61,19 @@ def test_every_family_can_be_built_called_and_counted(family):
     with torch.no_grad():
         output = denoiser(**inputs_of(denoiser, workload))
     assert all(torch.isfinite(tensor).all() for tensor in tree_leaves(output))
+
+
+@pytest.mark.parametrize(
+    ("name", "denoisers"), [("flux", 1), ("sdxl", 1), ("wan:2.1-t2v-1.3b", 1), ("wan:2.2-t2v-a14b", 2)]
+)
+def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
+    workload = workload_of(name, device="meta", dtype="bfloat16", end_to_end=True)
+    pipe = full_pipeline(workload)
+    modules = {slot: part for slot, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert sum(slot in workload.facts.denoisers for slot in modules) == denoisers
+    assert all(weight.is_meta for module in modules.values() for weight in module.parameters())
+    assert modules[workload.facts.denoisers[0]].num_parameters() == workload.published.parameters
+    assert "image_encoder" not in modules
 
 
 def test_a_widened_denoiser_sees_the_same_numbers():

@@ -43,13 +43,16 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     name = _pipeline_class(workload)
     small = family.tiny(name)
     slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
-    parts = {**dict(small.components), **dict.fromkeys(family.denoisers[variant.experts :])}
+    parts = dict(small.components)
     if variant.experts > 1:
         parts["boundary_ratio"] = small.config["boundary_ratio"]
-    for slot in slots:
-        if parts.get(slot) is not None:
-            parts[slot] = family.full(
-                workload.variant, component=slot, device=workload.device, dtype=getattr(torch, workload.dtype)
+    dtype = getattr(torch, workload.dtype)
+    for slot, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            # What the published model lacks (an image encoder for adapters, a second expert) stays out.
+            wanted = slot in slots
+            parts[slot] = (
+                family.full(workload.variant, component=slot, device=workload.device, dtype=dtype) if wanted else None
             )
     kind, config = family.scheduler
     if kind:
