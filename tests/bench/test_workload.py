@@ -64,7 +64,7 @@ def test_every_family_can_be_built_called_and_counted(family):
 
 
 @pytest.mark.parametrize(
-    ("name", "denoisers"), [("flux", 1), ("sdxl", 1), ("wan:2.1-t2v-1.3b", 1), ("wan:2.2-t2v-a14b", 2)]
+    ("name", "denoisers"), [("flux", 1), ("sdxl", 1), ("wan:2.1-t2v-1.3b", 1), ("wan:2.2-t2v-a14b", 2), ("sd3", 1)]
 )
 def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
     workload = workload_of(name, device="meta", dtype="bfloat16", end_to_end=True)
@@ -73,7 +73,7 @@ def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
     assert sum(slot in workload.facts.denoisers for slot in modules) == denoisers
     assert all(weight.is_meta for module in modules.values() for weight in module.parameters())
     assert modules[workload.facts.denoisers[0]].num_parameters() == workload.published.parameters
-    assert "image_encoder" not in modules
+    assert {slot for slot in modules if "encoder" in slot} == set(workload.facts.text_encoders)
 
 
 def test_a_widened_denoiser_sees_the_same_numbers():

@@ -39,6 +39,8 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     import diffusers
     import torch
 
+    from vivace.families.tokenizers import t5_tokenizer
+
     family, variant = workload.facts, workload.published
     name = _pipeline_class(workload)
     small = family.tiny(name)
@@ -48,12 +50,13 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
         parts["boundary_ratio"] = small.config["boundary_ratio"]
     dtype = getattr(torch, workload.dtype)
     for slot, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            # What the published model lacks (an image encoder for adapters, a second expert) stays out.
-            wanted = slot in slots
-            parts[slot] = (
-                family.full(workload.variant, component=slot, device=workload.device, dtype=dtype) if wanted else None
-            )
+        if slot in slots:
+            parts[slot] = family.full(workload.variant, component=slot, device=workload.device, dtype=dtype)
+        elif isinstance(part, torch.nn.Module):
+            parts[slot] = None  # what the published model lacks: an image encoder for adapters, a second expert
+    # The tiny Stable Diffusion 3 goes without its largest text encoder.
+    for slot in {"tokenizer_3"} & parts.keys():
+        parts[slot] = t5_tokenizer()
     kind, config = family.scheduler
     if kind:
         parts["scheduler"] = getattr(diffusers, kind)(**{**config, **variant.scheduler})
