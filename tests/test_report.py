@@ -15,6 +15,8 @@ def test_table_and_dict(sd3_pipe, sd3_latents):
     fields = json.loads(json.dumps(report.to_dict()))
     assert fields["family"] == "sd3"
     assert fields["preset"] == "exact"
+    joint = {"layers": 2, "backend": "native (torch chooses the kernel)"}
+    assert fields["attention"] == {"joint": joint}
     assert fields["calls"] == {"transformer": {"fused blocks": 8}}
     assert fields["weight_bytes"] == sum(p.nbytes for p in sd3_pipe.transformer.parameters())
     assert 0 < fields["accelerate_seconds"] < 60

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vivace.errors import InputError
     from vivace.family import Family, family_of
     from vivace.load import load
+    from vivace.plan import plan
     from vivace.report import report
 
 __version__ = "0.1.0"
@@ -26,12 +27,13 @@ _HOME = {
     "accelerate": "vivace.accelerate",
     "family_of": "vivace.family",
     "load": "vivace.load",
+    "plan": "vivace.plan",
     "report": "vivace.report",
     "restore": "vivace.accelerate",
 }
 
 # Spelled out for type checkers; a test holds it equal to _HOME.
-__all__ = ["PRESETS", "Config", "Family", "InputError", "accelerate", "family_of", "load", "report", "restore"]
+__all__ = ["PRESETS", "Config", "Family", "InputError", "accelerate", "family_of", "load", "plan", "report", "restore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,7 @@ def _apply(subject: Any, config: Config) -> None:
     target = Target(subject=subject, family=family, config=config, denoisers=_denoisers(subject, family))
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
-    wanted = _wanted(target)
+    wanted = wanted_passes(target)
     acceleration = Acceleration(target=target, seconds=0.0)
     members = {"vivace_acceleration": acceleration}
     # Until `pop_all` every failure undoes what was done so far.
@@ -100,7 +100,7 @@ def _apply(subject: Any, config: Config) -> None:
     acceleration.seconds = time.perf_counter() - started
 
 
-def _wanted(target: Target) -> list[Pass]:
+def wanted_passes(target: Target) -> list[Pass]:
     """The passes that will run; the reasons of the others are noted. Raises InputError for one that was asked for."""
     wanted = []
     for one in PASSES:

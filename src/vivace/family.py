@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -75,6 +77,7 @@ class Variant:
     pipeline: str | None = None  # diffusers pipeline class name, where it is not the family's first
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
     frames: int = 1
+    experts: int = 1  # denoisers of this shape, each for its share of the steps
     steps: int = 28
     guidance: float = 5.0
     text_tokens: int = 77  # the usual length of the text sequence the denoiser sees
@@ -121,22 +124,22 @@ class Family:
     ) -> torch.nn.Module:
         """The denoiser (or `component="vae"`, or a text encoder's slot) at true size, random weights, on `device`.
 
-        Raises ValueError for an unknown variant or component. Weights are drawn on the device; nothing is downloaded.
+        Raises InputError for an unknown variant or component. Weights are drawn on the device; nothing is downloaded.
         """
         from vivace.families.build import full_component
 
         return full_component(self, self.variant(variant), component, device=device, dtype=dtype)
 
     def variant(self, name: str | None = None) -> Variant:
-        """The named variant, or the default one."""
+        """The named variant, or the default one. Raises InputError where there is none of that name."""
         if name is None:
             return next(iter(self.variants.values()))
         if name not in self.variants:
-            raise ValueError(f"{self.name} has no variant {name!r}; it has {', '.join(self.variants)}")
+            raise InputError(f"{self.name} has no variant {name!r}; it has {', '.join(self.variants)}")
         return self.variants[name]
 
 
-class UnknownFamilyError(LookupError):
+class UnknownFamilyError(InputError):
     """No family is recorded for a pipeline class."""
 
 

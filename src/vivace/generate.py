@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import conditioning, inputs, picture, video
+from vivace.config import Config, preset_name
 from vivace.errors import InputError, first_line
 from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
 from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
@@ -58,6 +59,7 @@ class Result:
     frames: int
     applied: Mapping[str, Any]  # everything that decided the pixels, besides prompt and seed
     timings: Mapping[str, float]  # seconds
+    report: Mapping[str, Any] | None  # what `accelerate` did; None: nothing was asked of it
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: paths as text, one entry for each picture."""
@@ -65,7 +67,7 @@ class Result:
             "paths": [str(made.path) for made in self.made],
             "seed": self.made[0].seed,
             "pictures": [{**asdict(made), "path": str(made.path)} for made in self.made],
-            **{name: getattr(self, name) for name in ("steps", "size", "frames", "applied", "timings")},
+            **{name: getattr(self, name) for name in ("steps", "size", "frames", "applied", "timings", "report")},
         }
 
 
@@ -115,6 +117,7 @@ def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Resu
         frames=count,
         applied=applied,
         timings={name: round(value, 3) for name, value in timings.items()},
+        report=_report(pipe) if job.config else None,
     )
 
 
@@ -197,7 +200,17 @@ def _load(ready: Ready) -> DiffusionPipeline:
     for prompt in job.prompts:
         for line in cut_lines(cuts(pipe, prompt, longest=longest)):
             logger.warning(line)
+    if job.config:
+        from vivace.accelerate import accelerate
+
+        accelerate(pipe, job.config)
     return pipe
+
+
+def _report(pipe: DiffusionPipeline) -> dict[str, Any]:
+    from vivace.report import report
+
+    return report(pipe).to_dict()
 
 
 def _call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, prompt: str, seed: int) -> list[Image.Image]:
@@ -248,8 +261,15 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
         },
         **({"lora": [f"{lora.path}:{lora.weight:g}" for lora in job.loras]} if job.loras else {}),
         **({"controlnet": job.controlnet} if job.controlnet else {}),
+        **(_accelerated(job.config) if job.config else {}),
         "vivace": __version__,
     }
+
+
+def _accelerated(config: Config) -> dict[str, Any]:
+    """The preset's name; a Config that is no preset's, field by field."""
+    name = preset_name(config)
+    return {"preset": name, **({"config": asdict(config)} if name == "custom" else {})}
 
 
 def _holds_pictures(value: object) -> bool:

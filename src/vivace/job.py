@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace import checkpoint
+from vivace.config import Config
 from vivace.errors import InputError
 from vivace.load import Source
 
@@ -66,6 +67,7 @@ class Job:
     controlnet_scale: float | None = None
     ip_adapter: Path | None = None  # its picture is the last of `images`
     variant: str | None = None
+    config: Config | None = None  # how it is accelerated; None: stock diffusers
     call_kwargs: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
 

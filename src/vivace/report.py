@@ -9,6 +9,7 @@ import torch
 
 from vivace.accelerate import acceleration_of
 from vivace.config import preset_name
+from vivace.passes.attention import attention_of
 from vivace.passes.target import Note
 
 
@@ -23,6 +24,7 @@ class Report:
     device: str
     dtype: str
     passes: tuple[Note, ...]
+    attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what computes them
     calls: dict[str, dict[str, int]]  # denoiser -> what served, or why the stock forward did -> calls so far
     accelerate_seconds: float
     first_call_seconds: float | None  # None: not called yet
@@ -40,6 +42,8 @@ class Report:
         lines = [f"{self.pipeline} ({family}), preset {self.preset}, {self.dtype} on {self.device}"]
         width = max((len(note.name) for note in self.passes), default=0)
         lines += [f"  {n.name:<{width}}  {'done' if n.done else 'left'}  {n.detail}" for n in self.passes]
+        for kind, use in self.attention.items():
+            lines.append(f"  {kind} attention: {use['layers']} layers, {use['backend']}")
         for name, calls in self.calls.items():
             lines += [f"  {name}: {count} calls, {served_by}" for served_by, count in calls.items()]
         first = "not called yet" if self.first_call_seconds is None else f"first call {self.first_call_seconds:.2f} s"
@@ -64,6 +68,7 @@ def report(subject: Any) -> Report:
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
+        attention=attention_of(target),
         calls={name: dict(lane.calls) for name, lane in target.lanes.items()},
         accelerate_seconds=acceleration.seconds,
         first_call_seconds=sum(firsts) if firsts else None,
@@ -81,6 +86,7 @@ def _stock(subject: Any) -> Report:
         device="",
         dtype="",
         passes=(),
+        attention={},
         calls={},
         accelerate_seconds=0.0,
         first_call_seconds=None,

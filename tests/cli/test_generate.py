@@ -72,6 +72,38 @@ def test_the_same_seed_gives_the_same_pixels_and_each_of_count_can_be_made_alone
     assert pixels(Path("again.png")) == pixels(Path("out-2.png")) != pixels(Path("out-1.png"))
 
 
+def test_a_preset_is_applied_and_said(room, model, capsys):
+    options = (PROMPT, "--model", model, "--seed", 5, "--json", "--overwrite")
+    assert generate(*options) == 0
+    stock = json.loads(capsys.readouterr().out)
+    assert stock["report"] is None
+    assert generate(*options, "--preset", "exact", "-o", "fast.png") == 0
+    fast = json.loads(capsys.readouterr().out)
+    assert fast["applied"]["preset"] == "exact"
+    assert fast["report"]["calls"]["transformer"].keys() == {"fused blocks"}
+    assert generate(*options, "--set", "fuse=off", "--set", "attention=native", "-o", "odd.png") == 0
+    odd = json.loads(capsys.readouterr().out)
+    assert (odd["applied"]["preset"], odd["applied"]["config"]["fuse"]) == ("custom", "off")
+    assert odd["report"]["calls"]["transformer"].keys() == {"stock blocks"}
+    assert pixels(Path("odd.png")) == pixels(Path("out.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--preset", "fats"), "unknown preset 'fats'; the nearest is 'exact'"),
+        (("--set", "fuse"), "--set takes FIELD=VALUE, got 'fuse'"),
+        (("--set", "graphs=on"), "graphs='on' cannot be done here"),
+    ],
+)
+def test_a_wrong_preset_or_field_is_one_line(room, model, capsys, arguments, said):
+    assert generate(PROMPT, "--model", model, "--device", "cpu", *arguments) == 2
+    caught = capsys.readouterr()
+    assert (caught.out, caught.err.count("\n")) == ("", 1)
+    assert said in caught.err
+    assert not Path("out.png").exists()
+
+
 def test_a_drawn_seed_is_reported_and_makes_the_picture_again(room, model, capsys):
     assert generate(PROMPT, "--model", model, "--json") == 0
     seed = json.loads(capsys.readouterr().out)["seed"]

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+from vivace import InputError
 from vivace.families import FAMILIES
 from vivace.family import UnknownFamilyError, family_of
 
@@ -101,9 +102,9 @@ def test_an_unknown_class_names_the_nearest_and_says_how_to_add_one():
 
 
 def test_an_unknown_variant_and_an_unknown_component_are_named():
-    with pytest.raises(ValueError, match=r"sdxl has no variant 'huge'; it has base"):
+    with pytest.raises(InputError, match=r"sdxl has no variant 'huge'; it has base"):
         FAMILIES["sdxl"].full("huge")
-    with pytest.raises(ValueError, match=r"sdxl has no component 'ears'; it has denoiser, vae, text_encoder"):
+    with pytest.raises(InputError, match=r"sdxl has no component 'ears'; it has denoiser, vae, text_encoder"):
         FAMILIES["sdxl"].full(component="ears", device="meta")
 
 

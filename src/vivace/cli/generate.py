@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ import typer
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
+    from vivace.config import Config
     from vivace.job import Lora
     from vivace.steps import Step
 
@@ -48,6 +49,10 @@ def generate(
     ip_adapter: Annotated[Path | None, typer.Option(help="An IP-Adapter; it sees the last --image.")] = None,
     variant: Annotated[
         str | None, typer.Option(help="Weight variant of a folder (fp16), or which model a file is.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Accelerate it first: exact, ...; see vivace plan.")] = None,
+    fields: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field of its own; repeatable.")
     ] = None,
     call_kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="More arguments of the pipeline.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line, in place of PROMPT.")] = None,
@@ -89,6 +94,7 @@ def generate(
         controlnet_scale=controlnet_scale,
         ip_adapter=ip_adapter,
         variant=variant,
+        config=read_config(preset, fields or ()),
         call_kwargs=read_call_kwargs(call_kwargs) if call_kwargs else {},
         overwrite=overwrite,
     )
@@ -123,6 +129,13 @@ def read_lora(text: str) -> Lora:
         return Lora(path=Path(path).expanduser(), weight=float(weight))
     except ValueError as error:
         raise InputError(f"--lora {text!r}: {weight!r} is not a number; write it like style.safetensors:0.8") from error
+
+
+def read_config(preset: str | None, fields: Sequence[str]) -> Config | None:
+    """The Config that `--preset` and `--set` ask for; None without either. Raises InputError."""
+    from vivace.config import parse_fields, resolve
+
+    return resolve(preset, **parse_fields(fields)) if preset or fields else None
 
 
 def read_call_kwargs(text: str) -> dict[str, Any]:

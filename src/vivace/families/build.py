@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,7 +25,7 @@ def full_component(
 
     Weights are drawn on `device` so that activations keep their scale; position tables and other buffers are what the
     constructor computes. On the "meta" device nothing is allocated: enough to count. `dtype` None means bfloat16.
-    Raises ValueError for a component the family has not.
+    Raises InputError for a component the family has not.
     """
     import torch
 
@@ -44,7 +46,7 @@ def _blueprint(family: Family, variant: Variant, component: str) -> tuple[type, 
         return getattr(diffusers, family.vae_class), {**family.vae, **variant.vae}
     encoders = {**family.text_encoders, **variant.text_encoders}
     if component not in encoders:
-        raise ValueError(f"{family.name} has no component {component!r}; it has denoiser, vae, {', '.join(encoders)}")
+        raise InputError(f"{family.name} has no component {component!r}; it has denoiser, vae, {', '.join(encoders)}")
     name, config = encoders[component]
     return getattr(transformers, name), config
 

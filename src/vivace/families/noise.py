@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,6 +24,6 @@ def noise_for(denoiser: Any, *, seed: int) -> Callable[..., torch.Tensor]:
 
 
 def only_stills(family: str, frames: int) -> None:
-    """Raises ValueError for more than one frame, where a family draws single pictures."""
+    """Raises InputError for more than one frame, where a family draws single pictures."""
     if frames != 1:
-        raise ValueError(f"{family} draws single pictures, got frames={frames}; pass frames=1")
+        raise InputError(f"{family} draws single pictures, got frames={frames}; pass frames=1")

@@ -12,6 +12,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from vivace.errors import InputError
 from vivace.families import tiny as small
 from vivace.families.lora_scale import lora_scaled, take_lora_scale
 from vivace.families.noise import noise_for
@@ -202,12 +203,12 @@ def inputs(
 ) -> dict[str, Any]:
     """Random keyword arguments of one forward at `size` (width, height) in pixels, on the model's device and dtype.
 
-    `frames` is one more than a multiple of 4, as the autoencoder packs four after the first; else ValueError.
+    `frames` is one more than a multiple of 4, as the autoencoder packs four after the first; else InputError.
     """
     import torch
 
     if frames % 4 != 1:
-        raise ValueError(f"Wan makes 4 n + 1 frames, got {frames}; pass {frames // 4 * 4 + 1}")
+        raise InputError(f"Wan makes 4 n + 1 frames, got {frames}; pass {frames // 4 * 4 + 1}")
     config: Any = transformer.config
     noise = noise_for(transformer, seed=seed)
     dense = config.out_channels == TI2V_5B["out_channels"]  # of the two autoencoders
@@ -270,6 +271,7 @@ WAN = Family(
             denoiser=T2V_14B,
             parameters=14_288_491_584,
             hub_id="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            experts=2,
             steps=40,
             guidance=4.0,
         ),
@@ -277,6 +279,7 @@ WAN = Family(
             denoiser=I2V_14B,
             parameters=14_288_901_184,
             hub_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            experts=2,
             steps=40,
             guidance=3.5,
         ),

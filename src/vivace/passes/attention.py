@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import torch
 
 from vivace.attention import backend_of
@@ -38,9 +41,40 @@ def _apply(target: Target) -> None:
     if config.check_nan:
         for name, block in target.repeated_blocks():
             target.undo.callback(block.register_forward_pre_hook(_naming(name)).remove)
-    kernels = ", ".join(f"{r.kernel.name.lower()} from {r.sequence} keys" for r in rules) or "torch chooses the kernel"
-    detail = f"{chosen.name} ({kernels})" if chosen.name == "native" else chosen.name
-    target.done("attention", detail + (", every output checked for NaN" if config.check_nan else ""))
+    target.done("attention", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    return _used(target) + (", every output checked for NaN" if target.config.check_nan else "")
+
+
+def _used(target: Target) -> str:
+    """The backend, and for torch's own the kernels that rules choose."""
+    chosen = _chosen(target.config)
+    if chosen.name != "native":
+        return chosen.name
+    rules = [f"{r.kernel.name.lower()} from {r.sequence} keys" for r in RULES if _sm(target.device) == r.sm]
+    return f"native ({', '.join(rules) or 'torch chooses the kernel'})"
+
+
+def attention_of(target: Target) -> dict[str, dict[str, Any]]:
+    """What computes each kind of attention layer: `{"self": {"layers": 70, "backend": "native (...)"}, ...}`.
+
+    A joint layer's keys are those of picture and text, a cross layer's are the text's, a self layer's its queries'.
+    """
+    kinds = Counter(
+        _kind(module)
+        for denoiser in target.denoisers.values()
+        for module in denoiser.modules()
+        if hasattr(module, "processor")
+    )
+    return {kind: {"layers": kinds[kind], "backend": _used(target)} for kind in sorted(kinds)}
+
+
+def _kind(layer: Any) -> str:
+    if getattr(layer, "add_k_proj", None) is not None:
+        return "joint"
+    return "cross" if getattr(layer, "is_cross_attention", False) else "self"
 
 
 def _sm(device: torch.device) -> tuple[int, int] | None:
@@ -60,4 +94,5 @@ ATTENTION = Pass(
     wants=_wants,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

@@ -30,13 +30,16 @@ def _check(target: Target) -> str | None:
 
 
 def _apply(target: Target) -> None:
-    modules = _modules(target)
-    for module in modules.values():
+    for module in _modules(target).values():
         for convolution in _convolutions(module):
             if not convolution.weight.is_contiguous(memory_format=torch.channels_last):
                 _store(convolution, torch.channels_last)
                 target.undo.callback(_store, convolution, torch.contiguous_format)
-    target.done("channels_last", ", ".join(modules))
+    target.done("channels_last", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    return ", ".join(_modules(target))
 
 
 def _store(convolution: torch.nn.Conv2d, order: torch.memory_format) -> None:
@@ -49,4 +52,5 @@ CHANNELS_LAST = Pass(
     wants=lambda config: config.channels_last,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

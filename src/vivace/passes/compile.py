@@ -27,8 +27,13 @@ def _apply(target: Target) -> None:
     for block in blocks:
         block.compile()
         target.undo.callback(_uncompile, block)
-    kinds = sorted({type(block).__name__ for block in blocks})
-    target.done("compile", f"{len(blocks)} blocks of {len(kinds)} kinds ({', '.join(kinds)})")
+    target.done("compile", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    blocks = [type(block).__name__ for _, block in target.repeated_blocks()]
+    kinds = sorted(set(blocks))
+    return f"{len(blocks)} blocks of {len(kinds)} kinds ({', '.join(kinds)})"
 
 
 def _uncompile(block: torch.nn.Module) -> None:
@@ -41,4 +46,5 @@ COMPILE = Pass(
     wants=lambda config: config.compile,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

@@ -8,8 +8,10 @@ from vivace.fused import Fused, fused_of
 from vivace.passes.target import Pass, Target
 
 
-def unfusable(denoiser: torch.nn.Module, fused: Fused) -> str | None:
+def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False) -> str | None:
     """Why the fused blocks would not compute what `denoiser` now computes; None when they do.
+
+    A `planned` denoiser has shapes and no weights yet.
 
     They read weights and skip module calls, so every parameter must be a plain one and no module may carry a hook, a
     replaced forward, or a wrapper (an adapter, a parametrisation).
@@ -22,7 +24,7 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused) -> str | None:
         for parameter, value in module._parameters.items():
             if value is not None and type(value) is not torch.nn.Parameter:
                 return f"{name}.{parameter} is a {type(value).__name__}"
-            if value is not None and (value.is_meta or not value.dtype.is_floating_point):
+            if value is not None and ((value.is_meta and not planned) or not value.dtype.is_floating_point):
                 return f"{name}.{parameter} is offloaded or quantised"
     return fused.check(denoiser)
 
@@ -39,7 +41,9 @@ def check_fuse(target: Target) -> str | None:
         return f"no fused blocks for {target.family.name if target.family else 'an unknown family'}"
     if target.device.type not in fused.devices:
         return f"its fused blocks are for {' and '.join(sorted(fused.devices))}, this is {target.device.type}"
-    return next((why for denoiser in target.denoisers.values() if (why := unfusable(denoiser, fused))), None)
+    planned = target.place is not None
+    reasons = (unfusable(denoiser, fused, planned=planned) for denoiser in target.denoisers.values())
+    return next(filter(None, reasons), None)
 
 
 def _apply(target: Target) -> None:
@@ -51,10 +55,17 @@ def _apply(target: Target) -> None:
     target.done("fuse", f"{blocks} blocks: {fused.summary}")
 
 
+def _forecast(target: Target) -> str:
+    fused = fused_of(target.family)
+    assert fused is not None
+    return fused.summary
+
+
 FUSE = Pass(
     name="fuse",
     why_here="after attention: it is built for one backend's layout",
     wants=lambda config: config.fuse,
     check=check_fuse,
     apply=_apply,
+    forecast=_forecast,
 )

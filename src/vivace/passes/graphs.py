@@ -42,7 +42,11 @@ def _apply(target: Target) -> None:
     for lane in target.lanes.values():
         lane.run = Graphs(budget=int(target.config.graph_gib * GIB / len(target.lanes)))
         target.undo.callback(lane.run.clear)
-    target.done("graphs", f"one per input signature, at most {target.config.graph_gib:g} GiB")
+    target.done("graphs", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    return f"one per input signature, at most {target.config.graph_gib:g} GiB"
 
 
 GRAPHS = Pass(
@@ -51,4 +55,5 @@ GRAPHS = Pass(
     wants=lambda config: config.graphs,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

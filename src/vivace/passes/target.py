@@ -33,6 +33,7 @@ class Target:
     family: Family | None
     config: Config
     denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
+    place: torch.device | None = None  # where a plan would put them, which has their shapes and no weights
     lanes: dict[str, Lane] = field(default_factory=dict)  # filled when every check has passed
     notes: list[Note] = field(default_factory=list)
     undo: ExitStack = field(default_factory=ExitStack)
@@ -40,7 +41,7 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes: its hook's device when it is offloaded, else its parameters'."""
-        return device_of(next(iter(self.denoisers.values())))
+        return self.place or device_of(next(iter(self.denoisers.values())))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +69,8 @@ class Pass:
 
     `check` says why the pass cannot or should not run, None when it will; it changes nothing. A reason is an error
     where the user asked (`wants` is "on") and a line in the report where the choice was ours ("auto"). `apply` makes
-    the change and pushes its undo on `target.undo`.
+    the change and pushes its undo on `target.undo`. `forecast` is the report's line for a pass that would run, and
+    `adds_bytes` what it would add to the weights' bytes on the device; both look at shapes alone.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Pass:
     wants: Callable[[Config], Switch]
     check: Callable[[Target], str | None]
     apply: Callable[[Target], None]
+    forecast: Callable[[Target], str] = lambda target: "will be done"
+    adds_bytes: Callable[[Target], int] = lambda target: 0
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -1,0 +1,174 @@
+"""Who is timed: our presets, and the peers that users have today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from vivace.bench.workload import Workload
+from vivace.errors import InputError
+
+SMALL = 1_000_000_000
+"""Denoisers of at most so many parameters spend their time launching kernels: there peers get CUDA graphs too."""
+
+REFERENCE = "fp32"
+"""The contestant that is no contestant: the same maths in 32 bit, from which every other's error is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to run a model. `fields` are Config fields of one of our presets, as `FIELD=VALUE`."""
+
+    name: str  # of a preset, a peer, or REFERENCE
+    ours: bool = False
+    fields: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What its row is called."""
+        return " ".join(("vivace", self.name, *self.fields)) if self.ours else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """How a peer makes a pipeline or denoiser fast: `prepare` changes it in place and says what was done."""
+
+    prepare: Callable[[Any, Workload], str]
+    order: int  # how long it takes to get going: the quick ones run first
+    rate: str | None = None  # whose roofline its time is held against; None: the workload's type
+
+
+def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
+    """Make `subject` as fast as the contestant can, in place; returns one line of what was done.
+
+    Raises InputError where the contestant does not offer this.
+    """
+    if contestant.ours:
+        from vivace.accelerate import accelerate
+        from vivace.config import parse_fields
+
+        accelerate(subject, contestant.name, **parse_fields(contestant.fields))
+        return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *contestant.fields)) + ")"
+    if contestant.name == REFERENCE:
+        return _widen(subject, workload)
+    return PEERS[contestant.name].prepare(subject, workload)
+
+
+def contestants_of(*, presets: Sequence[str], fields: Sequence[str], peers: Sequence[str]) -> list[Contestant]:
+    """Ours first, then the peers by how long they take to get going. Raises InputError for an unknown name."""
+    from vivace.config import parse_fields, resolve
+
+    for preset in presets:
+        resolve(preset, **parse_fields(fields))
+    for peer in peers:
+        if peer not in PEERS:
+            raise InputError(f"unknown peer {peer!r}; --peers takes {', '.join(PEERS)}")
+    ours = [Contestant(name=preset, ours=True, fields=tuple(fields)) for preset in presets]
+    return ours + [Contestant(name=peer) for peer in sorted(peers, key=lambda peer: PEERS[peer].order)]
+
+
+def _denoisers(subject: Any, workload: Workload) -> Iterator[Any]:
+    if not workload.end_to_end:
+        yield subject
+        return
+    for name in workload.facts.denoisers:
+        if getattr(subject, name, None) is not None:
+            yield getattr(subject, name)
+
+
+def _widen(subject: Any, workload: Workload) -> str:
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    subject.to(torch.float32)
+    return "stock, weights widened to float32, without TF32"
+
+
+def _eager(subject: Any, workload: Workload) -> str:
+    return "stock diffusers"
+
+
+def _compile_regional(subject: Any, workload: Workload) -> str:
+    for denoiser in _denoisers(subject, workload):
+        if not getattr(denoiser, "_repeated_blocks", None):
+            raise InputError(f"not offered by {type(denoiser).__name__}")
+        _use_channels_last(denoiser)
+        denoiser.compile_repeated_blocks(fullgraph=True)
+    return f"compile_repeated_blocks(fullgraph=True){_layout(subject, workload)}"
+
+
+def _compile_full(subject: Any, workload: Workload) -> str:
+    mode = None
+    for denoiser in _denoisers(subject, workload):
+        _use_channels_last(denoiser)
+        mode = "reduce-overhead" if _parameters(denoiser) <= SMALL else None
+        denoiser.compile(fullgraph=True, mode=mode)
+    graphs = f", mode={mode!r}" if mode else ""
+    return f"torch.compile(fullgraph=True{graphs}){_layout(subject, workload)}"
+
+
+def _torchao(subject: Any, workload: Workload) -> str:
+    import torch
+
+    try:
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+    except ImportError as error:
+        raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
+
+    def wanted(module: torch.nn.Module, name: str) -> bool:
+        if not isinstance(module, torch.nn.Linear) or any(fnmatch(name, p) for p in workload.facts.keep_16bit):
+            return False
+        return module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    for denoiser in _denoisers(subject, workload):
+        quantize_(denoiser, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
+    regional = all(getattr(denoiser, "_repeated_blocks", None) for denoiser in _denoisers(subject, workload))
+    return "torchao fp8, row scales; " + (_compile_regional if regional else _compile_full)(subject, workload)
+
+
+def _cache_dit(subject: Any, workload: Workload) -> str:
+    if not workload.end_to_end:
+        raise InputError("it saves whole steps, not time within one; add --end-to-end")
+    try:
+        import cache_dit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ModuleNotFoundError("cache-dit is not installed; pip install -c constraints.txt cache-dit") from error
+    cache_dit.enable_cache(subject)
+    return "cache_dit.enable_cache(pipe)"
+
+
+def _convolutional(denoiser: Any) -> bool:
+    """Whether the memory order of convolutions matters: a patch embedding alone does not make it."""
+    import torch
+
+    return sum(isinstance(m, torch.nn.Conv2d) and max(m.kernel_size) > 1 for m in denoiser.modules()) > 3
+
+
+def _use_channels_last(denoiser: Any) -> None:
+    import torch
+
+    if _convolutional(denoiser):
+        denoiser.to(memory_format=torch.channels_last)
+
+
+def _layout(subject: Any, workload: Workload) -> str:
+    return ", channels_last" if any(map(_convolutional, _denoisers(subject, workload))) else ""
+
+
+def _parameters(denoiser: Any) -> int:
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+PEERS: dict[str, Peer] = {
+    "eager": Peer(prepare=_eager, order=0),
+    "cache-dit": Peer(prepare=_cache_dit, order=1),
+    "compile": Peer(prepare=_compile_regional, order=2),
+    "torchao": Peer(prepare=_torchao, order=3, rate="fp8"),
+    "compile-full": Peer(prepare=_compile_full, order=4),
+}

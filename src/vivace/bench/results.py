@@ -1,0 +1,51 @@
+"""What a bench folder shows: tables and a chart, made anew from its lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vivace.bench.book import Book, gpu_of
+from vivace.bench.chart import draw
+from vivace.bench.table import comma_separated, markdown, markdown_table
+
+KERNEL_COLUMNS = ("kernel", "case", "µs", "bound µs", "share", "of")
+COSTLIEST = ("kernel", "launches", "ms", "share")
+
+
+def write(folder: Path) -> None:
+    """Writes bench.md, and for contestants bench.csv and bench.png."""
+    book = Book(folder)
+    groups, kernels = book.latest(), book.kernels()
+    if groups:
+        (folder / "bench.csv").write_text(comma_separated(groups))
+        draw(groups, folder / "bench.png")
+    parts = [markdown(groups), _kernels(kernels), _profiles(groups)]
+    (folder / "bench.md").write_text("\n".join(part for part in parts if part))
+
+
+def _kernels(lines: Sequence[Mapping[str, Any]]) -> str:
+    if not lines:
+        return ""
+    where = sorted({gpu_of(line["machine"]) or "no GPU" for line in lines})
+    rows = [_kernel_row(line) for line in sorted(lines, key=lambda line: line["kernel"])]
+    return f"## Kernels on {' and '.join(where)}\n\n{markdown_table(KERNEL_COLUMNS, rows)}\n"
+
+
+def _kernel_row(line: Mapping[str, Any]) -> list[str]:
+    if line["status"] != "done":
+        return [line["kernel"], line["case"], "-", "-", "-", line["why"]]
+    copy = f"a copy's {line['copy_tb_per_second']:.2f} TB/s"
+    times = f"{line['microseconds']:.1f}", f"{line['bound_microseconds']:.1f}", f"{line['share']:.0%}"
+    return [line["kernel"], line["case"], *times, copy]
+
+
+def _profiles(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    parts = []
+    for title, lines in groups.items():
+        for line in lines:
+            if costly := line.get("profile"):
+                rows = [[f"`{r['name']}`", f"{r['launches']:g}", f"{r['ms']:.3f}", f"{r['share']:.1%}"] for r in costly]
+                parts.append(f"### {line['contestant']}, {title}\n\n{markdown_table(COSTLIEST, rows)}\n")
+    return "\n".join(["## Where the time goes", "", *parts]) if parts else ""

@@ -1,0 +1,129 @@
+"""The pipeline or denoiser of a workload, and its one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vivace.bench.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+PROMPT = "a frog holding a sign, high quality, detailed, cinematic, soft light"
+
+
+def build(workload: Workload) -> Any:
+    """The pipeline to call end to end, or the bare denoiser, on the workload's device and in its type."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, workload.dtype)
+    family = workload.facts
+    if workload.model:
+        from vivace.load import load
+
+        pipe = load(workload.model, dtype=dtype, device=workload.device)
+    elif workload.tiny:
+        pipe = family.tiny(_pipeline_class(workload)).to(workload.device, dtype)
+    elif workload.end_to_end:
+        pipe = full_pipeline(workload)
+    else:
+        return family.full(workload.variant, device=workload.device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if workload.end_to_end else getattr(pipe, family.denoisers[0])
+
+
+def full_pipeline(workload: Workload) -> DiffusionPipeline:
+    """A pipeline at true size with random weights; its tokenizers are the tiny pipeline's."""
+    import diffusers
+    import torch
+
+    from vivace.families.tokenizers import t5_tokenizer
+
+    family, variant = workload.facts, workload.published
+    name = _pipeline_class(workload)
+    small = family.tiny(name)
+    slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
+    parts = dict(small.components)
+    if variant.experts > 1:
+        parts["boundary_ratio"] = small.config["boundary_ratio"]
+    dtype = getattr(torch, workload.dtype)
+    for slot, part in parts.items():
+        if slot in slots:
+            parts[slot] = family.full(workload.variant, component=slot, device=workload.device, dtype=dtype)
+        elif isinstance(part, torch.nn.Module):
+            parts[slot] = None  # what the published model lacks: an image encoder for adapters, a second expert
+    # The tiny Stable Diffusion 3 goes without its largest text encoder.
+    for slot in {"tokenizer_3"} & parts.keys():
+        parts[slot] = t5_tokenizer()
+    kind, config = family.scheduler
+    if kind:
+        parts["scheduler"] = getattr(diffusers, kind)(**{**config, **variant.scheduler})
+    return type(small)(**parts)
+
+
+def call_of(subject: Any, workload: Workload) -> Callable[[], Any]:
+    """One call of what `build` made; every call has the same inputs, and they are the same in every process."""
+    if not workload.end_to_end:
+        arguments = inputs_of(subject, workload)
+        return lambda: subject(**arguments)
+    arguments = _pipeline_arguments(subject, workload)
+
+    def call() -> Any:
+        import torch
+
+        output = subject(**arguments, generator=torch.Generator("cpu").manual_seed(0), output_type="pt")
+        return output.frames if hasattr(output, "frames") else output.images
+
+    return call
+
+
+def inputs_of(denoiser: Any, workload: Workload) -> dict[str, Any]:
+    """The keyword arguments of one forward, drawn in the workload's type and moved to the denoiser's.
+
+    A denoiser that was widened to float32 thus sees the same numbers as one in 16 bit.
+    """
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    drawn = getattr(torch, workload.dtype)
+    shape = {name: getattr(workload, name) for name in ("size", "batch", "frames", "text_tokens")}
+    inputs = workload.facts.inputs(Stand(denoiser, device=torch.device(workload.device), dtype=drawn), **shape, seed=0)
+    return tree_map_only(
+        torch.Tensor, lambda x: x.to(denoiser.device, denoiser.dtype if x.dtype == drawn else None), inputs
+    )
+
+
+class Stand:
+    """A denoiser as `Family.inputs` reads it, with another device and type."""
+
+    def __init__(self, denoiser: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._denoiser, self.device, self.dtype = denoiser, device, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+
+def _pipeline_class(workload: Workload) -> str:
+    return workload.published.pipeline or workload.facts.pipelines[0]
+
+
+def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
+    from vivace.inputs import arguments
+
+    accepted = arguments(type(pipe))
+    width, height = workload.size
+    wanted = {
+        "prompt": PROMPT,
+        "width": width,
+        "height": height,
+        "num_frames": workload.frames,
+        "num_inference_steps": workload.steps,
+        "guidance_scale": workload.published.guidance,
+    }
+    if "image" in accepted and accepted["image"].default is accepted["image"].empty:
+        from PIL import Image
+
+        wanted["image"] = Image.new("RGB", workload.size, "gray")
+    return {name: value for name, value in wanted.items() if name in accepted}

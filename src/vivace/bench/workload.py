@@ -1,0 +1,100 @@
+"""What is timed: one denoiser forward, or one whole pipeline call, of one model at one size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+from vivace.family import Family, Variant
+
+TINY = {"size": (64, 64), "text_tokens": 8, "steps": 2}
+"""In place of a variant's own values, for the few-thousand-parameter pipelines of `Family.tiny`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One model, its weights, and the shape of one call."""
+
+    family: str
+    variant: str
+    model: str | None  # a folder, file or hub id; None: random weights at true size
+    tiny: bool  # the family's tiny random pipeline instead
+    end_to_end: bool  # text encoders, all steps and VAE; else one denoiser forward
+    device: str
+    dtype: str
+    size: tuple[int, int]  # width, height in pixels
+    batch: int
+    frames: int
+    text_tokens: int
+    steps: int
+
+    @property
+    def facts(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def published(self) -> Variant:
+        return self.facts.variant(self.variant)
+
+    @property
+    def name(self) -> str:
+        """One line that says what is timed."""
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        what = f"end to end, {self.steps} steps" if self.end_to_end else f"one denoiser forward{batch}"
+        weights = " tiny" if self.tiny else "" if self.model is None else f" {self.model}"
+        width, height = self.size
+        return f"{self.family}:{self.variant}{weights} {width}x{height}{frames}, {what}, {self.dtype}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "size": list(self.size)}
+
+
+def from_dict(values: Mapping[str, Any]) -> Workload:
+    """The Workload that `to_dict` gave."""
+    return Workload(**{**values, "size": tuple(values["size"])})
+
+
+def workload_of(
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    model: str | None = None,
+    tiny: bool = False,
+    end_to_end: bool = False,
+    **shape: Any,
+) -> Workload:
+    """The workload of `FAMILY[:variant]`; what `shape` leaves out or gives as None is the variant's own.
+
+    Raises InputError for an unknown family or variant, and for a size its autoencoder cannot make.
+    """
+    family_name, _, variant_name = name.partition(":")
+    if family_name not in FAMILIES:
+        raise InputError(f"unknown family {family_name!r}; vivace knows {', '.join(FAMILIES)}")
+    family = FAMILIES[family_name]
+    if model and tiny:
+        raise InputError("--model and --tiny exclude each other; give one")
+    if model:
+        from vivace.load import find
+
+        source = find(model)
+        if source.family is not family:
+            found = source.family.name if source.family else "no known family"
+            raise InputError(f"{model} is a {source.pipeline} ({found}), not of {family_name}; name its family")
+    variant_name = variant_name or next(iter(family.variants))
+    variant = family.variant(variant_name)
+    own = {name: getattr(variant, name) for name in ("size", "batch", "frames", "text_tokens", "steps")}
+    if tiny:
+        own |= {**TINY, "frames": 5 if family.media == "video" else 1}
+    own |= {name: value for name, value in shape.items() if value is not None}
+    if any(side % family.multiple or side <= 0 for side in own["size"]):
+        raise InputError(
+            f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {family.multiple}"
+        )
+    names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
+    return Workload(**names, device=device, dtype=dtype, **own)

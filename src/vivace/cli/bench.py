@@ -1,0 +1,114 @@
+"""`vivace bench`: how fast, how cold, how much memory, how exact, beside the peers."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vivace.errors import InputError
+
+DEFAULT_PEERS = {True: ("eager", "compile", "compile-full"), False: ("eager",)}
+"""On a GPU, and elsewhere: compiling for a CPU takes longer than it saves."""
+FOLDER = ("-o", "--output")
+
+
+def bench(
+    families: Annotated[list[str] | None, typer.Argument(metavar="FAMILY[:variant]", help="What to time.")] = None,
+    model: Annotated[str | None, typer.Option(help="Weights: a folder, a .safetensors file or a hub id.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random weights at true size (the default).")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model, to try the bench itself.")] = False,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one forward.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, with --end-to-end.")] = None,
+    presets: Annotated[str, typer.Option(metavar="A,B", help="Ours.")] = "exact",
+    fields: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="For each of ours.")] = None,
+    peers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="eager, compile, compile-full, torchao, cache-dit; or none.")
+    ] = None,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Text encoders, all steps, VAE.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel against its bandwidth bound.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of each contestant.")] = False,
+    limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = 200,
+    budget_s: Annotated[float | None, typer.Option(min=1, help="Seconds all may take; the rest next time.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where results are kept.")] = Path(
+        "out/bench"
+    ),
+) -> None:
+    """Time models beside their peers, each contestant in a process of its own; continues where it stopped."""
+    from vivace.bench.contestant import contestants_of
+    from vivace.bench.kernels import bench_kernels
+    from vivace.bench.place import place
+    from vivace.bench.results import write
+    from vivace.bench.run import Bench
+    from vivace.bench.workload import workload_of
+    from vivace.cli.generate import read_size
+
+    if model and random:
+        raise InputError("--model and --random exclude each other; give one")
+    if not families and not kernels:
+        raise InputError("nothing to time; name a family (vivace families lists them), or give --kernels")
+    shape = {"size": read_size(size) if size else None, "batch": batch, "frames": frames, "steps": steps}
+    options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, **shape}
+    drafts = [workload_of(name, device="", dtype="", **options) for name in families or ()]
+    contest = partial(contestants_of, presets=_names(presets), fields=fields or ())
+    contest(peers=_names(peers or ""))  # wrong names come out before the machine is asked, which takes seconds
+    here = place(device=device, dtype=dtype)
+    workloads = [replace(draft, device=here.device, dtype=here.dtype) for draft in drafts]
+    contestants = contest(peers=DEFAULT_PEERS[here.gpu] if peers is None else _names(peers))
+
+    def on_line(line: Mapping[str, Any]) -> None:
+        print(_sentence(line), flush=True)
+        write(output)
+
+    told = {"folder": output, "machine": here.machine, "command": _command(sys.argv[1:]), "on_line": on_line}
+    if kernels and not here.gpu:
+        raise InputError(f"--kernels times CUDA kernels, and the device is {here.device}; leave it out")
+    if kernels:
+        bench_kernels(seconds=limit_s, **told)
+    left = Bench(
+        workloads=workloads, contestants=contestants, limit=limit_s, budget=budget_s, again=again, trace=profile, **told
+    ).run()
+    write(output)
+    if left:
+        print(f"{left} left for the next time, when the same command goes on")
+    print(output / "bench.md")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """`a,b` -> its names; `none` and nothing are none."""
+    return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
+
+
+def _command(arguments: list[str]) -> str:
+    """The command as a reader would repeat it: without the folder, which is his own."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in FOLDER and not argument.startswith("--output="):
+            kept.append(argument)
+        skip = argument in FOLDER
+    return shlex.join(["vivace", *kept])
+
+
+def _sentence(line: Mapping[str, Any]) -> str:
+    """One result in one line."""
+    from vivace.bench.table import duration
+
+    if "kernel" in line:
+        found = f"{line['microseconds']:.1f} us, {line['share']:.0%} of its bound" if "share" in line else line["why"]
+        return f"{line['kernel']}, {line['case']}: {found}"
+    if line["status"] != "done":
+        return f"{line['title']}: {line['contestant']}: {line['status']}: {line['why']}"
+    error = "" if line["error"] is None else f", error {line['error']:.2e}"
+    cold = f"cold {line['cold_seconds']:.1f} s"
+    return f"{line['title']}: {line['contestant']}: {duration(line['median_ms'])}, {cold}{error}"

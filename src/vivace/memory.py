@@ -1,0 +1,98 @@
+"""Bytes of a model's components, known before any weight is read: from its files' headers, or its family's facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace import checkpoint
+from vivace.errors import InputError
+from vivace.family import Family, Variant
+from vivace.load import Source
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of a pipeline that has weights."""
+
+    name: str  # its slot in the pipeline
+    parameters: int
+    nbytes: int  # as loaded
+
+
+def components_of(source: Source, *, dtype: torch.dtype) -> dict[str, Component]:
+    """The components of a model, loaded as `dtype`, the denoiser first.
+
+    A folder's are counted in its files, whatever type they are stored in; any other model's come from the facts of its
+    family. Raises InputError where there are neither.
+    """
+    if source.path is not None and source.path.is_dir():
+        counts = {room: _stored(source.path / room) for room in _rooms(source)}
+    elif source.family is not None and source.variant is not None:
+        counts = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in skeletons(source, dtype=dtype).items()
+        }
+    else:
+        raise InputError(
+            f"nothing is known of the sizes in {source.name}; give a local folder or a known model (vivace families)"
+        )
+    return {
+        name: Component(name=name, parameters=count, nbytes=count * dtype.itemsize)
+        for name, count in counts.items()
+        if count
+    }
+
+
+def skeletons(source: Source, *, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Every component that is known well enough, on the "meta" device: shapes without weights, the denoiser first."""
+    if source.path is None or not source.path.is_dir():
+        return _published(source.family, source.variant, dtype=dtype) if source.family and source.variant else {}
+    built = {room: _built(source.path / room, source.index.get(room), dtype=dtype) for room in _rooms(source)}
+    return {name: module for name, module in built.items() if module is not None}
+
+
+def _published(family: Family, variant: Variant, *, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The components of a published model on the "meta" device."""
+    from vivace.families.build import full_component
+
+    names = (*family.denoisers[: variant.experts], "vae", *{**family.text_encoders, **variant.text_encoders})
+    return {name: full_component(family, variant, name, device="meta", dtype=dtype) for name in names}
+
+
+def _rooms(source: Source) -> list[str]:
+    """The folder's components that have weights, the denoisers first."""
+    assert source.path is not None
+    rooms = [room for room in source.index if any((source.path / room).glob("*.safetensors"))]
+    first = source.family.denoisers if source.family else ("transformer", "unet", "prior")
+    return sorted(rooms, key=lambda room: room not in first)
+
+
+def _stored(room: Path) -> int:
+    """Parameters in a component's files. Weight variants hold the same tensors, which count once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in room.glob("*.safetensors"):
+        shapes |= {name: tensor.shape for name, tensor in checkpoint.header(file).items()}
+    return sum(map(prod, shapes.values()))
+
+
+def _built(room: Path, entry: Any, *, dtype: torch.dtype) -> torch.nn.Module | None:
+    """A diffusers component from its configuration, without weights; None for one of another library."""
+    import diffusers
+    import torch
+
+    library, name = entry
+    if library != "diffusers" or not (room / CONFIG).is_file():
+        return None
+    config: Mapping[str, Any] = json.loads((room / CONFIG).read_text("utf-8"))
+    with torch.device("meta"):
+        return getattr(diffusers, name).from_config(config).to(dtype).eval()

@@ -1,0 +1,85 @@
+"""Workloads: what a name stands for, what is refused, and how many operations they are."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from vivace import InputError
+from vivace.bench.flops import tflop
+from vivace.bench.subject import build, full_pipeline, inputs_of
+from vivace.bench.workload import from_dict, workload_of
+from vivace.families import FAMILIES
+
+PLACE = {"device": "cpu", "dtype": "float32"}
+
+
+def test_a_name_takes_the_variants_own_shape_and_flags_replace_it():
+    flux = workload_of("flux", **PLACE)
+    assert (flux.variant, flux.size, flux.batch, flux.text_tokens) == ("dev", (1024, 1024), 1, 512)
+    sd = workload_of("sd:2.1", **PLACE, batch=4, size=None)
+    assert (sd.size, sd.batch, sd.steps) == ((768, 768), 4, 50)
+    assert from_dict(sd.to_dict()) == sd
+    assert workload_of("wan", **PLACE, tiny=True).frames == 5
+    assert "end to end, 2 steps" in workload_of("flux", **PLACE, tiny=True, end_to_end=True).name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("fluks", {}, "unknown family 'fluks'; vivace knows sd, sdxl"),
+        ("flux:big", {}, "flux has no variant 'big'"),
+        ("flux", {"size": (1000, 1000)}, "multiples of 16"),
+        ("flux", {"tiny": True, "model": "/nowhere"}, "exclude each other"),
+        ("flux", {"model": "/nowhere"}, "no model at /nowhere"),
+    ],
+)
+def test_refused(name, options, said):
+    with pytest.raises(InputError, match=said):
+        workload_of(name, **PLACE, **options)
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    FAMILIES["sd3"].tiny().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a StableDiffusion3Pipeline \\(sd3\\), not of flux"):
+        workload_of("flux", **PLACE, model=str(tmp_path))
+    workload = workload_of("sd3", **PLACE, model=str(tmp_path), size=(64, 64))
+    assert type(build(workload)).__name__ == "SD3Transformer2DModel"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("flux", 74.38), ("sdxl", 13.52), ("sd3:3.5-medium", 22.50), ("sd:1.5", 1.607)]
+)
+def test_operations_of_published_models(name, expected):
+    assert tflop(workload_of(name, device="cuda", dtype="bfloat16")) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_built_called_and_counted(family):
+    workload = workload_of(family, **PLACE, tiny=True)
+    assert tflop(workload) > 0
+    denoiser = build(workload)
+    with torch.no_grad():
+        output = denoiser(**inputs_of(denoiser, workload))
+    assert all(torch.isfinite(tensor).all() for tensor in tree_leaves(output))
+
+
+@pytest.mark.parametrize(
+    ("name", "denoisers"), [("flux", 1), ("sdxl", 1), ("wan:2.1-t2v-1.3b", 1), ("wan:2.2-t2v-a14b", 2), ("sd3", 1)]
+)
+def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
+    workload = workload_of(name, device="meta", dtype="bfloat16", end_to_end=True)
+    pipe = full_pipeline(workload)
+    modules = {slot: part for slot, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert sum(slot in workload.facts.denoisers for slot in modules) == denoisers
+    assert all(weight.is_meta for module in modules.values() for weight in module.parameters())
+    assert modules[workload.facts.denoisers[0]].num_parameters() == workload.published.parameters
+    assert {slot for slot in modules if "encoder" in slot} == set(workload.facts.text_encoders)
+
+
+def test_a_widened_denoiser_sees_the_same_numbers():
+    workload = workload_of("flux", device="cpu", dtype="bfloat16", tiny=True)
+    denoiser = build(workload)
+    narrow = inputs_of(denoiser, workload)
+    wide = inputs_of(denoiser.float(), workload)
+    assert wide["hidden_states"].dtype == torch.float32
+    assert torch.equal(wide["hidden_states"], narrow["hidden_states"].float())

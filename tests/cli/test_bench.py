@@ -1,0 +1,52 @@
+"""`vivace bench` on the command line: a whole run on a tiny model, and what it refuses."""
+
+import json
+
+import pytest
+
+from vivace import cli
+
+
+def bench(*arguments: object) -> object:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", *map(str, arguments)])
+    return end.value.code
+
+
+def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeypatch):
+    told = ["vivace", "bench", "sd3", "--tiny", "--device", "cpu", "--peers", "none", "-o", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", told)
+    assert bench(*told[2:]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("sd3:")
+    assert "vivace exact" in said[0]
+    assert said[-1] == str(tmp_path / "bench.md")
+    line = json.loads((tmp_path / "bench.jsonl").read_text())
+    assert line["command"] == "vivace bench sd3 --tiny --device cpu --peers none"
+    assert line["machine"]["versions"]["torch"]
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.jsonl", "bench.csv", "bench.md", "bench.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing to time; name a family"),
+        (("fluks", "--tiny"), "unknown family 'fluks'"),
+        (("flux:huge",), "flux has no variant 'huge'"),
+        (("flux", "--model", "x", "--random"), "--model and --random exclude each other"),
+        (("flux", "--size", "big"), "is not WxH"),
+        (("flux", "--peers", "tensorrt", "--device", "cpu"), "unknown peer 'tensorrt'"),
+        (("flux", "--presets", "exakt", "--device", "cpu"), "unknown preset 'exakt'; the nearest is 'exact'"),
+        (("flux", "--set", "grafs=on", "--device", "cpu"), "unknown Config field 'grafs'"),
+        (("flux", "--batch", "0"), "greater than or equal to 1"),
+        (("--kernels", "--device", "cpu"), "the device is cpu"),
+        (("flux", "--device", "tpu"), "no device 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):
+    assert bench(*arguments, "-o", tmp_path / "out") == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.count("\n") == 1
+    assert said in caught.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,80 @@
+"""A plan says before loading what the report says after accelerating."""
+
+import json
+
+import pytest
+import torch
+
+import vivace
+from vivace import InputError, cli
+from vivace.families import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forecasts_the_report_of_every_family(family, tmp_path):
+    pipe = FAMILIES[family].tiny()
+    pipe.save_pretrained(tmp_path)
+    forecast = vivace.plan(tmp_path, device="cpu", dtype="float32")
+    done = vivace.report(vivace.accelerate(pipe))
+    assert forecast.pipeline == done.pipeline
+    assert forecast.family == done.family == family
+    assert forecast.attention == done.attention
+    assert [(note.name, note.done) for note in forecast.passes] == [(note.name, note.done) for note in done.passes]
+    left = [note for note in done.passes if not note.done]
+    assert [note for note in forecast.passes if not note.done] == left
+    assert forecast.weight_bytes == sum(forecast.components.values())
+
+
+def test_reads_no_weight_and_changes_nothing(tmp_path):
+    pipe = FAMILIES["sd3"].tiny()
+    pipe.save_pretrained(tmp_path)
+    (weights,) = (tmp_path / "transformer").glob("*.safetensors")
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:header] + b"\0" * (len(data) - header))
+    assert vivace.plan(tmp_path, device="cpu").components["transformer"] > 0
+
+
+def test_a_family_that_is_unknown_here_goes_the_generic_lane(tmp_path):
+    pipe = FAMILIES["pixart"].tiny()
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(
+        index.read_text().replace("PixArtSigmaPipeline", "LuminaPipeline").replace("PixArtAlpha", "Lumina")
+    )
+    forecast = vivace.plan(tmp_path, device="cpu")
+    assert forecast.family is None
+    assert "generic lane" in str(forecast)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "said"),
+    [
+        ("flux", {"graphs": "on"}, "graphs='on' cannot be done here: CUDA graphs need a CUDA device"),
+        ("flux:huge", {}, "flux has no variant 'huge'"),
+        ("/nowhere", {}, "no model at /nowhere"),
+        ("flux", {"grafs": "on"}, "unknown Config field 'grafs'"),
+    ],
+)
+def test_refused(model, fields, said):
+    with pytest.raises(InputError, match=said):
+        vivace.plan(model, device="cpu", **fields)
+
+
+def test_on_the_command_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", "flux:schnell", "--set", "graphs=off", "--dtype", "bfloat16", "--device", "cpu", "--json"])
+    assert end.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["preset"] == "custom"
+    assert said["components"]["transformer"] == 2 * FAMILIES["flux"].variants["schnell"].parameters
+    assert said["dtype"] == "bfloat16"
+    assert {"name": "graphs", "done": False, "detail": "switched off"} in said["passes"]
+
+
+def test_the_table():
+    text = str(vivace.plan("sdxl", device="cpu", dtype=torch.float16)).splitlines()
+    assert text[0] == "sdxl: StableDiffusionXLPipeline (sdxl), preset exact, float16 on cpu"
+    assert any(line.startswith("  cross attention: 70 layers, native") for line in text)
+    assert text[-2].startswith("  memory: weights 6.46 GiB (unet 4.78 GiB, vae 0.16 GiB")
+    assert text[-1] == "  one denoiser forward: 13.52 TFLOP"
