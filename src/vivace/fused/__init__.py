@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vivace.family import Family
 
 FUSED: dict[str, str] = {
+    "flux": "vivace.fused.flux:FLUX",
     "sd3": "vivace.fused.sd3:SD3",
 }
 
