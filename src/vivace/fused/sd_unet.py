@@ -75,6 +75,8 @@ def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
     if denoiser.encoder_hid_proj is not None:
         return f"its text goes through a {type(denoiser.encoder_hid_proj).__name__}"
+    if not isinstance(denoiser.config.cross_attention_dim, int):
+        return "its blocks read texts of different widths"
     for name, block in _levels(denoiser):
         if type(block) not in BLOCKS:
             return f"{name} is a {type(block).__name__}"

@@ -24,6 +24,9 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused) -> str | None:
                 return f"{name}.{parameter} is a {type(value).__name__}"
             if value is not None and (value.is_meta or not value.dtype.is_floating_point):
                 return f"{name}.{parameter} is offloaded or quantised"
+    types = {str(p.dtype).removeprefix("torch.") for p in denoiser.parameters()}
+    if len(types) > 1:
+        return f"its weights are of several types, {' and '.join(sorted(types))}"
     return fused.check(denoiser)
 
 
