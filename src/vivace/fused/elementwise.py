@@ -6,9 +6,10 @@ rows; gates, scales and shifts are one vector a sample, [B, D]; pictures are [B,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,117 +23,39 @@ from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.residual_norm import residual_norm
 
 
-class Norm(Protocol):
-    """LayerNorm of a stream, `* weight + bias`, then `* (1 + scale) + shift`; whatever is None is left out."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        *,
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> torch.Tensor: ...
-
-
-class ResidualNorm(Protocol):
-    """`h = x + gate * y` and the `Norm` of h."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        *,
-        gate: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class Residual(Protocol):
-    """`x + gate * y`."""
-
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
-class Heads(Protocol):
-    """Tokens `offset : offset + S` of q, k and v [B, S_total, H, D] from qkv [B, S, 3 H D], as `qk_norm_rope` does."""
-
-    def __call__(
-        self,
-        qkv: torch.Tensor,
-        *,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor | None = None,
-        q_weight: torch.Tensor | None = None,
-        k_weight: torch.Tensor | None = None,
-        cos: torch.Tensor | None = None,
-        sin: torch.Tensor | None = None,
-        offset: int = 0,
-        eps: float = 1e-6,
-    ) -> None: ...
-
-
-class Gelu(Protocol):
-    """GELU (tanh)."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class LinearGelu(Protocol):
-    """GELU (tanh) of `x weight^T + bias`."""
-
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
-
-
-class Gated(Protocol):
-    """`a * gelu(b)` of rows that hold a and b side by side."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class PictureNorm(Protocol):
-    """GroupNorm of `x + add` [B, C, H, W], `add` [B, C], then SiLU where asked."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        *,
-        groups: int,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float = 1e-5,
-        silu: bool = True,
-        add: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-
-
-class PictureSum(Protocol):
-    """`x + y + bias`, with x and y [B, C, H, W] in the same order and bias [C]."""
-
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Elementwise:
-    """One form of the arithmetic."""
+    """One form of the arithmetic. Keywords left out are None, and what they would do is left out too."""
 
-    norm: Norm
-    residual_norm: ResidualNorm
-    residual: Residual
-    heads: Heads
-    gelu: Gelu
-    linear_gelu: LinearGelu
-    geglu: Gated
-    picture_norm: PictureNorm
-    picture_sum: PictureSum
-    late_bias: bool  # a convolution's bias is a pass of its own, so that the sum which follows should add it
+    norm: Callable[..., Any]
+    """`(x, *, weight, bias, scale, shift, eps=1e-6)`: LayerNorm, `* weight + bias`, then `* (1 + scale) + shift`."""
+
+    residual: Callable[..., Any]
+    """`(x, y, *, gate)`: `x + gate * y`."""
+
+    residual_norm: Callable[..., Any]
+    """`(x, y, *, gate, weight, bias, scale, shift, eps=1e-6)`: h = the residual, and the norm of h."""
+
+    heads: Callable[..., None]
+    """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
+
+    gelu: Callable[..., Any]
+    """`(x)`: GELU in its tanh form."""
+
+    linear_gelu: Callable[..., Any]
+    """`(x, weight, bias)`: that of a linear product."""
+
+    geglu: Callable[..., Any]
+    """`(x)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
+
+    picture_norm: Callable[..., torch.Tensor]
+    """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
+
+    picture_sum: Callable[..., torch.Tensor]
+    """`(x, y, *, bias)`: `x + y + bias` of pictures in the same order, with `bias` [C]."""
+
+    late_bias: bool
+    """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
 
 
 def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6):
@@ -239,5 +162,5 @@ CUDA = replace(KERNELS, linear_gelu=_linear_gelu_epilogue)
 
 
 def elementwise_for(device: torch.device) -> Elementwise:
-    """The form for a device."""
-    return CUDA if device.type == "cuda" else TORCH
+    """The form for a device; "meta" stands for a GPU, whose kernels are to be compiled ahead."""
+    return CUDA if device.type in ("cuda", "meta") else TORCH

@@ -6,7 +6,7 @@ block's last pass (gate, residual) already normalises and modulates for the next
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -125,8 +125,8 @@ def _prologue(
     timestep: torch.Tensor,  # [B], 0 to 1
     once: Mapping[str, torch.Tensor],
     guidance: torch.Tensor | None = None,  # [B]
-    controlnet_block_samples: Sequence[torch.Tensor] | None = None,
-    controlnet_single_block_samples: Sequence[torch.Tensor] | None = None,
+    controlnet_block_samples: list[torch.Tensor] | None = None,
+    controlnet_single_block_samples: list[torch.Tensor] | None = None,
     controlnet_blocks_repeat: bool = False,
     return_dict: bool = True,
     **unused: Any,

@@ -82,7 +82,8 @@ class DoubleBlock:
         x, text = state.x, state.text
         assert text is not None
         image_parts, text_parts = (modulation[span] for span in self.spans)
-        attended = self._attention(*self._normed(state, image_parts, text_parts), state.context)
+        image_normed, text_normed = self._normed(state, image_parts, text_parts)
+        attended = self._attention(image_normed, text_normed, state.context)
         ahead = None if control is not None or self.following is None else [modulation[s] for s in self.following]
 
         tokens = text.shape[1]
@@ -103,6 +104,7 @@ class DoubleBlock:
         ahead = ahead_for(state, self.index)
         if ahead is not None:
             return ahead.normed
+        assert state.text is not None
         streams = ((state.x, image_parts), (state.text, text_parts))
         return tuple(self.elementwise.norm(x, shift=parts[0], scale=parts[1]) for x, parts in streams)
 
@@ -153,10 +155,11 @@ class SingleBlock:
         self.wide_rows = next((rule.rows for rule in RULES if rule.sm == sm), 0)
 
     def __call__(self, state: State) -> State:
+        assert state.text is not None
         modulation, control = state.context["modulation"], state.context["single_control"]
         shift, scale, gate = modulation[self.span]
         ahead = ahead_for(state, self.reader)
-        if ahead is not None:
+        if ahead is not None and ahead.joint is not None:
             joint, (normed,) = ahead.joint, ahead.normed
         else:
             joint = torch.cat((state.text, state.x), dim=1)

@@ -43,17 +43,19 @@ class ResidualBlock:
         block, parts = self.block, self.parts
         # Something from outside (a ControlNet, an adapter) may have joined in another order.
         x = x.contiguous(memory_format=parts.layout)
-        y = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), bias=False)
+        y = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), bias=False, layout=parts.layout)
         y = parts.norm(block.norm2, y, silu=True, add=time[:, self.span])
         late = parts.elementwise.late_bias
-        y = _convolved(block.conv2, y, bias=not late)
+        y = _convolved(block.conv2, y, bias=not late, layout=parts.layout)
         x = x if block.conv_shortcut is None else _mixed(block.conv_shortcut, x)
         y = parts.elementwise.picture_sum(x, y, bias=block.conv2.bias if late else None)
         return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
 
-def _convolved(convolution: Any, x: torch.Tensor, *, bias: bool) -> torch.Tensor:
-    return F.conv2d(x, convolution.weight, convolution.bias if bias else None, convolution.stride, convolution.padding)
+def _convolved(convolution: Any, x: torch.Tensor, *, bias: bool, layout: torch.memory_format) -> torch.Tensor:
+    y = F.conv2d(x, convolution.weight, convolution.bias if bias else None, convolution.stride, convolution.padding)
+    # Changes nothing but for tensors without values, whose convolution does not keep the order.
+    return y.contiguous(memory_format=layout)
 
 
 def _mixed(convolution: Any, x: torch.Tensor) -> torch.Tensor:
