@@ -141,7 +141,7 @@ def test_follows_a_cast_and_a_load(sd3_pipe, sd3_latents):
     stock = copy.deepcopy(sd3_pipe)
     vivace.accelerate(sd3_pipe)
     sd3_pipe.to(torch.float64)
-    torch.testing.assert_close(sd3_latents(sd3_pipe), sd3_latents(stock.to(torch.float64)), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(sd3_latents(sd3_pipe), sd3_latents(stock.to(torch.float64)), rtol=1e-6, atol=1e-6)
     doubled = {name: tensor * 1.5 for name, tensor in stock.transformer.state_dict().items()}
     for assign in (False, True):
         sd3_pipe.transformer.load_state_dict(doubled, assign=assign)

@@ -20,13 +20,15 @@ class State:
 
     `x` is the image (or video) stream, `text` the text stream where the model updates one, `skips` the residuals a
     UNet's down path leaves for its up path. `context` holds what every block reads and none changes (modulation
-    embedding, rotary tables, cross-attention text, masks, control residuals, ...).
+    embedding, rotary tables, cross-attention text, masks, control residuals, ...). `ahead` is what a fused block has
+    computed for the next one, which uses it only where the streams are still the very tensors it was made of.
     """
 
     x: torch.Tensor
     text: torch.Tensor | None = None
     skips: tuple[torch.Tensor, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
+    ahead: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

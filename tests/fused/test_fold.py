@@ -30,6 +30,17 @@ def test_attention_over_folded_tokens_is_attention_over_all():
     torch.testing.assert_close(part, whole, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("used", [0, 9, 19, 20])
+def test_a_repeated_key_is_every_key(used):
+    text = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    text[:, used:] = 0
+    folded = fold_zero_tokens(text, repeat=True)
+    assert folded.bias is None
+    assert folded.text.shape[1] == min(used + 1, 20)
+    again = torch.cat((folded.text, folded.text[:, -1:].expand(-1, folded.repeats, -1)), dim=1)
+    assert torch.equal(again, text)
+
+
 @pytest.mark.parametrize("text", [torch.ones(2, 5, 4), F.pad(torch.ones(2, 5, 4), (0, 0, 0, 1))])
 def test_nothing_to_fold(text):
     folded = fold_zero_tokens(text)

@@ -9,12 +9,12 @@ import pytest
 
 from vivace.kernels import KERNELS
 
-SCRIPT = Path(__file__).with_name("compile_for.py")
 
-
-def compile_for(capability, tmp_path):
+def run_for(script, tmp_path, *arguments):
+    """The rows that a script beside this one prints, in a process without the interpreter."""
+    script = Path(__file__).with_name(script)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, SCRIPT, str(capability)], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return [line.split("\t") for line in run.stdout.splitlines()]
 
@@ -22,9 +22,16 @@ def compile_for(capability, tmp_path):
 @pytest.mark.parametrize("capability", [75, 90])
 def test_compiles_once(capability, tmp_path):
     pytest.importorskip("triton")
-    rows = compile_for(capability, tmp_path)
+    rows = run_for("compile_for.py", tmp_path, str(capability))
     assert [kernel for kernel, *_ in rows] == list(KERNELS)
     for kernel, case, first, second, widest in rows:
         assert int(first) >= 1, f"{kernel}, {case}: nothing was compiled"
         assert int(second) == 0, f"{kernel}, {case}: another resolution compiled {second} kernels"
         assert widest == "v4", f"{kernel}, {case}: memory is not accessed 16 bytes at a time"
+
+
+def test_a_rehearsal_meets_every_kernel_that_any_size_needs(tmp_path):
+    pytest.importorskip("triton")
+    for family, rehearsed, more in run_for("rehearse_for.py", tmp_path, "90", "flux", "sd", "sdxl"):
+        assert int(rehearsed) >= 5, f"{family}: only {rehearsed} kernels"
+        assert int(more) == 0, f"{family}: other resolutions and batches compile {more} kernels more"

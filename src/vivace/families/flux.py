@@ -119,15 +119,15 @@ def _prologue(
             attention["ip_hidden_states"] = transformer.encoder_hid_proj(attention.pop("ip_adapter_image_embeds"))
     context = {
         "block": {"temb": temb, "image_rotary_emb": rope, "joint_attention_kwargs": attention},
-        "control": _spread(controlnet_block_samples, transformer.transformer_blocks, repeat=controlnet_blocks_repeat),
-        "single_control": _spread(controlnet_single_block_samples, transformer.single_transformer_blocks),
+        "control": spread(controlnet_block_samples, transformer.transformer_blocks, repeat=controlnet_blocks_repeat),
+        "single_control": spread(controlnet_single_block_samples, transformer.single_transformer_blocks),
         "lora_scale": scale,
         "return_dict": return_dict,
     }
     return State(x, text=text, context=context)
 
 
-def _spread(
+def spread(
     residuals: list[torch.Tensor] | None, blocks: torch.nn.ModuleList, *, repeat: bool = False
 ) -> list[torch.Tensor] | None:
     """One control residual a block: neighbours share one, or with `repeat` the list goes round."""

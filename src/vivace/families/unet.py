@@ -146,7 +146,7 @@ def _mid(block: Any, index: int, state: State) -> State:
     return replace(state, x=x)
 
 
-def _join_control(state: State) -> State:
+def join_control(state: State) -> State:
     """Adds a ControlNet's residuals, down ones to the skips and the mid one to the stream."""
     down, mid = state.context["control"]
     skips = tuple(skip + residual for skip, residual in zip(state.skips, down, strict=False))
@@ -156,7 +156,7 @@ def _join_control(state: State) -> State:
 def _up(block: Any, state: State, *, first: bool, last: bool) -> State:
     context = state.context
     if first and context["control"] is not None:
-        state = _join_control(state)
+        state = join_control(state)
     count = len(block.resnets)
     skips, own = state.skips[:-count], state.skips[-count:]
     size = skips[-1].shape[2:] if context["odd_size"] and not last else None

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from vivace.family import Family
 
 FUSED: dict[str, str] = {
+    "sd": "vivace.fused.sd_unet:SD_UNET",
+    "sdxl": "vivace.fused.sd_unet:SD_UNET",
+    "lcm": "vivace.fused.sd_unet:SD_UNET",
+    "flux": "vivace.fused.flux:FLUX",
     "sd3": "vivace.fused.sd3:SD3",
 }
 

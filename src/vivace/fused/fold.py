@@ -2,7 +2,8 @@
 
 Tokens without positions that start identical stay identical through every layer. As keys, n of them weigh in the
 softmax like one whose logit is raised by log(n); as queries, one result stands for all. That is exact, not an
-approximation, and half the text work of a Stable Diffusion 3 without its T5 encoder.
+approximation, and half the text work of a Stable Diffusion 3 without its T5 encoder. Where attention is slower with a
+bias than with some more keys, the one key and value can be repeated instead: only they, after all the products.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ class Folded:
     """Text whose zero tail is folded, and what to add to the logits of its keys."""
 
     text: torch.Tensor  # [B, T', D]
-    bias: torch.Tensor | None  # [1, 1, 1, T'], None where nothing was folded
+    bias: torch.Tensor | None = None  # [1, 1, 1, T']; None: nothing was folded, or the key is to be repeated
+    repeats: int = 0  # how often the last token's key and value come once more
 
 
-def fold_zero_tokens(text: torch.Tensor) -> Folded:
-    """Fold the zero tokens at the end of `text` `[B, T, D]`. Waits for the device once."""
+def fold_zero_tokens(text: torch.Tensor, *, repeat: bool = False) -> Folded:
+    """Fold the zero tokens at the end of `text` `[B, T, D]`: a bias, or a key to repeat. Waits for the device once."""
     used = text.ne(0).any(-1).any(0).nonzero()  # [n, 1]
     kept = int(used[-1]) + 1 if len(used) else 0
     zeros = text.shape[1] - kept
+    if repeat:
+        return Folded(text=text[:, : kept + 1], repeats=max(zeros - 1, 0))
     weights = log_weights(zeros, text.dtype)
     if zeros <= len(weights):
-        return Folded(text=text, bias=None)
+        return Folded(text=text)
     bias = F.pad(torch.tensor(weights, device=text.device, dtype=text.dtype), (kept, 0))
     return Folded(text=text[:, : kept + len(weights)], bias=bias.view(1, 1, 1, -1))
 

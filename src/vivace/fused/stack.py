@@ -17,16 +17,17 @@ class Stack:
     """
 
     def __init__(self, linears: Sequence[torch.nn.Linear], *, undo: ExitStack) -> None:
-        self.weight = _join([linear.weight for linear in linears], undo)  # [sum of outputs, inputs]
+        self.weight = join([linear.weight for linear in linears], undo)  # [sum of outputs, inputs]
         biases = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "either every linear of a stack has a bias or none"
-        self.bias = _join(biases, undo) if biases else None
+        self.bias = join(biases, undo) if biases else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-def _join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
+def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
+    """One tensor of all `parameters` along their first dimension, which become views of it until the undo."""
     joined = torch.cat([parameter.data for parameter in parameters])
     for parameter, rows in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = rows

@@ -1,4 +1,4 @@
-"""`x + gate * y`, with one gate a sample: how a block's branch joins its stream."""
+"""`x + gate * (y + bias)`, with one gate a sample: how a block's branch joins its stream."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
 from vivace.kernels.row import check_vectors, load_columns, rows_like, rows_ref, tile, tokens_of
 
-SCHEMA = "gate_residual(Tensor x, Tensor y, Tensor? gate) -> Tensor[]"
+SCHEMA = "gate_residual(Tensor x, Tensor y, Tensor? gate, Tensor? bias) -> Tensor[]"
 
 
-def gate_residual_ref(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
+def gate_residual_ref(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, bias: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The operation in torch, in fp32 between one load and one store."""
-    branch = y.float() if gate is None else y.float() * gate.float()[:, None]
+    branch = y.float() if bias is None else y.float() + bias.float()
+    branch = branch if gate is None else branch * gate.float()[:, None]
     return rows_ref(x.float() + branch, x.dtype, None)
 
 
 @jit(do_not_specialize=("tokens",))
 def _gate_residual_kernel(
-    x, y, gate, out,
+    x, y, gate, bias, out,
     tokens, width, x_batch, x_token, y_batch, y_token, gate_batch,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -34,18 +37,22 @@ def _gate_residual_kernel(
 
     branch = tl.load(y + batch * y_batch + rows * y_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(x + batch * x_batch + rows * x_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        branch = branch + load_columns(bias, columns, inside)
     if gate is not None:
         branch = branch * load_columns(gate + batch * gate_batch, columns, inside)
     joined = (stream + branch).to(out.dtype.element_ty)
     tl.store(out + (batch * tokens + rows) * width + columns[None, :], joined, mask=mask)
 
 
-def _launch(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
+def _launch(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, bias: torch.Tensor | None
+) -> list[torch.Tensor]:
     batch, tokens, width = x.shape
     made = rows_like(x, None)
     rows, block, warps = tile(width, most=1024)
     _gate_residual_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
-        x, y, gate, made[0],
+        x, y, gate, bias, made[0],
         tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), 0 if gate is None else gate.stride(0),
         ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -62,21 +69,28 @@ def pair_of(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 _op = register(SCHEMA, reference=gate_residual_ref, launch=_launch)
 
 
-def gate_residual(x: torch.Tensor, y: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """`x + gate * y` for x and y of [B, S, D] with contiguous rows and gate of [B, D]; a gate of None is one.
+def gate_residual(
+    x: torch.Tensor, y: torch.Tensor, *, gate: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x + gate * (y + bias)` for x and y of [B, S, D] with contiguous rows, gate of [B, D] and bias of [D].
+
+    A gate of None is one, a bias of None zero.
 
     Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
     rows, branch = pair_of(x, y)
-    check_vectors(rows, per_sample={"gate": gate})
-    return _op(rows, branch, gate)[0].view(x.shape)
+    check_vectors(rows, per_sample={"gate": gate}, shared={"bias": bias})
+    return _op(rows, branch, gate, bias)[0].view(x.shape)
 
 
-def _make(draw: Draw, *, batch: int = 1, tokens: int, width: int, gated: bool = True, pad: int = 0) -> dict[str, Any]:
+def _make(
+    draw: Draw, *, batch: int = 1, tokens: int, width: int, gated: bool = True, biased: bool = False, pad: int = 0
+) -> dict[str, Any]:
     return {
         "x": draw(batch, tokens, width, pad=pad),
         "y": draw(batch, tokens, width, pad=2 * pad),
         "gate": draw(batch, width, pad=pad) if gated else None,
+        "bias": draw(width) if biased else None,
     }
 
 
@@ -91,11 +105,13 @@ KERNEL = Kernel(
         Case("wide rows, views", {"batch": 2, "tokens": 5, "width": 3072, "pad": 64}),
         Case("width not a multiple of 16", {"tokens": 5, "width": 1155}),
         Case("no gate", {"batch": 2, "tokens": 9, "width": 640, "gated": False}),
+        Case("a bias, no gate", {"batch": 2, "tokens": 9, "width": 320, "gated": False, "biased": True}),
     ),
     bench=(
         Case("FLUX 1024²", {"tokens": 4608, "width": 3072}),
         Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
         Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "gated": False}),
+        Case("SDXL 320 b2, a bias", {"batch": 2, "tokens": 16384, "width": 320, "gated": False, "biased": True}),
         Case("built-in b2", {"batch": 2, "tokens": 256, "width": 192}),
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vivace.kernels.language import INTERPRETED
+from vivace.kernels.language import COMPILE_ONLY, INTERPRETED
 
 _LIBRARY = torch.library.Library("vivace", "FRAGMENT")
 
@@ -99,8 +99,13 @@ def register(schema: str, *, reference: Callable[..., Any], launch: Callable[...
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _on_device(launch), "CUDA")
     _LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
-    torch.library.register_fake(f"vivace::{name}", reference, lib=_LIBRARY)
+    torch.library.register_fake(f"vivace::{name}", _without_values(reference, launch), lib=_LIBRARY)
     return getattr(torch.ops.vivace, name).default
+
+
+def _without_values(reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+    """For tensors that have only shapes: the reference, unless its kernel is to be compiled for them."""
+    return lambda *arguments: (launch if COMPILE_ONLY.get() else reference)(*arguments)
 
 
 def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:

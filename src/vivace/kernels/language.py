@@ -7,6 +7,7 @@ kernels themselves, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 try:
@@ -27,16 +28,32 @@ class _Absent:
         raise RuntimeError(f"{self.name} is a Triton kernel and Triton is not installed; pip install triton")
 
 
-def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
-    """`triton.jit`; sizes that follow the resolution go in `do_not_specialize`, so that a new one compiles nothing."""
+INTERPRETED: bool = knobs is not None and bool(knobs.runtime.interpret)
+
+COMPILE_ONLY: ContextVar[bool] = ContextVar("vivace_compile_only", default=False)
+"""While true, launching a kernel compiles it and runs nothing; its tensors may be "meta" ones."""
+
+if triton is not None and not INTERPRETED:
+
+    class _Launched(triton.JITFunction):
+        """A kernel that heeds `COMPILE_ONLY`."""
+
+        def run(self, *arguments: Any, warmup: bool, **options: Any) -> Any:
+            return super().run(*arguments, warmup=warmup or COMPILE_ONLY.get(), **options)
+
+
+def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] | None = None) -> Any:
+    """`triton.jit` for what kernels call; with `do_not_specialize`, a kernel to launch.
+
+    Sizes that follow the resolution go in `do_not_specialize`, so that a new one compiles nothing.
+    """
     if function is None:
         return lambda function: jit(function, do_not_specialize=do_not_specialize)
     if triton is None:
         return _Absent(function.__name__)
-    return triton.jit(do_not_specialize=list(do_not_specialize))(function)
-
-
-INTERPRETED: bool = knobs is not None and bool(knobs.runtime.interpret)
+    if do_not_specialize is None or INTERPRETED:
+        return triton.jit(do_not_specialize=list(do_not_specialize or ()))(function)
+    return _Launched(function, do_not_specialize=list(do_not_specialize))
 
 
 def power_of_two(n: int) -> int:

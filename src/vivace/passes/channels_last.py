@@ -10,7 +10,8 @@ MINIMUM = 4
 """Convolutions wider than one pixel from which a model counts as convolutional; a patch embedding is one."""
 
 
-def _convolutions(module: torch.nn.Module) -> list[torch.nn.Conv2d]:
+def convolutions(module: torch.nn.Module) -> list[torch.nn.Conv2d]:
+    """The convolutions of a convolutional model; none where there are only a few."""
     found = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d) and max(m.kernel_size) > 1]
     return found if len(found) >= MINIMUM else []
 
@@ -18,7 +19,7 @@ def _convolutions(module: torch.nn.Module) -> list[torch.nn.Conv2d]:
 def _modules(target: Target) -> dict[str, torch.nn.Module]:
     vae = getattr(target.subject, "vae", None) if target.subject not in target.denoisers.values() else None
     modules = {**target.denoisers, **({"vae": vae} if isinstance(vae, torch.nn.Module) else {})}
-    return {name: module for name, module in modules.items() if _convolutions(module)}
+    return {name: module for name, module in modules.items() if convolutions(module)}
 
 
 def _check(target: Target) -> str | None:
@@ -31,7 +32,7 @@ def _check(target: Target) -> str | None:
 
 def _apply(target: Target) -> None:
     for module in _modules(target).values():
-        for convolution in _convolutions(module):
+        for convolution in convolutions(module):
             if not convolution.weight.is_contiguous(memory_format=torch.channels_last):
                 _store(convolution, torch.channels_last)
                 target.undo.callback(_store, convolution, torch.contiguous_format)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
 import torch
 
 from vivace.fused import Fused, fused_of
+from vivace.kernels.language import triton
+from vivace.kernels.rehearsal import rehearse, skeleton, without_values
 from vivace.passes.target import Pass, Target
+
+if TYPE_CHECKING:
+    from vivace.lane import Lane
+
+logger = logging.getLogger(__name__)
+
+SIDES = (256, 2048)
+"""Pixels a side at which a model is rehearsed: between them lies every choice of kernel that depends on the size."""
 
 
 def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False) -> str | None:
@@ -26,6 +41,9 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
                 return f"{name}.{parameter} is a {type(value).__name__}"
             if value is not None and ((value.is_meta and not planned) or not value.dtype.is_floating_point):
                 return f"{name}.{parameter} is offloaded or quantised"
+    types = {str(p.dtype).removeprefix("torch.") for p in denoiser.parameters()}
+    if len(types) > 1:
+        return f"its weights are of several types, {' and '.join(sorted(types))}"
     return fused.check(denoiser)
 
 
@@ -41,6 +59,8 @@ def check_fuse(target: Target) -> str | None:
         return f"no fused blocks for {target.family.name if target.family else 'an unknown family'}"
     if target.device.type not in fused.devices:
         return f"its fused blocks are for {' and '.join(sorted(fused.devices))}, this is {target.device.type}"
+    if target.device.type == "cuda" and triton is None:
+        return "its kernels need Triton, which is not installed; pip install triton"
     planned = target.place is not None
     reasons = (unfusable(denoiser, fused, planned=planned) for denoiser in target.denoisers.values())
     return next(filter(None, reasons), None)
@@ -52,7 +72,44 @@ def _apply(target: Target) -> None:
     for lane in target.lanes.values():
         lane.fuse(fused)
     blocks = sum(len(lane.split.blocks) for lane in target.lanes.values() if lane.split)
-    target.done("fuse", f"{blocks} blocks: {fused.summary}")
+    compiled = f"; {_compile_ahead(target, fused)}" if target.device.type == "cuda" else ""
+    target.done("fuse", f"{blocks} blocks: {fused.summary}{compiled}")
+
+
+def _compile_ahead(target: Target, fused: Fused) -> str:
+    """Compile the kernels of the fused blocks now rather than in the first step; says how that went."""
+    started = time.perf_counter()
+    try:
+        with torch.cuda.device(target.device):
+            for lane in target.lanes.values():
+                _rehearse(target, lane, fused)
+    except Exception as error:
+        # What a model's own code does without values cannot be foreseen, and the first step compiles as well.
+        logger.warning("kernels will be compiled in the first step: %s", error)
+        return f"kernels compile in the first step ({type(error).__name__}: {error})"
+    return f"kernels compiled in {time.perf_counter() - started:.1f} s"
+
+
+def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
+    """Run a copy of the lane's denoiser without values, whose kernels compile instead of running."""
+    family = target.family
+    assert family is not None
+    assert lane.split is not None
+    calls = []
+    for side in SIDES:
+        kwargs = family.inputs(
+            lane.denoiser, size=(side, side), batch=2, frames=1, text_tokens=family.variant().text_tokens, seed=0
+        )
+        if lane.split.once is not None:
+            with torch.no_grad():
+                kwargs["once"] = lane.split.once(**{name: kwargs.get(name) for name in lane.split.once_inputs})
+        calls.append(without_values(kwargs))
+    with ExitStack() as undo:
+        rehearse(fused.fuse(skeleton(lane.denoiser), attend=_shape_of_attention, undo=undo), calls)
+
+
+def _shape_of_attention(q, k, v, *, mask=None, scale=None):
+    return torch.empty_like(q)
 
 
 def _forecast(target: Target) -> str:

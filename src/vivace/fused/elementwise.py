@@ -1,0 +1,166 @@
+"""The arithmetic between the large products of a block, in two forms: torch operations, and this package's kernels.
+
+A fused block asks for what it means and is given the form that suits its device. Streams are [B, S, D] with contiguous
+rows; gates, scales and shifts are one vector a sample, [B, D]; pictures are [B, C, H, W] in either order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vivace.kernels.activate import activate
+from vivace.kernels.gate_residual import gate_residual
+from vivace.kernels.geglu import geglu
+from vivace.kernels.group_norm_silu import group_norm_silu
+from vivace.kernels.norm_modulate import norm_modulate
+from vivace.kernels.qk_norm_rope import qk_norm_rope
+from vivace.kernels.residual_norm import residual_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise:
+    """One form of the arithmetic. Keywords left out are None, and what they would do is left out too."""
+
+    norm: Callable[..., Any]
+    """`(x, *, weight, bias, scale, shift, eps=1e-6)`: LayerNorm, `* weight + bias`, then `* (1 + scale) + shift`."""
+
+    residual: Callable[..., Any]
+    """`(x, y, *, gate)`: `x + gate * y`."""
+
+    residual_norm: Callable[..., Any]
+    """`(x, y, *, gate, weight, bias, scale, shift, eps=1e-6)`: h = the residual, and the norm of h."""
+
+    heads: Callable[..., None]
+    """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
+
+    gelu: Callable[..., Any]
+    """`(x)`: GELU in its tanh form."""
+
+    linear_gelu: Callable[..., Any]
+    """`(x, weight, bias)`: that of a linear product."""
+
+    geglu: Callable[..., Any]
+    """`(x)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
+
+    picture_norm: Callable[..., torch.Tensor]
+    """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
+
+    picture_sum: Callable[..., torch.Tensor]
+    """`(x, y, *, bias)`: `x + y + bias` of pictures in the same order, with `bias` [C]."""
+
+    late_bias: bool
+    """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
+
+
+def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6):
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if scale is None or shift is None:
+        return y
+    return torch.addcmul(shift.unsqueeze(1), y, (scale + 1).unsqueeze(1))
+
+
+def _residual(x, y, *, gate=None):
+    return x + y if gate is None else torch.addcmul(x, gate.unsqueeze(1), y)
+
+
+def _residual_norm(x, y, *, gate=None, **norm):
+    h = _residual(x, y, gate=gate)
+    return h, _norm(h, **norm)
+
+
+def _heads(qkv, *, q, k, v=None, q_weight=None, k_weight=None, cos=None, sin=None, offset=0, eps=1e-6):
+    tokens = slice(offset, offset + qkv.shape[1])
+    q_in, k_in, v_in = qkv.unflatten(-1, (3, *q.shape[2:])).unbind(2)
+    turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(1)  # [S, 1, D / 2]
+    for x, weight, out in ((q_in, q_weight, q), (k_in, k_weight, k)):
+        x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
+        out[:, tokens] = x if turn is None else _turned(x, turn)
+    if v is not None:
+        v[:, tokens] = v_in
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    # There are no 16-bit complex numbers to speak of.
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+_gelu = partial(F.gelu, approximate="tanh")
+
+
+def _linear_gelu(x, weight, bias):
+    return _gelu(F.linear(x, weight, bias))
+
+
+def _geglu(x):
+    a, b = x.chunk(2, dim=-1)
+    return F.gelu(b).mul_(a)
+
+
+def _picture_norm(x, *, groups, weight, bias, eps=1e-5, silu=True, add=None):
+    y = F.group_norm(x if add is None else x + add[:, :, None, None], groups, weight, bias, eps)
+    return F.silu(y, inplace=True) if silu else y
+
+
+def _picture_sum(x, y, *, bias=None):
+    return x + y if bias is None else x + y + bias[:, None, None]
+
+
+TORCH = Elementwise(
+    norm=_norm,
+    residual_norm=_residual_norm,
+    residual=_residual,
+    heads=_heads,
+    gelu=_gelu,
+    linear_gelu=_linear_gelu,
+    geglu=_geglu,
+    picture_norm=_picture_norm,
+    picture_sum=_picture_sum,
+    late_bias=False,
+)
+
+
+def _linear_activate(x, weight, bias):
+    return activate(F.linear(x, weight, bias))
+
+
+def _linear_gelu_epilogue(x, weight, bias):
+    # cuBLASLt applies the GELU (its tanh form) before it stores the product: a pass over the widest tensor less.
+    if bias is None:
+        return _linear_activate(x, weight, bias)
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
+
+
+def _picture_sum_rows(x, y, *, bias=None):
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return _picture_sum(x, y, bias=bias)
+    rows, other = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, y))  # [B, H W, C], views
+    summed = gate_residual(rows, other, bias=bias)
+    return summed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+KERNELS = Elementwise(
+    norm=norm_modulate,
+    residual_norm=residual_norm,
+    residual=gate_residual,
+    heads=qk_norm_rope,
+    gelu=activate,
+    linear_gelu=_linear_activate,
+    geglu=geglu,
+    picture_norm=group_norm_silu,
+    picture_sum=_picture_sum_rows,
+    late_bias=True,
+)
+
+CUDA = replace(KERNELS, linear_gelu=_linear_gelu_epilogue)
+
+
+def elementwise_for(device: torch.device) -> Elementwise:
+    """The form for a device; "meta" stands for a GPU, whose kernels are to be compiled ahead."""
+    return CUDA if device.type in ("cuda", "meta") else TORCH

@@ -1,0 +1,302 @@
+"""The UNet of Stable Diffusion, SDXL and LCM, fused.
+
+Keys and values of the text are computed once per prompt, the time embeddings of all residual blocks in one GEMM a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.torch_utils import apply_freeu
+
+from vivace.attention.backend import Attend
+from vivace.families.unet import join_control, split
+from vivace.family import Block, Split, State
+from vivace.fused.contract import Fused
+from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.stack import Stack, join
+from vivace.fused.unet_blocks import Parts, PixelTransformer, ResidualBlock
+
+BLOCKS = (
+    CrossAttnDownBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    CrossAttnUpBlock2D,
+    UpBlock2D,
+)
+"""Blocks that are residual blocks and pixel transformers in turn."""
+
+PLAIN: Mapping[type, Mapping[str, Any]] = {
+    ResnetBlock2D: {"time_embedding_norm": "default", "skip_time_act": False, "upsample": None, "downsample": None},
+    Transformer2DModel: {"is_input_continuous": True},
+    BasicTransformerBlock: {
+        "norm_type": "layer_norm",
+        "only_cross_attention": False,
+        "double_self_attention": False,
+        "pos_embed": None,
+        "_chunk_size": None,
+    },
+}
+"""Attributes of the modules inside, and the values with which they are what is fused here."""
+
+ATTENTION: Mapping[str, Any] = {
+    "spatial_norm": None,
+    "group_norm": None,
+    "norm_cross": None,
+    "norm_q": None,
+    "norm_k": None,
+    "residual_connection": False,
+    "rescale_output_factor": 1.0,
+}
+
+
+def check(denoiser: Any) -> str | None:
+    """Why these blocks cannot be fused, or None."""
+    if denoiser.encoder_hid_proj is not None:
+        return f"its text goes through a {type(denoiser.encoder_hid_proj).__name__}"
+    if not isinstance(denoiser.config.cross_attention_dim, int):
+        return "its blocks read texts of different widths"
+    for name, block in _levels(denoiser):
+        if type(block) not in BLOCKS:
+            return f"{name} is a {type(block).__name__}"
+        for kind, inner in (*((ResnetBlock2D, r) for r in block.resnets), *_transformers(block)):
+            if type(inner) is not kind:
+                return f"{name} holds a {type(inner).__name__}"
+            for attribute, plain in PLAIN[kind].items():
+                if getattr(inner, attribute) != plain:
+                    return f"a {kind.__name__} of {name} has {attribute}={getattr(inner, attribute)!r}"
+            if (reason := _odd(inner)) is not None:
+                return f"a {kind.__name__} of {name} has {reason}"
+    return None
+
+
+def _odd(module: Any) -> str | None:
+    """What in a residual or transformer block is not as it is fused here, or None."""
+    if isinstance(module, ResnetBlock2D):
+        if module.time_emb_proj is None:
+            return "no time embedding"
+        if not isinstance(module.nonlinearity, torch.nn.SiLU):
+            return f"a {type(module.nonlinearity).__name__} for its activation"
+        return "dropout" if module.training and module.dropout.p else None
+    if not isinstance(module, BasicTransformerBlock):
+        return None
+    if module.attn2 is None or not isinstance(module.ff.net[0], GEGLU):
+        return "no cross attention or no GEGLU"
+    for attention in (module.attn1, module.attn2):
+        if type(attention.processor) is not AttnProcessor2_0:
+            return f"a {type(attention.processor).__name__}"
+        for attribute, plain in ATTENTION.items():
+            if getattr(attention, attribute) != plain:
+                return f"an attention with {attribute}={getattr(attention, attribute)!r}"
+    return "dropout" if module.training and module.dropout else None
+
+
+def declines(
+    *,
+    attention_mask: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    cross_attention_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> str | None:
+    """Why one call must take the stock path, or None."""
+    brings = {name for name, value in (cross_attention_kwargs or {}).items() if name != "scale" and value is not None}
+    masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
+    brings |= {name for name, mask in masks.items() if mask is not None}
+    return f"the call brings {', '.join(sorted(brings))}" if brings else None
+
+
+def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+    """The fused Split of a UNet2DConditionModel."""
+    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
+
+
+def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
+    """`fuse`, with a form of the arithmetic of one's own choice."""
+    weight = denoiser.conv_in.weight
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    parts = Parts(attend=attend, elementwise=elementwise, layout=layout, undo=undo)
+    build = Builder(denoiser, parts)
+    levels = [(name, block, build.level(block)) for name, block in _levels(denoiser)]
+    return Split(
+        prologue=partial(_prologue, split(denoiser).prologue, build.time()),
+        blocks=tuple(_block(name, block, level, denoiser) for name, block, level in levels),
+        epilogue=partial(_epilogue, denoiser, parts),
+        once=build.once(),
+        once_inputs=("encoder_hidden_states",),
+    )
+
+
+def _levels(denoiser: Any) -> Iterator[tuple[str, Any]]:
+    yield from ((f"down_blocks.{i}", block) for i, block in enumerate(denoiser.down_blocks))
+    if denoiser.mid_block is not None:
+        yield "mid_block", denoiser.mid_block
+    yield from ((f"up_blocks.{i}", block) for i, block in enumerate(denoiser.up_blocks))
+
+
+def _attentions(block: Any) -> list[Any]:
+    return [inner for inner in getattr(block, "attentions", ()) if inner is not None]
+
+
+def _transformers(block: Any) -> Iterator[tuple[type, Any]]:
+    for outer in _attentions(block):
+        yield Transformer2DModel, outer
+        if isinstance(outer, Transformer2DModel):
+            yield from ((BasicTransformerBlock, inner) for inner in outer.transformer_blocks)
+
+
+Level = list[tuple[ResidualBlock, PixelTransformer | None]]
+"""A UNet block: residual blocks, each with the transformer that follows it."""
+
+
+class Builder:
+    """Builds the levels of a UNet, and gathers what all of them share: time embeddings, and keys and values of text."""
+
+    def __init__(self, denoiser: Any, parts: Parts) -> None:
+        self.parts = parts
+        self._residuals: list[Any] = []
+        self._times = self._texts = 0  # columns so far
+        self._keys: list[torch.nn.Linear] = []
+
+    def level(self, block: Any) -> Level:
+        attentions = [self._transformer(inner) for inner in _attentions(block)]
+        attentions += [None] * (len(block.resnets) - len(attentions))
+        return [(self._residual(inner), after) for inner, after in zip(block.resnets, attentions, strict=True)]
+
+    def _residual(self, block: Any) -> ResidualBlock:
+        span = slice(self._times, self._times + block.out_channels)
+        self._times = span.stop
+        self._residuals.append(block)
+        return ResidualBlock(block, span=span, parts=self.parts)
+
+    def _transformer(self, block: Any) -> PixelTransformer:
+        spans = []
+        for inner in block.transformer_blocks:
+            linears = [inner.attn2.to_k, inner.attn2.to_v]
+            spans.append(slice(self._texts, self._texts + sum(linear.out_features for linear in linears)))
+            self._texts = spans[-1].stop
+            self._keys += linears
+        return PixelTransformer(block, spans=spans, parts=self.parts)
+
+    def time(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """All time embeddings [B, sum], with the biases of the convolutions that they are added to."""
+        undo = self.parts.undo
+        stack = Stack([block.time_emb_proj for block in self._residuals], undo=undo)
+        biases = join([block.conv1.bias for block in self._residuals], undo)
+        return lambda embedding: stack(F.silu(embedding)) + biases
+
+    def once(self) -> Callable[..., Mapping[str, torch.Tensor | None]]:
+        """Keys and values of all cross attentions [B, T, sum], from the text [B, T, D]."""
+        stack = Stack(self._keys, undo=self.parts.undo) if self._keys else None
+        return lambda encoder_hidden_states: {"text": stack and stack(encoder_hidden_states)}
+
+
+def _block(name: str, module: Any, level: Level, denoiser: Any) -> Block:
+    kind, _, place = name.partition(".")
+    if kind == "down_blocks":
+        forward = partial(_down, module, level, int(place))
+    elif kind == "mid_block":
+        forward = partial(_mid, level, len(denoiser.down_blocks))
+    else:
+        forward = partial(_up, module, level, int(place), len(denoiser.up_blocks) - 1)
+    return Block(name=name, module=module, forward=forward)
+
+
+def _run(pair: tuple[ResidualBlock, PixelTransformer | None], x: torch.Tensor, context: Mapping[str, Any]):
+    residual, transformer = pair
+    x = residual(x, context["time"])
+    return x if transformer is None else transformer(x, context["text"])
+
+
+def _down(block: Any, level: Level, index: int, state: State) -> State:
+    context, x, skips = state.context, state.x, []
+    adapter = context["adapter"][index] if index < len(context["adapter"]) else None
+    for pair in level:
+        x = _run(pair, x, context)
+        skips.append(x)
+    if adapter is not None and level[-1][1] is not None:
+        x = skips[-1] = x + adapter
+    for downsampler in block.downsamplers or ():
+        x = downsampler(x)
+        skips.append(x)
+    if adapter is not None and level[-1][1] is None:
+        x = skips[-1] = x + adapter
+    return replace(state, x=x, skips=(*state.skips, *skips))
+
+
+def _mid(level: Level, index: int, state: State) -> State:
+    x, rest = state.x, state.context["adapter"][index:]
+    for pair in level:
+        x = _run(pair, x, state.context)
+    if rest and rest[0].shape == x.shape:
+        x = x + rest[0]
+    return replace(state, x=x)
+
+
+def _up(block: Any, level: Level, index: int, last: int, state: State) -> State:
+    context = state.context
+    if index == 0 and context["control"] is not None:
+        state = join_control(state)
+    x, skips, own = state.x, state.skips[: -len(level)], state.skips[-len(level) :]
+    strengths = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")}
+    for pair, skip in zip(level, reversed(own), strict=True):
+        if all(strengths.values()):
+            x, skip = apply_freeu(block.resolution_idx, x, skip, **strengths)
+        x = _run(pair, torch.cat([x, skip], dim=1), context)
+    size = skips[-1].shape[2:] if context["odd_size"] and index != last else None
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, size)
+    return replace(state, x=x, skips=skips)
+
+
+def _prologue(
+    stock: Callable[..., State],
+    time: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    once: Mapping[str, torch.Tensor],
+    **kwargs: Any,
+) -> State:
+    state = stock(**kwargs)
+    context = {**state.context, "time": time(state.context["emb"]), "text": once["text"]}
+    return replace(state, context=context)
+
+
+def _epilogue(denoiser: Any, parts: Parts, state: State) -> Any:
+    x = state.x
+    if denoiser.conv_norm_out is not None:
+        silu = isinstance(denoiser.conv_act, torch.nn.SiLU)
+        x = parts.norm(denoiser.conv_norm_out, x, silu=silu)
+        x = x if silu else denoiser.conv_act(x)
+    x = denoiser.conv_out(x)
+    return UNet2DConditionOutput(sample=x) if state.context["return_dict"] else (x,)
+
+
+SD_UNET = Fused(
+    summary="text keys and values once per prompt, time embeddings of all blocks in one GEMM, q k v in one, "
+    "residuals with the norms that follow",
+    devices=frozenset({"cpu", "cuda"}),
+    check=check,
+    declines=declines,
+    fuse=fuse,
+)
