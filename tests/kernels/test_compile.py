@@ -23,7 +23,7 @@ def compile_for(capability, tmp_path):
 def test_compiles_once(capability, tmp_path):
     pytest.importorskip("triton")
     rows = compile_for(capability, tmp_path)
-    assert [kernel for kernel, *_ in rows] == list(KERNELS)
+    assert [kernel for kernel, *_ in rows] == [name for name, kernel in KERNELS.items() if kernel.since <= capability]
     for kernel, case, first, second, widest in rows:
         assert int(first) >= 1, f"{kernel}, {case}: nothing was compiled"
         assert int(second) == 0, f"{kernel}, {case}: another resolution compiled {second} kernels"

@@ -6,16 +6,19 @@ import torch
 
 from vivace.fused import Fused, fused_of
 from vivace.passes.target import Pass, Target
+from vivace.quant.linear import QuantLinear
 
 
 def unfusable(denoiser: torch.nn.Module, fused: Fused) -> str | None:
     """Why the fused blocks would not compute what `denoiser` now computes; None when they do.
 
     They read weights and skip module calls, so every parameter must be a plain one and no module may carry a hook, a
-    replaced forward, or a wrapper (an adapter, a parametrisation).
+    replaced forward, or a wrapper (an adapter, a parametrisation). Linears that we quantised are called, never read.
     """
     for name, module in denoiser.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
+        if not isinstance(module, QuantLinear) and not type(module).__module__.startswith(
+            ("torch.nn.modules.", "diffusers.models.")
+        ):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
         if name and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
             return f"{name} carries a hook"
