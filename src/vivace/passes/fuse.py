@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vivace.fused import Fused, fused_of
+from vivace.passes.quantize import quantises
 from vivace.passes.target import Pass, Target
 from vivace.quant.linear import QuantLinear
 
@@ -16,9 +17,9 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused) -> str | None:
     replaced forward, or a wrapper (an adapter, a parametrisation). Linears that we quantised are called, never read.
     """
     for name, module in denoiser.named_modules():
-        if not isinstance(module, QuantLinear) and not type(module).__module__.startswith(
-            ("torch.nn.modules.", "diffusers.models.")
-        ):
+        if isinstance(module, QuantLinear) and fused.quantised:
+            continue
+        if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
         if name and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
             return f"{name} carries a hook"
@@ -42,6 +43,8 @@ def check_fuse(target: Target) -> str | None:
         return f"no fused blocks for {target.family.name if target.family else 'an unknown family'}"
     if target.device.type not in fused.devices:
         return f"its fused blocks are for {' and '.join(sorted(fused.devices))}, this is {target.device.type}"
+    if not fused.quantised and quantises(target):
+        return "its fused blocks take no quantised layers"
     return next((why for denoiser in target.denoisers.values() if (why := unfusable(denoiser, fused))), None)
 
 

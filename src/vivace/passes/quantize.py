@@ -34,6 +34,12 @@ def _format(target: Target) -> str | None:
     return target.config.quant
 
 
+def quantises(target: Target) -> bool:
+    """Whether layers will be, or are, in few bits."""
+    format = _format(target)
+    return format is not None and format_of(format).refuses(target.device) is None
+
+
 def _survey(target: Target, format: str) -> dict[str, list[Layer]]:
     """What becomes of every linear, by denoiser."""
     family, blocks = target.family, [name for name, _ in target.repeated_blocks()]
