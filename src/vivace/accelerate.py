@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.lane import Lane, holds_own_forward
 from vivace.passes import PASSES
 from vivace.passes.target import Note, Pass, Target
+from vivace.quant.base import Base
 from vivace.request import scope_pipeline
 
 Subject = TypeVar("Subject")
@@ -49,11 +51,11 @@ def accelerate(subject: Subject, preset: str | Config | Mapping[str, Any] = "exa
             "call vivace.restore on that one first"
         )
     elif before.target.config != config:
-        restore(subject)
+        bases = _undo(before.target, keeping=config)
         try:
-            _apply(subject, config)
+            _apply(subject, config, bases)
         except InputError:
-            _apply(subject, before.target.config)
+            _apply(subject, before.target.config, bases)
             raise
     return subject
 
@@ -61,11 +63,12 @@ def accelerate(subject: Subject, preset: str | Config | Mapping[str, Any] = "exa
 def restore(subject: Subject) -> Subject:
     """Undo `accelerate`: the stock behaviour, bit for bit, and nothing of ours left. Returns `subject`.
 
-    Does nothing to a pipeline that is not accelerated.
+    Does nothing to a pipeline that is not accelerated. Raises InputError, and changes nothing, where quantised layers
+    cannot go back to 16 bit.
     """
     acceleration = acceleration_of(subject)
     if acceleration is not None:
-        acceleration.target.undo.close()
+        _undo(acceleration.target)
     return subject
 
 
@@ -74,17 +77,33 @@ def acceleration_of(subject: Any) -> Acceleration | None:
     return getattr(type(subject), "vivace_acceleration", None)
 
 
-def _apply(subject: Any, config: Config) -> None:
+def _undo(target: Target, *, keeping: Config | None = None) -> list[Base]:
+    """Undo what was done; layers that `keeping` wants quantised in the same way stay so, and their bases are returned.
+
+    Raises InputError, before anything is undone, where originals are gone.
+    """
+    wanted = None if keeping is None else (keeping.quant, keeping.keep_base)
+    same = wanted == (target.config.quant, target.config.keep_base)
+    for base in () if same else target.bases:
+        base.check()
+    target.undo.close()
+    for base in () if same else target.bases:
+        base.put_back()
+    return target.bases if same else []
+
+
+def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
     started = time.perf_counter()
     family = _family(subject)
-    target = Target(subject=subject, family=family, config=config, denoisers=_denoisers(subject, family))
+    denoisers = _denoisers(subject, family)
+    target = Target(subject=subject, family=family, config=config, denoisers=denoisers, bases=list(bases))
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
     wanted = wanted_passes(target)
     acceleration = Acceleration(target=target, seconds=0.0)
     members = {"vivace_acceleration": acceleration}
     # Until `pop_all` every failure undoes what was done so far.
-    with target.undo as failing:
+    with _put_back_on_failure(target, bases), target.undo as failing:
         for name, denoiser in target.denoisers.items():
             lane = target.lanes[name] = Lane(name, denoiser, named_blocks=config.check_nan)
             lane.moved = lambda: _move(acceleration)
@@ -98,6 +117,16 @@ def _apply(subject: Any, config: Config) -> None:
     order = [one.name for one in PASSES]
     target.notes.sort(key=lambda note: order.index(note.name))
     acceleration.seconds = time.perf_counter() - started
+
+
+@contextmanager
+def _put_back_on_failure(target: Target, before: Sequence[Base]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for base in target.bases[len(before) :]:
+            base.put_back()
+        raise
 
 
 def wanted_passes(target: Target) -> list[Pass]:
@@ -119,8 +148,8 @@ def wanted_passes(target: Target) -> list[Pass]:
 def _move(acceleration: Acceleration) -> None:
     """The denoiser went to another kind of device, where other choices hold: make them again."""
     target = acceleration.target
-    restore(target.subject)
-    _apply(target.subject, target.config)
+    bases = _undo(target, keeping=target.config)
+    _apply(target.subject, target.config, bases)
 
 
 def _family(subject: Any) -> Family | None:

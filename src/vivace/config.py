@@ -15,6 +15,13 @@ from vivace.errors import InputError
 Switch = Literal["auto", "on", "off"]
 """`auto` decides and says why in the report; `on` is done or is an error; `off` is left alone."""
 
+Quant = Literal["off", "auto", "fp8", "int8", "fp8_weights", "int8_weights", "int4_weights"]
+"""`off` leaves linears as they are, `auto` takes 8 bits where they are measured to pay, a format's name takes that one
+for every linear that the family does not keep in 16 bit."""
+
+KeepBase = Literal["auto", "file", "host", "no"]
+"""`file` where the model's file holds exactly these weights; `host` copies them there; `no` gives them up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -28,6 +35,12 @@ class Config:
 
     channels_last: Switch = "auto"
     """Store convolution weights in NHWC order."""
+
+    quant: Quant = "off"
+    """Linears in 8 or 4 bits: off, auto, or a name of `vivace.quant.FORMATS`."""
+
+    keep_base: KeepBase = "auto"
+    """Where the 16-bit weights of quantised linears stay, for `restore`: auto is file where that is true, else host."""
 
     fuse: Switch = "auto"
     """Hand-fused blocks, for the families that have them."""
@@ -122,5 +135,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 PRESETS: Mapping[str, Config] = {
     "exact": Config(),
+    "balanced": Config(quant="auto"),
 }
 """Named rows of Config. A preset appears when everything in its row exists."""

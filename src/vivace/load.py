@@ -115,6 +115,7 @@ def load_source(
             absent = {
                 key: None for key, value in source.index.items() if isinstance(value, list) and value[:1] == [None]
             }
+            components = {**_quantised(source, device=place, dtype=number), **components}
             pipe = chosen.from_pretrained(
                 source.path or source.name,
                 torch_dtype=number,
@@ -129,6 +130,15 @@ def load_source(
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.name} cannot be loaded as {chosen.__name__}: {first_line(error)}") from error
     return pipe.to(place)
+
+
+def _quantised(source: Source, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The denoisers that a folder holds quantised, read straight onto their device."""
+    from vivace.quant import folder
+
+    names = source.family.denoisers if source.family and source.path else ()
+    rooms = {name: source.path / name for name in names if source.path}
+    return {name: folder.read(room, device=device, dtype=dtype) for name, room in rooms.items() if folder.holds(room)}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

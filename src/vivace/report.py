@@ -11,6 +11,7 @@ from vivace.accelerate import acceleration_of
 from vivace.config import preset_name
 from vivace.passes.attention import attention_of
 from vivace.passes.target import Note
+from vivace.quant.layers import Layer, condensed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Report:
     dtype: str
     passes: tuple[Note, ...]
     attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what computes them
+    layers: dict[str, tuple[Layer, ...]]  # denoiser -> its linears, where quantising came into question
     calls: dict[str, dict[str, int]]  # denoiser -> what served, or why the stock forward did -> calls so far
     accelerate_seconds: float
     first_call_seconds: float | None  # None: not called yet
@@ -44,6 +46,7 @@ class Report:
         lines += [f"  {n.name:<{width}}  {'done' if n.done else 'left'}  {n.detail}" for n in self.passes]
         for kind, use in self.attention.items():
             lines.append(f"  {kind} attention: {use['layers']} layers, {use['backend']}")
+        lines += [f"  {name}.{line}" for name, layers in self.layers.items() for line in condensed(layers)]
         for name, calls in self.calls.items():
             lines += [f"  {name}: {count} calls, {served_by}" for served_by, count in calls.items()]
         first = "not called yet" if self.first_call_seconds is None else f"first call {self.first_call_seconds:.2f} s"
@@ -69,10 +72,13 @@ def report(subject: Any) -> Report:
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
         attention=attention_of(target),
+        layers=dict(target.layers),
         calls={name: dict(lane.calls) for name, lane in target.lanes.items()},
         accelerate_seconds=acceleration.seconds,
         first_call_seconds=sum(firsts) if firsts else None,
-        weight_bytes=sum(p.nbytes for denoiser in target.denoisers.values() for p in denoiser.parameters()),
+        weight_bytes=sum(
+            t.nbytes for denoiser in target.denoisers.values() for t in (*denoiser.parameters(), *denoiser.buffers())
+        ),
         peak_bytes=torch.cuda.max_memory_allocated(target.device) if target.device.type == "cuda" else None,
     )
 
@@ -87,6 +93,7 @@ def _stock(subject: Any) -> Report:
         dtype="",
         passes=(),
         attention={},
+        layers={},
         calls={},
         accelerate_seconds=0.0,
         first_call_seconds=None,

@@ -31,7 +31,9 @@ class Absent:
 
 
 def other_size(sizes):
-    """Another resolution, odd in every way, and another number of samples."""
+    """Another resolution, odd in every way, and another number of samples; of a plain matrix, other rows."""
+    if "rows" in sizes:
+        return sizes | {"rows": sizes["rows"] + 13}
     grown = {"batch": sizes.get("batch", 1) + 1}
     grown |= {"tokens": sizes["tokens"] + 13} if "tokens" in sizes else {"size": tuple(s + 7 for s in sizes["size"])}
     return sizes | grown | ({"before": sizes["before"] + 5} if "before" in sizes else {})
@@ -47,7 +49,7 @@ def main():
         compiled[id(kernel)] = kernel
 
     JITFunction.run = compile_only
-    for kernel in KERNELS.values():
+    for kernel in (kernel for kernel in KERNELS.values() if kernel.since <= capability):
         # Triton converts to fp8 on sm_89 and newer.
         case = next(case for case in kernel.bench if capability >= 89 or case.sizes.get("quantize") != "fp8")
         counts = [len(compiled)]
@@ -56,7 +58,9 @@ def main():
             kernel.launch(**kernel.arguments(case, device="meta", dtype=torch.float16))
             counts.append(len(compiled))
         asm = "".join(c.asm["ptx"] for c in list(compiled.values())[counts[0] :])
-        widest = "v4" if "ld.global.v4.b32" in asm and "st.global.v4.b32" in asm else "narrow"
+        # Products load through asynchronous copies, of 16 bytes as well.
+        loads = "ld.global.v4.b32" in asm or ("cp.async.cg.shared.global" in asm and ", 0x10" in asm)
+        widest = "v4" if loads and "st.global.v4.b32" in asm else "narrow"
         row = kernel.name, case.name, counts[1] - counts[0], counts[2] - counts[1], widest
         sys.stdout.write("\t".join(map(str, row)) + "\n")
 

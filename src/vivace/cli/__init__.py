@@ -12,10 +12,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from vivace.cli import bench, doctor, eval, families, generate, info, plan
+from vivace.cli import bench, doctor, eval, families, generate, info, plan, quantize
 from vivace.errors import InputError
 
-VERBS = (generate.generate, info.info, eval.eval, families.families, plan.plan, bench.bench, doctor.doctor)
+VERBS = (
+    generate.generate, info.info, quantize.quantize, eval.eval, families.families, plan.plan, bench.bench,
+    doctor.doctor,
+)  # fmt: skip
 
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 

@@ -8,21 +8,37 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 
+from vivace.kernels.row import Quantize, RowScaled
+from vivace.quant.linear import QuantLinear, stacked
+
 
 class Stack:
-    """Linears with the same input as one linear of `[sum of their outputs, inputs]`.
+    """Linears with the same input as one linear of `[sum of their outputs, inputs]`, in 16 bit or quantised.
 
     Their own parameters become views of it: nothing is stored twice, a weight edited in place is seen here, and
     `state_dict` is unchanged. The undo gives every parameter its own storage back.
     """
 
-    def __init__(self, linears: Sequence[torch.nn.Linear], *, undo: ExitStack) -> None:
-        self.weight = join([linear.weight for linear in linears], undo)  # [sum of outputs, inputs]
+    def __init__(self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack) -> None:
         biases = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "either every linear of a stack has a bias or none"
         self.bias = join(biases, undo) if biases else None
+        quantised = [linear for linear in linears if isinstance(linear, QuantLinear)]
+        assert len(quantised) in (0, len(linears)), "either every linear of a stack is quantised or none"
+        self._quantised = stacked(quantised, self.bias, undo=undo) if quantised else None
+        if self._quantised is None:
+            plain = [linear.weight for linear in linears if isinstance(linear, torch.nn.Linear)]
+            self.weight = join(plain, undo)  # [sum of outputs, inputs]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes(self) -> Quantize | None:
+        """What a kernel in front is to make of this linear's input: `quantize=stack.takes`."""
+        return self._quantised.takes if self._quantised else None
+
+    def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
+        if self._quantised is not None:
+            return self._quantised(x)
+        assert isinstance(x, torch.Tensor)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -7,10 +7,12 @@ from vivace.kernels import (
     gate_residual,
     geglu,
     group_norm_silu,
+    int8_linear,
     norm_modulate,
     qk_norm_rope,
     quant_rows,
     residual_norm,
+    unpack_rows,
 )
 from vivace.kernels.kernel import Kernel
 
@@ -25,5 +27,7 @@ KERNELS: dict[str, Kernel] = {
         geglu,
         group_norm_silu,
         quant_rows,
+        unpack_rows,
+        int8_linear,
     )
 }

@@ -59,8 +59,7 @@ def _activate_kernel(
 
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
     y = activation(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), KIND)
-    first = batch * tokens
-    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:

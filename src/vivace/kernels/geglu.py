@@ -44,9 +44,8 @@ def _geglu_kernel(
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
     a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x + width + at, mask=mask, other=0.0).to(tl.float32)
-    first = batch * tokens
     y = a * activation(b, KIND)
-    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:

@@ -70,6 +70,7 @@ class Kernel:
     # Relative and absolute, for each type of a result.
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=lambda: ONE_ROUNDING)
     written: tuple[str, ...] = ()  # arguments that the operation fills
+    since: int = 75  # compute capability, times ten, from which Triton compiles it
     bytes_moved: Callable[[Mapping[str, Any], list[torch.Tensor]], int] = read_and_write_once
 
     def arguments(

@@ -71,8 +71,7 @@ def _norm_modulate_kernel(
         y = y * (1.0 + load_columns(scale + batch * scale_batch, columns, inside))
     if shift is not None:
         y = y + load_columns(shift + batch * shift_batch, columns, inside)
-    first = batch * tokens
-    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(

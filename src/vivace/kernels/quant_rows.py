@@ -28,8 +28,7 @@ def _quant_rows_kernel(
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    first = batch * tokens
-    store_rows(out + first * width, row_scale + first, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(x: torch.Tensor, quantize: str) -> list[torch.Tensor]:
@@ -47,9 +46,9 @@ _op = register(SCHEMA, reference=quant_rows_ref, launch=_launch)
 
 
 def quant_rows(x: torch.Tensor, *, quantize: Quantize) -> RowScaled:
-    """`x` [B, S, D] (or [S, D]) with contiguous rows as 8-bit values and one fp32 scale a row."""
+    """`x` [B, S, D] (or [S, D]) with contiguous rows as 8-bit values and a row's scale, or scale and offset."""
     values, scales = _op(tokens_of(x, "x"), quantize)
-    return RowScaled(values.view(x.shape), scales.view(*x.shape[:-1], 1))
+    return RowScaled(values.view(x.shape), scales.view(*x.shape[:-1], -1))
 
 
 def _make(draw: Draw, *, batch: int = 1, tokens: int, width: int, quantize: str, pad: int = 0) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _residual_norm_kernel(
         branch = branch * load_columns(gate + batch * gate_batch, columns, inside)
     stream = stream + branch
     first = batch * tokens
-    store_rows(h + first * width, h, rows, columns, stream, mask, tokens, width, 0.0)
+    store_rows(h, h, first, rows, columns, stream, mask, tokens, width, 0.0)
 
     normed = normalize(stream, mask, width, eps, KIND)
     if weight is not None:
@@ -81,7 +81,7 @@ def _residual_norm_kernel(
         normed = normed * (1.0 + load_columns(scale + batch * scale_batch, columns, inside))
     if shift is not None:
         normed = normed + load_columns(shift + batch * shift_batch, columns, inside)
-    store_rows(out + first * width, row_scale + first, rows, columns, normed, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, width, LIMIT)
 
 
 def _launch(

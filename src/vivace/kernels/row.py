@@ -11,28 +11,41 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from vivace.kernels.language import jit, power_of_two, tl
+from vivace.kernels.language import INTERPRETED, jit, power_of_two, tl
 
 Quantize = Literal["fp8", "int8"]
 
 
 class RowScaled(NamedTuple):
-    """An 8-bit matrix, as row-wise scaled GEMMs take it: `values * scales` is what was meant."""
+    """An 8-bit matrix, as row-wise scaled GEMMs take it.
+
+    fp8 is symmetric: `values * scales` is what was meant. int8 is not, since what comes out of a GELU or SiLU leans to
+    one side: a row has a scale and an offset, and `values * scales[..., :1] + scales[..., 1:]` was meant.
+    """
 
     values: torch.Tensor  # [B, S, D], float8_e4m3fn or int8
-    scales: torch.Tensor  # [B, S, 1], float32
+    scales: torch.Tensor  # [B, S, 1] (fp8) or [B, S, 2] (int8), float32
+
+    def dense(self) -> torch.Tensor:
+        """What was meant, [B, S, D] float32."""
+        meant = self.values.float() * self.scales[..., :1]
+        return meant + self.scales[..., 1:] if self.scales.shape[-1] == 2 else meant
 
 
 class Format(NamedTuple):
     dtype: torch.dtype
     limit: float  # the largest magnitude it holds
+    factors: int  # a row's: a scale, or a scale and an offset
 
 
 FORMATS: dict[str | None, Format] = {
-    "fp8": Format(torch.float8_e4m3fn, 448.0),
-    "int8": Format(torch.int8, 127.0),
+    "fp8": Format(torch.float8_e4m3fn, 448.0, 1),
+    "int8": Format(torch.int8, 127.0, 2),
 }
 
+
+# The interpreter's cast to e4m3 drops the mantissa's carry (1.944 becomes 1.0), so there a value is rounded before it.
+ROUND_FIRST = tl.constexpr(INTERPRETED) if tl else INTERPRETED
 
 # Rounding to the nearest value of an 8-bit format can go either way where fp32 sums differ in their last bit.
 TOLERANCE: dict[torch.dtype, tuple[float, float]] = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.int8: (0.0, 1.0)}
@@ -86,8 +99,9 @@ def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None
     shape = (*x.shape[:-1], width or x.shape[-1])
     if quantize is None:
         return [torch.empty(shape, device=x.device, dtype=x.dtype)]
-    values = torch.empty(shape, device=x.device, dtype=FORMATS[quantize].dtype)
-    return [values, torch.empty((*x.shape[:-1], 1), device=x.device, dtype=torch.float32)]
+    to = FORMATS[quantize]
+    values = torch.empty(shape, device=x.device, dtype=to.dtype)
+    return [values, torch.empty((*x.shape[:-1], to.factors), device=x.device, dtype=torch.float32)]
 
 
 def shaped(made: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor | RowScaled:
@@ -105,10 +119,16 @@ def rows_ref(y: torch.Tensor, dtype: torch.dtype, quantize: str | None) -> list[
     """`y` (fp32) cast to `dtype`, or scaled row by row into an 8-bit format: [values] or [values, scales]."""
     if quantize is None:
         return [y.to(dtype).contiguous()]
-    to, limit = FORMATS[quantize]
-    scales = y.abs().amax(-1, keepdim=True).clamp_min(1e-12) / limit
-    y = y / scales
-    return [(y.round() if to == torch.int8 else y).to(to).contiguous(), scales.contiguous()]
+    to = FORMATS[quantize]
+    if to.factors == 2:
+        low, high = y.aminmax(dim=-1, keepdim=True)
+        # Where all of a row is one number the offset alone says it, and the values are 0.
+        scale = (high - low).clamp_min(1e-12) / 255
+        offset = low + 128 * scale
+        values = ((y - offset) / scale).round().clamp(-128, 127)
+        return [values.to(to.dtype).contiguous(), torch.cat((scale, offset), -1)]
+    scale = y.abs().amax(-1, keepdim=True).clamp_min(1e-12) / to.limit
+    return [(y / scale).to(to.dtype).contiguous(), scale.contiguous()]
 
 
 def norm_ref(x: torch.Tensor, eps: float, kind: str) -> torch.Tensor:
@@ -132,15 +152,35 @@ def normalize(x, mask, width, eps, KIND: tl.constexpr):
 
 
 @jit
-def store_rows(out, row_scale, rows, columns, y, mask, tokens, width, LIMIT: tl.constexpr):
-    """Stores `y` [R, C] (fp32) into contiguous rows of `width`; with LIMIT, scaled so that a row's largest is LIMIT."""
+def round_to_e4m3(y):
+    """The nearest value that e4m3 holds, ties to even, of |y| <= 448 (fp32)."""
+    bits = y.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    # Below 2**-6 its values are multiples of 2**-9; adding 1.5 * 2**14 leaves no finer fraction.
+    return tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)
+
+
+@jit
+def store_rows(out, row_scale, first, rows, columns, y, mask, tokens, width, LIMIT: tl.constexpr):
+    """Stores `y` [R, C] (fp32) into rows `first + rows` of `width`; with LIMIT, scaled row by row into 8 bits."""
     kind: tl.constexpr = out.dtype.element_ty
     if LIMIT > 0:
-        y = tl.where(mask, y, 0.0)
-        scale = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / LIMIT
-        tl.store(row_scale + rows, scale, mask=rows < tokens)
-        y = y / scale[:, None]
         if kind == tl.int8:
+            low = tl.min(tl.where(mask, y, 1e30), 1)
+            high = tl.max(tl.where(mask, y, -1e30), 1)
+            scale = tl.maximum(high - low, 1e-12) / 255.0  # pyright: ignore[reportOperatorIssue]
+            offset = low + 128.0 * scale
+            factors = row_scale + (first + rows) * 2
+            tl.store(factors, scale, mask=rows < tokens)
+            tl.store(factors + 1, offset, mask=rows < tokens)
+            y = tl.where(mask, y - offset[:, None], 0.0) / scale[:, None]
             # Adding 1.5 * 2**23 leaves no fraction bits: rounds to nearest even, as torch does.
-            y = (y + 12582912.0) - 12582912.0
-    tl.store(out + rows.to(tl.int64)[:, None] * width + columns[None, :], y.to(kind), mask=mask)
+            y = tl.minimum(tl.maximum((y + 12582912.0) - 12582912.0, -128.0), 127.0)
+        else:
+            y = tl.where(mask, y, 0.0)
+            scale = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / LIMIT
+            tl.store(row_scale + first + rows, scale, mask=rows < tokens)
+            y = y / scale[:, None]
+            if ROUND_FIRST:
+                y = round_to_e4m3(y)
+    tl.store(out + (first + rows)[:, None] * width + columns[None, :], y.to(kind), mask=mask)

@@ -12,7 +12,9 @@ import torch
 from vivace.fused import Fused, fused_of
 from vivace.kernels.language import triton
 from vivace.kernels.rehearsal import rehearse, skeleton, without_values
+from vivace.passes.quantize import quantises
 from vivace.passes.target import Pass, Target
+from vivace.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
     from vivace.lane import Lane
@@ -29,9 +31,11 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
     A `planned` denoiser has shapes and no weights yet.
 
     They read weights and skip module calls, so every parameter must be a plain one and no module may carry a hook, a
-    replaced forward, or a wrapper (an adapter, a parametrisation).
+    replaced forward, or a wrapper (an adapter, a parametrisation). Linears that we quantised are called, never read.
     """
     for name, module in denoiser.named_modules():
+        if isinstance(module, QuantLinear) and fused.quantised:
+            continue
         if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
         if name and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
@@ -61,6 +65,8 @@ def check_fuse(target: Target) -> str | None:
         return f"its fused blocks are for {' and '.join(sorted(fused.devices))}, this is {target.device.type}"
     if target.device.type == "cuda" and triton is None:
         return "its kernels need Triton, which is not installed; pip install triton"
+    if not fused.quantised and quantises(target):
+        return "its fused blocks take no quantised layers"
     planned = target.place is not None
     reasons = (unfusable(denoiser, fused, planned=planned) for denoiser in target.denoisers.values())
     return next(filter(None, reasons), None)

@@ -14,6 +14,8 @@ from vivace.config import Config, Switch
 if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
+    from vivace.quant.base import Base
+    from vivace.quant.layers import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Target:
     lanes: dict[str, Lane] = field(default_factory=dict)  # filled when every check has passed
     notes: list[Note] = field(default_factory=list)
     undo: ExitStack = field(default_factory=ExitStack)
+    bases: list[Base] = field(default_factory=list)  # originals of quantised layers; they outlive a re-acceleration
+    layers: dict[str, tuple[Layer, ...]] = field(default_factory=dict)  # denoiser -> what became of its linears
 
     @property
     def device(self) -> torch.device:

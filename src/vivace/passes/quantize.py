@@ -1,0 +1,173 @@
+"""Pass: linears in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from vivace.config import Config, Switch
+from vivace.passes.target import Pass, Target
+from vivace.quant import format_of
+from vivace.quant.base import Base, file_of, files_of
+from vivace.quant.layers import Layer, foreign, linears, not_finite, survey, weight_of
+from vivace.quant.linear import QuantLinear
+from vivace.quant.rules import best_format
+
+
+def _wants(config: Config) -> Switch:
+    return "auto" if config.quant in ("off", "auto") else "on"
+
+
+def present(target: Target) -> str | None:
+    """The format that layers are in already: loaded so, or kept from an acceleration before."""
+    modules = (module for denoiser in target.denoisers.values() for _, module in linears(denoiser))
+    return next((module.format.name for module in modules if isinstance(module, QuantLinear)), None)
+
+
+def _format(target: Target) -> str | None:
+    """The name of the format that is wanted."""
+    if target.config.quant in ("off", "auto"):
+        return present(target) or (best_format(target.device) if target.config.quant == "auto" else None)
+    return target.config.quant
+
+
+def quantises(target: Target) -> bool:
+    """Whether layers will be, or are, in few bits."""
+    format = _format(target)
+    return format is not None and format_of(format).refuses(target.device) is None
+
+
+def _survey(target: Target, format: str) -> dict[str, list[Layer]]:
+    """What becomes of every linear, by denoiser."""
+    family, blocks = target.family, [name for name, _ in target.repeated_blocks()]
+    return {
+        name: survey(
+            denoiser,
+            format=format_of(format),
+            device=target.device,
+            keep=family.keep_16bit if family else None,
+            within=blocks,
+            all_that_fit=target.config.quant != "auto",
+        )
+        for name, denoiser in target.denoisers.items()
+    }
+
+
+def _check(target: Target) -> str | None:
+    config, format = target.config, _format(target)
+    before = present(target)
+    if config.quant == "off" and before is None:
+        return "switched off"
+    if format is None:
+        return f"as loaded on {target.device.type}; quant='int8' asks for it"
+    if before not in (None, format):
+        return f"its layers are in {before} already; load the 16-bit model for {format}"
+    if reason := next((why for denoiser in target.denoisers.values() if (why := foreign(denoiser))), None):
+        return reason
+    if reason := format_of(format).refuses(target.device):
+        return reason
+    if before is not None:
+        return None
+    layers = _survey(target, format)
+    chosen = {name: [layer.name for layer in found if layer.format] for name, found in layers.items()}
+    if not any(chosen.values()):
+        reasons = Counter(layer.why for found in layers.values() for layer in found)
+        return f"no linear of it can be in {format}: {_listed(reasons)}"
+    for name, denoiser in target.denoisers.items():
+        if bad := not_finite(denoiser, chosen[name]):
+            return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
+    if config.keep_base == "file":
+        return next((why for n, d in target.denoisers.items() if (why := _unfiled(d, chosen[n]))), None)
+    return None
+
+
+def _unfiled(denoiser: torch.nn.Module, names: list[str]) -> str | None:
+    """Why the originals of these layers cannot be left to their file; None when they can."""
+    files = files_of(denoiser)
+    if not files:
+        return "keep_base='file' needs a model that was loaded from a folder of safetensors; use 'host'"
+    for name in names:
+        if file_of(name, weight_of(denoiser, name), files) is None:
+            return f"keep_base='file', but {name}.weight was changed since it was loaded; use keep_base='host'"
+    return None
+
+
+def _apply(target: Target) -> None:
+    format = _format(target)
+    assert format is not None
+    layers = _survey(target, format)
+    loaded = present(target) is not None
+    bases = [] if loaded else [_quantise(target, name, found) for name, found in layers.items()]
+    target.bases += bases
+    target.layers = {name: tuple(found) for name, found in layers.items()}
+    every = [layer for found in layers.values() for layer in found]
+    hows = Counter(layer.how for layer in every if layer.format)
+    kept = "as loaded" if loaded and not target.bases else f"originals: {_where(target.bases)}"
+    detail = (
+        f"{format}: {sum(hows.values())} linears ({_listed(hows)}), {len(every) - sum(hows.values())} in 16 bit, {kept}"
+    )
+    target.done("quant", detail)
+
+
+def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
+    denoiser, chosen = target.denoisers[name], {layer.name: layer for layer in layers if layer.format}
+    files = _files(target, denoiser, list(chosen))
+    keep = target.config.keep_base
+    base = Base(kept="file" if files else "host" if keep == "auto" else keep)  # pyright: ignore[reportArgumentType]
+    places = _places(denoiser)
+    for layer_name, layer in chosen.items():
+        linear = denoiser.get_submodule(layer_name)
+        assert isinstance(linear, torch.nn.Linear)
+        assert layer.format
+        assert layer.how
+        stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how)
+        base.swap(layer_name, linear, stand_in, places=places[linear], file=files.get(layer_name))
+    return base
+
+
+def _files(target: Target, denoiser: torch.nn.Module, names: list[str]) -> Mapping[str, Path]:
+    """Layer -> the file that holds its weight, when all of them have one and that is wanted; else nothing."""
+    if target.config.keep_base not in ("auto", "file"):
+        return {}
+    files = files_of(denoiser)
+    found = {}
+    for name in names if files else ():
+        path = file_of(name, weight_of(denoiser, name), files)
+        if path is None:
+            return {}
+        found[name] = path
+    return found
+
+
+def _places(denoiser: torch.nn.Module) -> dict[torch.nn.Module, list[tuple[torch.nn.Module, str]]]:
+    """Module -> its parents and names in them; a shared module has several."""
+    places: dict[torch.nn.Module, list[tuple[torch.nn.Module, str]]] = {}
+    for parent in denoiser.modules():
+        for leaf, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, leaf))
+    return places
+
+
+def _where(bases: list[Base]) -> str:
+    words = {"file": "in the model's file", "host": "on the host", "no": "not kept"}
+    held = sum(base.nbytes for base in bases)
+    return ", ".join(words[kept] for kept in {base.kept: None for base in bases}) + (
+        f", {held / 2**30:.2f} GiB" if held else ""
+    )
+
+
+def _listed(counts: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common())
+
+
+QUANTIZE = Pass(
+    name="quant",
+    why_here="before fuse: the fused blocks stack the layers they find, and hand them rows that are quantised already",
+    wants=_wants,
+    check=_check,
+    apply=_apply,
+)

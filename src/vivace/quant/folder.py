@@ -1,0 +1,144 @@
+"""A pipeline folder whose denoiser is stored quantised: `quantised.safetensors`, and `quantised.json` beside it.
+
+Everything else in it is as `save_pretrained` writes it. Stock diffusers finds no weights for the denoiser there and
+says so; `vivace.load` reads it at its small size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vivace import checkpoint
+from vivace.errors import InputError
+from vivace.quant import FORMATS, format_of
+from vivace.quant.layers import linears
+from vivace.quant.linear import QuantLinear
+
+WEIGHTS, RECORD = "quantised.safetensors", "quantised.json"
+VERSION = 1
+PIECE = 64 * 2**20
+"""Bytes that are hashed in one go; pieces are hashed side by side, so that checking keeps up with reading."""
+
+
+def write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> None:
+    """Write `pipe`, whose `denoisers` are quantised, into `folder`; a file that was there is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.save_config(folder)
+    for name, component in pipe.components.items():
+        if name in denoisers:
+            _write_denoiser(component, folder / name)
+        elif hasattr(component, "save_pretrained"):
+            component.save_pretrained(folder / name)
+
+
+def _write_denoiser(denoiser: Any, room: Path) -> None:
+    room.mkdir(exist_ok=True)
+    denoiser.save_config(room)
+    layers = {name: module for name, module in linears(denoiser) if isinstance(module, QuantLinear)}
+    tensors = {f"{prefix}.{name}".lstrip("."): t for prefix, m in denoiser.named_modules() for name, t in _own(m)}
+    save_file(tensors, room / WEIGHTS, metadata={"format": "pt"})
+    record = {
+        "version": VERSION,
+        "class": type(denoiser).__name__,
+        "format": next(iter(layers.values())).format.name,
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "layers": {name: layer.how for name, layer in layers.items()},
+        "bytes": (room / WEIGHTS).stat().st_size,
+        "sha256": digests(room / WEIGHTS),
+    }
+    (room / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a module itself; of a quantised layer what it is packed into."""
+    passing = set() if isinstance(module, QuantLinear) else module._non_persistent_buffers_set
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in passing:
+            yield name, tensor.detach().contiguous()
+
+
+def holds(room: Path) -> bool:
+    """Whether a component's folder holds a quantised denoiser."""
+    return (room / RECORD).is_file()
+
+
+def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The quantised denoiser in `room` on `device`: its weights go there packed, and nowhere else before.
+
+    `dtype` is what its other layers are in and what it computes in; None for what was written. Raises InputError for a
+    file that is missing, cut short or altered.
+    """
+    import diffusers
+
+    record, path = _record(room), room / WEIGHTS
+    if reason := format_of(record["format"]).refuses(device):
+        raise InputError(f"{room} is in {record['format']}: {reason}")
+    held = checkpoint.header(path)
+    if digests(path) != record["sha256"]:
+        raise InputError(f"{path} is not the file that {RECORD} beside it was written for; copy or quantise it again")
+    made: Any = getattr(diffusers, record["class"], None)
+    if made is None:
+        raise InputError(f"{room / RECORD} names a {record['class']}, which diffusers {diffusers.__version__} lacks")
+    with init_empty_weights():
+        denoiser = made.from_config(made.load_config(room))
+    written = getattr(torch, record["dtype"])
+    with safe_open(path, framework="pt", device=str(device)) as opened:
+        for name, how in record["layers"].items():
+            parts = [key for key in held if key.rpartition(".")[0] == name and key != f"{name}.bias"]
+            packed = {key.rpartition(".")[2]: opened.get_tensor(key) for key in parts}
+            linear, (parent, _, leaf) = denoiser.get_submodule(name), name.rpartition(".")
+            layer = QuantLinear(packed, format=format_of(record["format"]), bias=linear.bias, dtype=written, how=how)
+            denoiser.get_submodule(parent)._modules[leaf] = layer
+        packed_names = tuple(f"{name}." for name in record["layers"])
+        plain = [key for key in held if key.endswith(".bias") or not key.startswith(packed_names)]
+        missing, unexpected = denoiser.load_state_dict(
+            {key: opened.get_tensor(key) for key in plain}, strict=False, assign=True
+        )
+    if missing or unexpected:
+        raise InputError(f"{path} does not fit {room / 'config.json'}: {', '.join([*missing, *unexpected][:3])}")
+    denoiser.to(device, dtype or written)
+    return denoiser.eval()
+
+
+def _record(room: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((room / RECORD).read_text("utf-8"))
+        known = record["version"] == VERSION and record["format"] in FORMATS and isinstance(record["layers"], dict)
+        complete = known and all(isinstance(record[key], str) for key in ("class", "dtype")) and record["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{room / RECORD} cannot be read; quantise the model again") from error
+    if not complete:
+        raise InputError(f"{room / RECORD} is of another version; quantise the model again with this vivace")
+    return record
+
+
+def digests(path: Path) -> list[str]:
+    """The SHA-256 of every piece of a file."""
+
+    def digest(start: int) -> str:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(PIECE)).hexdigest()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(digest, range(0, path.stat().st_size, PIECE)))
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier `write` left in `folder`, and nothing else. Raises InputError for any other folder."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any(holds(room) for room in folder.iterdir() if room.is_dir()):
+        raise InputError(f"{folder} is not empty and holds no quantised model; name another folder")
+    shutil.rmtree(folder)

@@ -1,0 +1,138 @@
+"""Every linear of a denoiser, and what is to become of it: in few bits, or left in 16 and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+
+from vivace.quant.format import Format, How
+from vivace.quant.linear import QuantLinear
+from vivace.quant.rules import rule_for
+from vivace.watch import hooked
+
+DEFAULT_KEEP = ("*norm*", "*mod*", "*emb*", "*ada*", "*time*", "*proj_out*")
+"""Names that stay in 16 bit in a model of no known family: what steers a block must not lose digits."""
+
+FOREIGN = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "gguf": "GGUF", "quanto": "quanto"}
+"""A package in the name of a layer's or weight's class -> who quantised it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One linear, for the report."""
+
+    name: str  # within the denoiser
+    outputs: int
+    inputs: int
+    format: str | None  # None: as it was
+    how: How | None = None
+    why: str = ""  # it stays as it is
+    error: float | None = None  # relative, of its weight, where it was measured
+
+
+def linears(denoiser: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every linear, quantised ones included, once; an adapter's own low-rank linears are not among them."""
+    for name, module in denoiser.named_modules():
+        if isinstance(module, torch.nn.Linear | QuantLinear) and not any(
+            p.startswith("lora_") for p in name.split(".")
+        ):
+            yield name, module
+
+
+def weight_of(denoiser: torch.nn.Module, name: str) -> torch.Tensor:
+    """The weight of the linear of that name, without its gradient."""
+    return denoiser.get_parameter(f"{name}.weight").detach()
+
+
+def survey(
+    denoiser: torch.nn.Module,
+    *,
+    format: Format,
+    device: torch.device,
+    keep: Sequence[str] | None,
+    within: Sequence[str] = (),
+    all_that_fit: bool,
+) -> list[Layer]:
+    """What becomes of every linear of `denoiser` in `format` on `device`.
+
+    `keep` are the family's patterns, None where there is no family: then only linears inside the modules `within` come
+    into question. With `all_that_fit` a layer stays in 16 bit only where its shape or the family says so, else also
+    where it is not measured to pay.
+    """
+    found = []
+    for name, module in linears(denoiser):
+        outputs, inputs = int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
+        facts = {"name": name, "outputs": outputs, "inputs": inputs}
+        if isinstance(module, QuantLinear):
+            found.append(Layer(**facts, format=module.format.name, how=module.how))
+            continue
+        rule = rule_for(outputs=outputs, inputs=inputs, format=format, device=device)
+        why = _untouchable(module) or _kept(name, keep, within) or _misfit(outputs, inputs, format)
+        if not why and not all_that_fit and (rule is None or rule.how is None):
+            why = rule.why if rule else f"{outputs} x {inputs} is not measured to pay"
+        how = (rule and rule.how) or "rowwise"
+        found.append(Layer(**facts, format=None if why else format.name, how=None if why else how, why=why or ""))
+    return found
+
+
+def foreign(denoiser: torch.nn.Module) -> str | None:
+    """Who quantised `denoiser` already, if it was not us."""
+    for name, module in denoiser.named_modules():
+        origins = [type(module), *(type(p) for p in module._parameters.values() if p is not None)]
+        rooms = {room for origin in origins for room in origin.__module__.split(".")}
+        if titles := [title for room, title in FOREIGN.items() if room in rooms]:
+            at = name or "the denoiser"
+            return f"{at} is quantised by {titles[0]} already; load the model in 16 bit, or leave quant='off'"
+    return None
+
+
+def not_finite(denoiser: torch.nn.Module, names: Sequence[str]) -> str | None:
+    """The first of these linears whose weight holds a NaN or an infinity. Waits for the device once."""
+    if not names:
+        return None
+    largest = [torch.linalg.vector_norm(weight_of(denoiser, name), float("inf")).float() for name in names]
+    bad = (~torch.stack(largest).isfinite()).nonzero().flatten().tolist()
+    return f"{names[bad[0]]}.weight" if bad else None
+
+
+def condensed(layers: Sequence[Layer]) -> list[str]:
+    """One line for all layers that differ only in the numbers of their names and share a fate."""
+    counts = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), f"{layer.format} {layer.how}" if layer.format else layer.why)
+        for layer in layers
+    )
+    return [f"{name}  {count} x {fate}" for (name, fate), count in counts.items()]
+
+
+def _untouchable(module: torch.nn.Module) -> str | None:
+    if type(module).forward is not torch.nn.Linear.forward or "NonDynamically" in type(module).__name__:
+        return f"a {type(module).__name__} computes more than a linear"
+    if type(module.weight) is not torch.nn.Parameter or not module.weight.dtype.is_floating_point:
+        return f"its weight is a {type(module.weight).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
+    if module.weight.is_meta:
+        return "its weight is offloaded"
+    if hooked(module) or hasattr(module, "_hf_hook"):
+        return "it carries a hook"
+    return None
+
+
+def _kept(name: str, keep: Sequence[str] | None, within: Sequence[str]) -> str | None:
+    name = name.removesuffix(".base_layer")
+    if keep is not None:
+        return next((f"the family keeps {pattern}" for pattern in keep if fnmatch(name, pattern)), None)
+    if not any(name.startswith(f"{block}.") for block in within):
+        return "outside the repeated blocks"
+    pattern = next((pattern for pattern in DEFAULT_KEEP if fnmatch(name, pattern)), None)
+    return f"{pattern} is kept in models of no known family" if pattern else None
+
+
+def _misfit(outputs: int, inputs: int, format: Format) -> str | None:
+    of_outputs, of_inputs = format.multiples
+    if outputs % of_outputs or inputs % of_inputs:
+        return f"{format.name} takes multiples of {of_outputs} x {of_inputs}, this is {outputs} x {inputs}"
+    return None

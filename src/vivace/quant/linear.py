@@ -1,0 +1,133 @@
+"""`QuantLinear`: a linear whose weight is held in 8 or 4 bits, in the place of a `torch.nn.Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from vivace.kernels.row import Quantize, RowScaled
+from vivace.quant.format import Format, How, Packed
+
+
+class QuantLinear(torch.nn.Module):
+    """`x W^T + b` with W in `format`. Where a kernel in front emits what the product takes, that goes in as it is.
+
+    In checkpoints it is the linear it stands for: `state_dict` has its `weight` in 16 bit, with what the format lost,
+    and loading one packs it again. It is no `torch.nn.Linear`, so that nothing adds an adapter's delta to a weight
+    that is not there.
+    """
+
+    format: Format
+    how: How
+    values: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor  # int8 alone
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        packed: Packed,
+        *,
+        format: Format,
+        bias: torch.nn.Parameter | None,
+        dtype: torch.dtype,
+        how: How = "rowwise",
+    ) -> None:
+        super().__init__()
+        self.format, self.how, self.dtype = format, how, dtype
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_parameter("bias", bias)
+        self.cache: dict[str, Any] = {}  # what a product keeps beside the packed weight
+        weight = format.unpack({name: tensor[:1] for name, tensor in packed.items()}, dtype)
+        self.in_features, self.out_features = weight.shape[1], next(iter(packed.values())).shape[0]
+
+    @classmethod
+    def of(cls, linear: torch.nn.Linear, *, format: Format, how: How = "rowwise") -> QuantLinear:
+        """The linear in that format; its bias is shared."""
+        packed = format.pack(linear.weight.detach(), how)
+        layer = cls(packed, format=format, bias=linear.bias, dtype=linear.weight.dtype, how=how)
+        return layer.train(linear.training)
+
+    @property
+    def packed(self) -> dict[str, torch.Tensor]:
+        """What is stored of the weight."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.packed.values())).device
+
+    @property
+    def takes(self) -> Quantize | None:
+        """The row-scaled activation that a kernel in front may hand over; None: 16 bit.
+
+        `quantize=linear.takes` is all that such a kernel needs to know.
+        """
+        return None if self.how == "tensorwise" else self.format.takes(self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and the bias."""
+        return sum(t.nbytes for t in (*self.packed.values(), self.bias) if t is not None)
+
+    def forward(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
+        """[..., K] or its row-scaled form -> [..., N]."""
+        return self.format.product(self, x)
+
+    def dequantised(self) -> torch.Tensor:
+        """The weight [N, K] that is really multiplied with, in the layer's type."""
+        return self.format.unpack(self.packed, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        # Packed values follow to another device; a cast is for what the layer computes in, and would spoil them.
+        self.cache.clear()
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        packed, self._buffers, self.dtype = self._buffers, {}, probe.dtype
+        super()._apply(fn, recurse)
+        self._buffers = {name: _moved(tensor, probe.device) for name, tensor in packed.items() if tensor is not None}
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.dequantised()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        weight = state_dict.pop(f"{prefix}weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if weight is not None:
+            self.cache.clear()
+            for name, tensor in self.format.pack(weight.to(self.device), self.how).items():
+                self._buffers[name] = tensor
+
+
+def stacked(layers: Sequence[QuantLinear], bias: torch.Tensor | None, *, undo: ExitStack) -> QuantLinear:
+    """Linears with the same input and format as one, whose packed weight theirs become views of until `undo`."""
+    first = layers[0]
+    assert all((layer.format, layer.how) == (first.format, first.how) for layer in layers)
+    joined = {name: torch.cat([layer.packed[name] for layer in layers]) for name in first.packed}
+    for name, whole in joined.items():
+        for layer, rows in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+            layer._buffers[name] = rows
+            undo.callback(_part, layer, name, rows)
+    bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    return QuantLinear(joined, format=first.format, bias=bias, dtype=first.dtype, how=first.how)
+
+
+def _part(layer: QuantLinear, name: str, rows: torch.Tensor) -> None:
+    # One that was moved or loaded in the meantime has its own storage already.
+    if layer._buffers[name] is rows:
+        layer._buffers[name] = rows.clone()
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

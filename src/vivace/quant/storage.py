@@ -1,0 +1,82 @@
+"""Formats that only store: the weight takes 8 or 4 bits, and is unpacked to 16 for the length of each product."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vivace.kernels.row import RowScaled
+from vivace.quant import fp8, int8
+from vivace.quant.format import Format, How, unpacked
+from vivace.quant.linear import QuantLinear
+
+GROUP = 64
+"""Inputs that share a scale and an offset in 4 bits: 4.5 bits a weight in all."""
+
+
+def product(layer: QuantLinear, x: torch.Tensor | RowScaled) -> torch.Tensor:
+    """In 16 bit."""
+    assert isinstance(x, torch.Tensor), "a format that only stores takes plain activations"
+    return F.linear(x, layer.dequantised(), layer.bias)
+
+
+def pack_fp8(weight: torch.Tensor, how: How) -> dict[str, torch.Tensor]:
+    """`values` [N, K] e4m3 and `scales` [N, 1]."""
+    return fp8.pack(weight, "rowwise")
+
+
+def pack_int8(weight: torch.Tensor, how: How) -> dict[str, torch.Tensor]:
+    """`values` [N, K] int8 and `scales` [N, 1]."""
+    packed = int8.pack(weight, how)
+    return {name: packed[name] for name in ("values", "scales")}
+
+
+def pack_int4(weight: torch.Tensor, how: How) -> dict[str, torch.Tensor]:
+    """`values` [N, K / 2] uint8 and `scales` [N, K / 64, 2] float16: scale and offset.
+
+    A byte holds input 2 i in its low half and 2 i + 1 in its high half.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))  # [N, G, 64]
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    # Rounded first, so that the values are chosen for the scale that is stored.
+    scale = ((high - low) / 15).clamp_min(6e-8).half().float()
+    offset = low.half().float()
+    values = ((groups - offset) / scale).round().clamp(0, 15).to(torch.uint8).flatten(1)
+    pairs = values[:, ::2] | values[:, 1::2] << 4
+    return {"values": pairs.contiguous(), "scales": torch.cat((scale, offset), -1).half()}
+
+
+def _anywhere(device: torch.device) -> None:
+    return None
+
+
+FP8_WEIGHTS = Format(
+    name="fp8_weights",
+    summary="weights stored in e4m3, products in 16 bit",
+    pack=pack_fp8,
+    unpack=unpacked,
+    product=product,
+    refuses=_anywhere,
+    takes=_anywhere,
+)
+
+INT8_WEIGHTS = Format(
+    name="int8_weights",
+    summary="weights stored in int8, products in 16 bit",
+    pack=pack_int8,
+    unpack=unpacked,
+    product=product,
+    refuses=_anywhere,
+    takes=_anywhere,
+)
+
+INT4_WEIGHTS = Format(
+    name="int4_weights",
+    summary=f"weights stored in 4 bits, groups of {GROUP}, products in 16 bit",
+    pack=pack_int4,
+    unpack=unpacked,
+    product=product,
+    refuses=_anywhere,
+    takes=_anywhere,
+    multiples=(1, GROUP),
+)

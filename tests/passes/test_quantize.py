@@ -1,0 +1,241 @@
+"""Quantising a pipeline: what is done to every linear, what is refused, and the way back."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import vivace
+from vivace import InputError
+from vivace.config import Quant
+from vivace.families import FAMILIES
+from vivace.quant import FORMATS
+from vivace.quant.linear import QuantLinear
+
+
+def called(pipe, family: str, *, batch: int = 1) -> torch.Tensor:
+    known = FAMILIES[family]
+    denoiser = getattr(pipe, known.denoisers[0])
+    arguments = known.inputs(denoiser, size=(64, 64), batch=batch, frames=1, text_tokens=8, seed=0)
+    with torch.no_grad():
+        outputs = tree_leaves(denoiser(**arguments))
+    return torch.cat([leaf.flatten() for leaf in outputs if isinstance(leaf, torch.Tensor)])
+
+
+def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got - exact).norm() / exact.norm()).item()
+
+
+def test_config_names_every_format():
+    assert Quant.__args__ == ("off", "auto", *FORMATS)
+
+
+# Of a tiny random model's output; Stable Video Diffusion's turns 1 % of noise on its input into 21 %.
+FAR = {"svd": 0.4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_fp8_and_back(family):
+    pipe = FAMILIES[family].tiny()
+    stock = called(pipe, family)
+    vivace.accelerate(pipe, quant="fp8")
+    quantised, layers = called(pipe, family), vivace.report(pipe).layers[FAMILIES[family].denoisers[0]]
+    assert 1e-5 < distance(quantised, stock) < FAR.get(family, 0.2)
+    held = {name for name, m in getattr(pipe, FAMILIES[family].denoisers[0]).named_modules() if type(m) is QuantLinear}
+    assert held == {layer.name for layer in layers if layer.format == "fp8"}
+    assert all(layer.why for layer in layers if not layer.format)
+    vivace.restore(pipe)
+    assert torch.equal(called(pipe, family), stock)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format(sd3_pipe, sd3_latents, format):
+    stock = sd3_latents(sd3_pipe)
+    before = vivace.report(vivace.accelerate(sd3_pipe)).weight_bytes
+    vivace.accelerate(sd3_pipe, quant=format)
+    assert 1e-5 < distance(sd3_latents(sd3_pipe), stock) < 0.2
+    report = vivace.report(sd3_pipe)
+    done = [layer for layer in report.layers["transformer"] if layer.format == format]
+    # fp32 originals: 3 of 4 bytes are saved, less what the scales take.
+    assert before - report.weight_bytes > 0.6 * 4 * sum(layer.outputs * layer.inputs for layer in done) > 0
+    assert f"{format}: {len(done)} linears" in str(report)
+    assert "transformer_blocks.*.ff.net.2  2 x" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["layers"]["transformer"]
+    assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), stock)
+
+
+def test_asking_again_keeps_the_layers(sd3_pipe):
+    vivace.accelerate(sd3_pipe, quant="fp8", keep_base="no")
+    layer = sd3_pipe.transformer.transformer_blocks[0].attn.to_q
+    vivace.accelerate(sd3_pipe, quant="fp8", keep_base="no", channels_last="off")
+    assert sd3_pipe.transformer.transformer_blocks[0].attn.to_q is layer
+
+
+def test_without_a_base_there_is_no_way_back(sd3_pipe, sd3_latents):
+    vivace.accelerate(sd3_pipe, quant="fp8", keep_base="no")
+    quantised = sd3_latents(sd3_pipe)
+    for change in (vivace.restore, vivace.accelerate, lambda pipe: vivace.accelerate(pipe, quant="int8")):
+        with pytest.raises(InputError, match="keep_base='no'"):
+            change(sd3_pipe)
+        assert torch.equal(sd3_latents(sd3_pipe), quantised)
+
+
+def test_a_cast_reaches_the_way_back(sd3_pipe, sd3_latents):
+    vivace.accelerate(sd3_pipe, quant="int8")
+    sd3_pipe.to(torch.bfloat16)
+    assert sd3_latents(sd3_pipe).isfinite().all()
+    vivace.restore(sd3_pipe)
+    assert {p.dtype for p in sd3_pipe.transformer.parameters()} == {torch.bfloat16}
+    assert sd3_latents(sd3_pipe).isfinite().all()
+
+
+def test_saved_as_a_stock_folder(sd3_pipe, tmp_path):
+    names = list(sd3_pipe.transformer.state_dict())
+    vivace.accelerate(sd3_pipe, quant="fp8")
+    assert sorted(sd3_pipe.transformer.state_dict()) == sorted(names)
+    sd3_pipe.transformer.save_pretrained(tmp_path)
+    loaded = type(sd3_pipe.transformer).from_pretrained(tmp_path)
+    layer = sd3_pipe.transformer.transformer_blocks[0].attn.to_q
+    assert torch.equal(loaded.transformer_blocks[0].attn.to_q.weight, layer.dequantised())
+
+
+def test_base_in_the_file(sd3_pipe, sd3_latents, tmp_path):
+    stock = sd3_latents(sd3_pipe)
+    sd3_pipe.transformer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="loaded from a folder"):
+        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
+    sd3_pipe.transformer = type(sd3_pipe.transformer).from_pretrained(tmp_path)
+    vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
+    assert "in the model's file" in str(vivace.report(sd3_pipe))
+    assert not any(swap.original.weight.numel() for base in bases(sd3_pipe) for swap in base.swaps)
+    assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), stock)
+
+    vivace.accelerate(sd3_pipe, quant="fp8")
+    quantised, path = sd3_latents(sd3_pipe), tmp_path / "diffusion_pytorch_model.safetensors"
+    held = path.read_bytes()
+    for broken, message in ((held[:-4000], "truncated"), (alter(held), "no longer holds the weight")):
+        replace(path, broken)
+        with pytest.raises(InputError, match=message) as caught:
+            vivace.restore(sd3_pipe)
+        assert str(path) in str(caught.value)
+        assert torch.equal(sd3_latents(sd3_pipe), quantised)
+    replace(path, held)
+    assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), stock)
+
+    sd3_pipe.transformer.transformer_blocks[0].attn.to_q.weight.data[0, 0] += 1
+    with pytest.raises(InputError, match="was changed since it was loaded"):
+        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
+    vivace.accelerate(sd3_pipe, quant="fp8")
+    assert "on the host" in str(vivace.report(sd3_pipe))
+
+
+def bases(pipe):
+    return type(pipe).vivace_acceleration.target.bases
+
+
+def replace(path, data: bytes) -> None:
+    # Not in place: the layers that are not quantised are mapped from the old one.
+    path.unlink()
+    path.write_bytes(data)
+
+
+def alter(data: bytes) -> bytes:
+    """The same file with every weight turned round: the header is as it was."""
+    from safetensors.torch import load, save
+
+    return save({name: -tensor for name, tensor in load(data).items()}, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(sd3_pipe, value):
+    sd3_pipe.transformer.transformer_blocks[1].attn.to_k.weight.data[3, 5] = value
+    with pytest.raises(InputError, match=r"transformer\.transformer_blocks\.1\.attn\.to_k\.weight holds NaN or inf"):
+        vivace.accelerate(sd3_pipe, quant="int8")
+    assert type(sd3_pipe.transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+
+
+def test_quantised_by_another_library_is_refused(sd3_pipe):
+    foreign = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    sd3_pipe.transformer.transformer_blocks[0].attn.to_q.__class__ = foreign
+    with pytest.raises(InputError, match=r"attn\.to_q is quantised by bitsandbytes already"):
+        vivace.accelerate(sd3_pipe, quant="fp8")
+
+
+def test_auto_leaves_the_cpu_alone(sd3_pipe):
+    report = vivace.report(vivace.accelerate(sd3_pipe, "balanced"))
+    assert report.preset == "balanced"
+    assert "as loaded on cpu" in str(report)
+    assert not report.layers
+
+
+def test_a_denoiser_of_no_known_family_is_quantised_inside_its_blocks():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm_linear = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x + self.norm_linear(self.linear(x))
+
+    class Denoiser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.entry, self.blocks = torch.nn.Linear(64, 64), torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.entry(x)
+
+    denoiser = Denoiser().eval()
+    vivace.accelerate(denoiser, quant="int8")
+    fates = {layer.name: layer.format or layer.why for layer in vivace.report(denoiser).layers["denoiser"]}
+    assert fates["blocks.0.linear"] == "int8"
+    assert "*norm*" in fates["blocks.1.norm_linear"]
+    assert fates["entry"] == "outside the repeated blocks"
+
+
+def test_adapters(sd3_pipe, sd3_latents):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    torch.manual_seed(0)
+    sd3_pipe.transformer.add_adapter(lora)
+    adapted = sd3_latents(sd3_pipe)
+    vivace.accelerate(sd3_pipe, quant="fp8")
+    attention = sd3_pipe.transformer.transformer_blocks[0].attn
+    assert type(attention.to_q.base_layer) is QuantLinear
+    assert type(attention.to_q.lora_A["default"]) is torch.nn.Linear
+    assert 1e-5 < distance(sd3_latents(sd3_pipe), adapted) < 0.2
+    assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), adapted)
+
+
+def test_a_quantised_layer_takes_no_adapter(sd3_pipe):
+    from peft import LoraConfig
+
+    vivace.accelerate(sd3_pipe, quant="fp8")
+    with pytest.raises(ValueError, match="QuantLinear"):
+        sd3_pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def test_a_picture_does_not_depend_on_its_neighbours():
+    pipe = FAMILIES["flux"].tiny()
+    denoiser = pipe.transformer
+    vivace.accelerate(pipe, quant="fp8")
+    arguments = FAMILIES["flux"].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=8, seed=0)
+    shared = {"img_ids", "txt_ids"}
+
+    def part(samples: slice) -> dict:
+        return {
+            name: value[samples] if isinstance(value, torch.Tensor) and name not in shared else value
+            for name, value in arguments.items()
+        }
+
+    with torch.no_grad():
+        alone = denoiser(**part(slice(0, 1)))[0]
+        loud = part(slice(None))
+        loud["hidden_states"] = loud["hidden_states"] * torch.tensor([1.0, 100.0]).view(2, 1, 1)
+        together = denoiser(**loud)[0][:1]
+    # One scale for both samples would cost 100 times the precision.
+    assert distance(together, alone) < 2e-3

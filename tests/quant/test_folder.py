@@ -1,0 +1,128 @@
+"""A quantised folder is read as it was written, at its small size, or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vivace
+from vivace import InputError
+from vivace.families import FAMILIES
+from vivace.quant import FORMATS, folder
+from vivace.quant.linear import QuantLinear
+
+FAMILY = FAMILIES["flux"]
+
+
+def output(transformer) -> torch.Tensor:
+    arguments = FAMILY.inputs(transformer, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
+    with torch.no_grad():
+        return transformer(**arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A tiny FLUX, quantised and written; its folder and what its denoiser gives."""
+    where = tmp_path_factory.mktemp("written")
+    pipe = FAMILY.tiny().to(torch.bfloat16)
+    vivace.accelerate(pipe, quant="fp8", keep_base="no", fuse="off")
+    folder.write(pipe, where / "model", denoisers={"transformer": pipe.transformer})
+    return where / "model", output(pipe.transformer)
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    """The room of the denoiser, for a test to spoil."""
+    import shutil
+
+    shutil.copytree(written[0], tmp_path / "model")
+    return tmp_path / "model" / "transformer"
+
+
+def test_reads_what_was_written(written):
+    pipe = vivace.load(written[0], dtype="bfloat16")
+    assert type(pipe).__name__ == "FluxPipeline"
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert torch.equal(output(pipe.transformer), written[1])
+    held = sum(t.nbytes for t in (*pipe.transformer.parameters(), *pipe.transformer.buffers()))
+    file = (written[0] / "transformer" / folder.WEIGHTS).stat().st_size
+    assert held == pytest.approx(file, rel=0.2)
+    report = vivace.report(vivace.accelerate(pipe, fuse="off"))
+    assert "fp8" in next(note.detail for note in report.passes if note.name == "quant")
+    assert "as loaded" in str(report)
+    with pytest.raises(InputError, match="in fp8 already"):
+        vivace.accelerate(pipe, quant="int8")
+    vivace.restore(pipe)
+    assert torch.equal(output(pipe.transformer), written[1])
+
+
+def test_another_dtype(written):
+    pipe = vivace.load(written[0], dtype="float32")
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+    values = [m.values.dtype for m in pipe.transformer.modules() if isinstance(m, QuantLinear)]
+    assert set(values) == {torch.float8_e4m3fn}
+    torch.testing.assert_close(output(pipe.transformer), written[1].float(), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format(format, tmp_path):
+    pipe = FAMILIES["sd"].tiny()
+    arguments = FAMILIES["sd"].inputs(pipe.unet, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
+    vivace.accelerate(pipe, quant=format, keep_base="no")
+    folder.write(pipe, tmp_path, denoisers={"unet": pipe.unet})
+    again = folder.read(tmp_path / "unet", device=torch.device("cpu"))
+    with torch.no_grad():
+        # Not to the bit: CPU kernels take another path where a mapped file is aligned otherwise.
+        torch.testing.assert_close(again(**arguments)[0], pipe.unet(**arguments)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_truncated(copied):
+    path = copied / folder.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match="truncated") as caught:
+        vivace.load(copied.parent)
+    assert str(path) in str(caught.value)
+
+
+def test_altered(copied):
+    path = copied / folder.WEIGHTS
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(torch.uint8).flatten()[0] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"quantised\.safetensors is not the file that quantised\.json"):
+        vivace.load(copied.parent)
+
+
+@pytest.mark.parametrize("change", [{"version": 99}, {"format": "fp2"}, {"layers": None}, {"class": 3}])
+def test_a_record_of_something_else(copied, change):
+    path = copied / folder.RECORD
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match="another version"):
+        vivace.load(copied.parent)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        vivace.load(copied.parent)
+
+
+def test_a_missing_weight_file(copied):
+    (copied / folder.WEIGHTS).unlink()
+    with pytest.raises(InputError, match="no weight file"):
+        vivace.load(copied.parent)
+
+
+def test_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "PIECE", 10)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(25)))
+    first = folder.digests(path)
+    path.write_bytes(bytes(range(24)) + b"x")
+    assert len(first) == 3
+    assert [a == b for a, b in zip(first, folder.digests(path), strict=True)] == [True, True, False]
+
+
+def test_only_its_own_folders_are_cleared(written, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no quantised model"):
+        folder.clear(tmp_path)
+    assert (tmp_path / "notes.txt").exists()

@@ -1,0 +1,129 @@
+"""A quantised linear stands for its original in every way but the last digits, and in none across samples."""
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from vivace.kernels.quant_rows import quant_rows
+from vivace.quant import FORMATS, format_of
+from vivace.quant.linear import QuantLinear, stacked
+
+# Relative errors of a product of normal values: what the bits allow, with a third of slack.
+ALLOWED = {"fp8": 0.05, "int8": 0.016, "fp8_weights": 0.036, "int8_weights": 0.009, "int4_weights": 0.12}
+
+
+def linear(inputs: int = 192, outputs: int = 80, *, bias: bool = True, dtype=torch.float32) -> torch.nn.Linear:
+    torch.manual_seed(1)
+    made = torch.nn.Linear(inputs, outputs, bias=bias)
+    torch.nn.init.normal_(made.weight)
+    # Channels of very different size: one scale for all of them would lose the small ones in int8.
+    made.weight.data *= torch.logspace(-2, 1, outputs)[:, None]
+    return made.to(dtype).requires_grad_(False)
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, by output channel, averaged."""
+    return ((got.double() - exact.double()).norm(dim=(0, 1)) / exact.double().norm(dim=(0, 1))).mean().item()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_close_to_the_original(name, bias):
+    original = linear(bias=bias)
+    x = torch.randn(2, 33, 192)
+    layer = QuantLinear.of(original, format=format_of(name))
+    out = layer(x)
+    assert (out.shape, out.dtype) == ((2, 33, 80), torch.float32)
+    assert 1e-4 < error(out, original(x)) < ALLOWED[name]
+    assert layer.nbytes < 0.33 * sum(p.nbytes for p in original.parameters())
+    # The weight that is multiplied with is the one it shows.
+    seen = torch.nn.functional.linear(x, layer.dequantised(), layer.bias)
+    assert error(out, seen) < (1e-5 if name.endswith("weights") else ALLOWED[name])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keeps_its_type(name, dtype):
+    layer = QuantLinear.of(linear(dtype=dtype), format=format_of(name))
+    assert layer(torch.randn(3, 192, dtype=dtype)).dtype == dtype
+    values = {key: tensor.clone() for key, tensor in layer.packed.items()}
+    layer.to(torch.float32)
+    assert layer(torch.randn(3, 192)).dtype == torch.float32
+    assert all(torch.equal(layer.packed[key], tensor) for key, tensor in values.items())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_sample_does_not_see_its_neighbours(name):
+    layer = QuantLinear.of(linear(), format=format_of(name))
+    x = torch.randn(2, 16, 192)
+    for neighbour in (x[1:], 1e4 * x[1:]):
+        together = layer(torch.cat((x[:1], neighbour)))[:1]
+        torch.testing.assert_close(together, layer(x[:1]), rtol=1e-6, atol=1e-6)
+
+
+def test_tensorwise_has_one_scale_a_sample():
+    original = linear()
+    original.weight.data /= torch.logspace(-2, 1, 80)[:, None]
+    layer = QuantLinear.of(original, format=format_of("fp8"), how="tensorwise")
+    assert len(layer.scales.unique()) == 1
+    assert layer.takes is None
+    x = torch.randn(2, 16, 192)
+    assert error(layer(x), original(x)) < ALLOWED["fp8"]
+    torch.testing.assert_close(layer(torch.cat((x[:1], 1e3 * x[1:])))[:1], layer(x[:1]))
+    assert layer(x[0]).shape == (16, 80)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_takes_what_a_kernel_in_front_made(name):
+    original, x = linear(), torch.randn(2, 7, 192)
+    out = QuantLinear.of(original, format=format_of(name))(quant_rows(x, quantize=name))
+    assert (out.shape, out.dtype) == ((2, 7, 80), torch.float32)
+    assert error(out, original(x)) < ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_constant_and_zero_rows(name):
+    original = linear()
+    layer = QuantLinear.of(original, format=format_of(name))
+    for value in (0.0, 1.0, -3.0):
+        x = torch.full((1, 4, 192), value)
+        allowed = 0.03 * abs(value) * original.weight.abs().sum(1) + 1e-6
+        for out in (layer(x), layer(quant_rows(x, quantize=name))):
+            assert ((out - original(x)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_checkpoints_hold_the_weight(name):
+    layer = QuantLinear.of(linear(), format=format_of(name))
+    state = layer.state_dict()
+    assert list(state) == ["weight", "bias"]
+    assert torch.equal(state["weight"], layer.dequantised())
+    other = QuantLinear.of(linear(), format=format_of(name))
+    other.load_state_dict({"weight": -state["weight"], "bias": -state["bias"]})
+    x = torch.randn(1, 5, 192)
+    torch.testing.assert_close(other(x), -layer(x), rtol=0.02, atol=0.05 * layer(x).abs().max().item())
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stacked(name):
+    parts = [QuantLinear.of(linear(outputs=n), format=format_of(name)) for n in (32, 48)]
+    x, undo = torch.randn(2, 5, 192), ExitStack()
+    apart = torch.cat([part(x) for part in parts], -1)
+    whole = stacked(parts, torch.cat([part.bias for part in parts]), undo=undo)
+    torch.testing.assert_close(whole(x), apart, rtol=1e-5, atol=1e-4)
+    assert parts[1].packed["values"].untyped_storage().data_ptr() == whole.packed["values"].untyped_storage().data_ptr()
+    undo.close()
+    assert parts[1].packed["values"].untyped_storage().nbytes() == parts[1].packed["values"].nbytes
+    torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), apart)
+
+
+def test_takes():
+    layers = {name: QuantLinear.of(linear(), format=format_of(name)) for name in FORMATS}
+    assert {name: layer.takes for name, layer in layers.items()} == {
+        "fp8": "fp8", "int8": None, "fp8_weights": None, "int8_weights": None, "int4_weights": None
+    }  # fmt: skip
+    cuda = torch.device("cuda")
+    assert {name: format_of(name).takes(cuda) for name in ("fp8", "int8")} == {"fp8": "fp8", "int8": "int8"}
