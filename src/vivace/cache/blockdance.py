@@ -72,8 +72,8 @@ class BlockDance(Policy):
         if (call.step - first) % self.group == 0 or memory.x is None:
             front = call.through(front, to=after)
             memory.x, memory.text, memory.skips = front.state.x, front.state.text, front.state.skips
-            return call.back(front)[0]
+            return call.back(front)
         call.skipped = True
         front.at = after
         front.state.x, front.state.text, front.state.skips = memory.x, memory.text, memory.skips
-        return call.back(front)[0]
+        return call.back(front)

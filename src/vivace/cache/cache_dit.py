@@ -13,7 +13,9 @@ from vivace.cache.policy import Policy
 from vivace.cache.steps import Steps
 from vivace.errors import InputError
 
-IGNORED = frozenset({"cache_type", "enable_taylorseer", "enable_calibrator", "calibrator_type", "taylorseer_cache_type"})
+IGNORED = frozenset(
+    {"cache_type", "enable_taylorseer", "enable_calibrator", "calibrator_type", "taylorseer_cache_type"}
+)
 
 # cache-dit's key -> ours.
 FIELDS = {

@@ -62,7 +62,9 @@ def read(path: Path) -> Calibration:
             firstblock=thresholds,
         )
     except OSError as error:
-        raise InputError(f"cannot read the calibration {path}: {error.strerror}; write one with vivace calibrate") from error
+        raise InputError(
+            f"cannot read the calibration {path}: {error.strerror}; write one with vivace calibrate"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no calibration ({error}); write one with vivace calibrate") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vivace.family import Split, State
+from vivace.family import Block, Split, State
 
 if TYPE_CHECKING:
     from vivace.lane import Run
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -69,7 +70,9 @@ class Call:
     def second_half(self) -> Any:
         """The output for the second half of the samples alone."""
         rows = self.rows
-        half = tree_map_only(torch.Tensor, lambda t: t[rows // 2 :] if t.ndim and len(t) == rows else t, dict(self.kwargs))
+        half = tree_map_only(
+            torch.Tensor, lambda t: t[rows // 2 :] if t.ndim and len(t) == rows else t, dict(self.kwargs)
+        )
         return self.run("forward", self.forward, **half)
 
     def signal(self) -> torch.Tensor:
@@ -88,10 +91,15 @@ class Call:
         segment = partial(_through, self.split, front.at, to)
         return Front(**self.run(f"blocks {front.at} to {to}", segment, start=front.start, **vars(front.state)))
 
-    def back(self, front: Front) -> tuple[Any, torch.Tensor]:
-        """The blocks after `front` and the output; also what these blocks added to the stream."""
+    def back(self, front: Front) -> Any:
+        """The output, by the blocks after `front`."""
         assert self.split is not None
         return self.run(f"back from {front.at}", partial(_back, self.split, front.at), **vars(front.state))
+
+    def rest(self, front: Front) -> tuple[Any, torch.Tensor]:
+        """The output, by the blocks after `front`, and what these blocks added to the stream."""
+        assert self.split is not None
+        return self.run(f"rest from {front.at}", partial(_rest, self.split, front.at), **vars(front.state))
 
     def end(self, state: State) -> Any:
         """The output from a stream as it stands after the last block."""
@@ -124,18 +132,23 @@ def _front(split: Split, depth: int, **kwargs: Any) -> dict[str, Any]:
 
 
 def _through(split: Split, at: int, to: int, *, start: torch.Tensor, **state: Any) -> dict[str, Any]:
-    now = State(**state)
-    for block in split.blocks[at:to]:
-        now = block.forward(now)
-    return {"start": start, "state": dict(vars(now)), "at": to}
+    return {"start": start, "state": dict(vars(_run(split.blocks[at:to], State(**state)))), "at": to}
 
 
-def _back(split: Split, at: int, **state: Any) -> tuple[Any, torch.Tensor]:
-    now = State(**state)
-    before = now.x
-    for block in split.blocks[at:]:
-        now = block.forward(now)
+def _back(split: Split, at: int, **state: Any) -> Any:
+    return split.epilogue(_run(split.blocks[at:], State(**state)))
+
+
+def _rest(split: Split, at: int, **state: Any) -> tuple[Any, torch.Tensor]:
+    before = state["x"]
+    now = _run(split.blocks[at:], State(**state))
     return split.epilogue(now), now.x - before
+
+
+def _run(blocks: Sequence[Block], state: State) -> State:
+    for block in blocks:
+        state = block.forward(state)
+    return state
 
 
 def _end(split: Split, **state: Any) -> Any:

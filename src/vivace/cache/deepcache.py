@@ -59,10 +59,10 @@ class DeepCache(Policy):
         if memory.deep is None or call.step % self.interval == 0:
             front = call.through(front, to=up)
             memory.deep, memory.skips = front.state.x, len(front.state.skips)
-            return call.back(front)[0]
+            return call.back(front)
         call.skipped = True
         front = call.through(front, to=self.levels)
         front.at = up
         # The down blocks also left skips for the up blocks that are not run.
         front.state.x, front.state.skips = memory.deep, front.state.skips[: memory.skips]
-        return call.back(front)[0]
+        return call.back(front)

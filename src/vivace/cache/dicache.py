@@ -63,7 +63,7 @@ class DiCache(Windowed):
         early = call.step <= self.retain * len(call.schedule)
         forced = not memory.residuals or early or self.forced(call, skips=memory.skips)
         if forced or memory.change >= self.threshold:
-            out, rest = call.back(front)
+            out, rest = call.rest(front)
             memory.residuals = (*memory.residuals[-1:], (front.grown, front.grown + rest))
             memory.change, memory.skips = 0.0, 0
             return out

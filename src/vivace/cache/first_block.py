@@ -63,7 +63,7 @@ class FirstBlock(Windowed):
             or self.forced(call, skips=memory.skips)
             or relative_change(added, memory.added) > self.threshold
         ):
-            out, rest = call.back(front)
+            out, rest = call.rest(front)
             memory.rest.keep(rest, time=call.time, own=True)
             memory.added, memory.skips = added, 0
             return out

@@ -57,7 +57,7 @@ class Cache:
         split: Split | None,
         served_by: str,
     ) -> Any:
-        """One call of the denoiser: its arguments, its result. `split` is that of the fused blocks, where they serve."""
+        """One call of the denoiser: its arguments, its result. `split` is the fused blocks', where these serve."""
         now = request.current()
         schedule = schedule_of(now, kwargs) if now is not None else None
         if now is None or schedule is None or now.step >= len(schedule) or torch.is_grad_enabled():
@@ -86,8 +86,12 @@ class Cache:
 
     def _watch(self, **kwargs: Any) -> torch.Tensor:
         # On the stock state: fused blocks keep theirs as it suits them.
-        assert self.stock is not None and self.family is not None and self.family.signal is not None
-        return self.family.signal(self.denoiser, self.stock.prologue(**{k: v for k, v in kwargs.items() if k != "once"}))
+        assert self.stock is not None
+        assert self.family is not None
+        assert self.family.signal is not None
+        return self.family.signal(
+            self.denoiser, self.stock.prologue(**{k: v for k, v in kwargs.items() if k != "once"})
+        )
 
     def _serve(self, call: Call, branches: OrderedDict[Any, Branch], *, key: Any, count: Count) -> Any:
         branch = branches.pop(key, None)
@@ -128,7 +132,10 @@ def schedule_of(now: Request, kwargs: Mapping[str, Any]) -> Schedule | None:
         times = tuple(map(float, timesteps.tolist()))
         first = _first(now, times, kwargs)
         # The tensor is held so that its identity stays its own; another one is another schedule.
-        known = now.memo["schedule"] = (timesteps, Schedule(times=times[first:], first=first, scheduler=type(now.scheduler).__name__))
+        known = now.memo["schedule"] = (
+            timesteps,
+            Schedule(times=times[first:], first=first, scheduler=type(now.scheduler).__name__),
+        )
     return known[1]
 
 

@@ -68,7 +68,7 @@ class MagCache(Policy):
                 front.state.x = front.state.x + memory.rest
                 return call.end(front.state)
             memory.ratio, memory.error, memory.skips = 1.0, 0.0, 0
-        out, memory.rest = call.back(call.front(0))
+        out, memory.rest = call.rest(call.front(0))
         return out
 
 

@@ -51,13 +51,15 @@ class Policy:
     def _check(self, name: str, kind: Any, value: Any) -> None:
         allowed = typing.get_args(kind) or (kind,)
         numbers = {int, float} & set(allowed)
-        if not numbers or (value is None and type(None) in allowed):
+        if not numbers or isinstance(value, tuple) or (value is None and type(None) in allowed):
             return
         least = self.least.get(name, 0)
         right = isinstance(value, int | float if float in numbers else int) and not isinstance(value, bool)
         if not right or not value >= least:
             what = "a number" if float in numbers else "a whole number"
-            raise InputError(f"{self.name}: {name} is {what} from {least} on, got {value!r}; for example {name}={least}")
+            raise InputError(
+                f"{self.name}: {name} is {what} from {least} on, got {value!r}; for example {name}={least}"
+            )
 
     def refuses(self, target: Target) -> str | None:
         """Why this policy cannot run on `target`, or None."""

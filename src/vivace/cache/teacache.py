@@ -73,7 +73,7 @@ class TeaCache(Windowed):
         # Also on skipped steps: the polynomial was fitted to changes from one step to the next.
         memory.signal = signal
         if memory.rest is None or self.forced(call, skips=memory.skips) or memory.change >= self.threshold:
-            out, memory.rest = call.back(front)
+            out, memory.rest = call.rest(front)
             memory.change, memory.skips = 0.0, 0
             return out
         call.skipped = True

@@ -15,7 +15,9 @@ def _check(target: Target) -> str | None:
     if policy.blocks and family is None:
         return f"{policy.name} works between the blocks, which are known of no model without a family; use steps"
     if policy.stacked and family is not None and "up_blocks" in family.blocks:
-        return f"the stream of a UNet changes shape from block to block, which {policy.name} cannot follow; use deepcache"
+        return (
+            f"the stream of a UNet changes shape from block to block, which {policy.name} cannot follow; use deepcache"
+        )
     if policy.modules and target.config.fuse == "on":
         return f"{policy.name} works on attention modules, which fused blocks do not call; fuse='off'"
     if policy.modules and target.config.compile == "on":
