@@ -89,7 +89,7 @@ def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> N
         if (request := current()) is not None:
             request.step += 1
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
-            request.batch = len(sample) if hasattr(sample, "__len__") else None
+            request.batch = None if sample is None else len(sample)
         return result
 
     undo(give_class(scheduler, {"step": step, "vivace_counts": True}))

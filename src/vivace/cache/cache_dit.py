@@ -35,7 +35,7 @@ NEUTRAL: dict[str, Any] = {
     "cfg_compute_first": None,
     "cfg_diff_compute_separate": None,
     "num_inference_steps": None,
-    "steps_computation_policy": "dynamic",
+    "steps_computation_policy": None,
 }
 MASK = "steps_computation_mask"
 
@@ -70,6 +70,8 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
     order = int(section.get("taylorseer_order", 1)) if _calibrated(section) else 0
     mask = section.get(MASK)
     if mask is not None:
+        if section.get("steps_computation_policy", "dynamic") != "static":
+            raise InputError(f"{MASK} has a counterpart only with steps_computation_policy: static; set that")
         return Steps(compute=mask if isinstance(mask, str) else "".join(str(int(bit)) for bit in mask), order=order)
     kind = str(section.get("cache_type", "DBCache"))
     if kind.upper() not in ("DBCACHE", "FBCACHE", "DICACHE"):

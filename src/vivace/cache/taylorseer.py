@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vivace.cache.policy import Holds, Policy
 
 if TYPE_CHECKING:
+    import torch
+
     from vivace.cache.call import Call
 
 
@@ -21,7 +23,8 @@ class Memory:
     """The last full step and, of every tensor of its output, the value and its derivatives."""
 
     step: int | None = None
-    factors: list[list[Any]] = field(default_factory=list)  # per leaf: by order
+    factors: list[list[torch.Tensor]] = field(default_factory=list)  # per tensor, by order, in fp32
+    dtypes: list[torch.dtype] = field(default_factory=list)
     spec: Any = None
 
 
@@ -60,27 +63,26 @@ class TaylorSeer(Policy):
             out = call.whole()
             leaves, memory.spec = tree_flatten(out)
             memory.factors = self._differences(leaves, memory, call.step)
-            memory.step = call.step
+            memory.dtypes, memory.step = [leaf.dtype for leaf in leaves], call.step
             return out
         call.skipped = True
         distance = call.step - memory.step
-        leaves = [_series(factors, distance) for factors in memory.factors]
+        leaves = [_series(f, distance).to(d) for f, d in zip(memory.factors, memory.dtypes, strict=True)]
         return tree_unflatten(leaves, memory.spec)
 
-    def _differences(self, leaves: list[Any], memory: Memory, step: int) -> list[list[Any]]:
-        """Value and derivatives of every tensor, in fp32: differences of near values lose all digits of bf16."""
+    def _differences(self, leaves: list[torch.Tensor], memory: Memory, step: int) -> list[list[torch.Tensor]]:
+        """Value and derivatives of every tensor: in fp32, as differences of near values lose all digits of bf16."""
         found = []
         for place, leaf in enumerate(leaves):
-            before = memory.factors[place] if memory.step is not None else []
-            series = [leaf.float().clone() if hasattr(leaf, "is_floating_point") else leaf]
-            for older in before[: self.order] if hasattr(leaf, "is_floating_point") else ():
-                series.append((series[-1] - older) / (step - (memory.step or 0)))
-            found.append([*series, getattr(leaf, "dtype", None)])
+            series = [leaf.float().clone()]
+            for older in memory.factors[place][: self.order] if memory.step is not None else ():
+                series.append((series[-1] - older) / (step - memory.step))
+            found.append(series)
         return found
 
 
-def _series(factors: list[Any], distance: int) -> Any:
-    *series, dtype = factors
-    if dtype is None:
-        return series[0]
-    return sum(f * (distance**order / math.factorial(order)) for order, f in enumerate(series)).to(dtype)
+def _series(factors: list[torch.Tensor], distance: int) -> torch.Tensor:
+    total = factors[0].clone()
+    for order, factor in enumerate(factors[1:], start=1):
+        total.add_(factor, alpha=distance**order / math.factorial(order))
+    return total
