@@ -74,6 +74,8 @@ def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callab
         with open_request(scheduler=scheduler):
             return stock.__call__(self, *args, **kwargs)
 
+    # At once too: what takes hold of `scheduler.step` before the first call must take the one that counts.
+    _count_steps(getattr(pipe, "scheduler", None), undo)
     undo(give_class(pipe, {"__call__": __call__, **members}))
 
 

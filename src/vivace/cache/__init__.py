@@ -39,7 +39,10 @@ POLICIES: dict[str, type[Policy]] = {
     "guidance": GuidanceReuse,
 }
 
-__all__ = ["POLICIES", "Policy", "parse", "spell", *(policy.__name__ for policy in POLICIES.values())]
+__all__ = [
+    "PAB", "POLICIES", "BlockDance", "DeepCache", "DiCache", "FirstBlock", "GuidanceReuse", "MagCache", "MeanCache",
+    "Planned", "Policy", "Steps", "TaylorSeer", "TeaCache", "parse", "spell",
+]  # fmt: skip
 
 
 def parse(text: str) -> Policy | None:

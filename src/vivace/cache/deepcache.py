@@ -46,7 +46,7 @@ class DeepCache(Policy):
         family = target.family
         if family is None or "up_blocks" not in family.blocks:
             return "deepcache needs a UNet's down and up blocks; use firstblock, or planned"
-        levels = min(len(denoiser.down_blocks) for denoiser in target.denoisers.values())
+        levels = min(len(list(d.get_submodule("down_blocks").children())) for d in target.denoisers.values())
         return None if self.levels < levels else f"deepcache: levels={self.levels} is all this UNet has ({levels})"
 
     def fresh(self) -> Memory:

@@ -97,7 +97,7 @@ class PAB(Policy):
         return out
 
 
-def attentions(denoiser: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def attentions(denoiser: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """The attention modules of a denoiser, by name."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention

@@ -55,7 +55,7 @@ class Policy:
             return
         least = self.least.get(name, 0)
         right = isinstance(value, int | float if float in numbers else int) and not isinstance(value, bool)
-        if not right or not value >= least:
+        if not right or value is None or not value >= least:
             what = "a number" if float in numbers else "a whole number"
             raise InputError(
                 f"{self.name}: {name} is {what} from {least} on, got {value!r}; for example {name}={least}"

@@ -76,7 +76,7 @@ class TaylorSeer(Policy):
         for place, leaf in enumerate(leaves):
             series = [leaf.float().clone()]
             for older in memory.factors[place][: self.order] if memory.step is not None else ():
-                series.append((series[-1] - older) / (step - memory.step))
+                series.append((series[-1] - older) / (step - (memory.step or 0)))
             found.append(series)
         return found
 
