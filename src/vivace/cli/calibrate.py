@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from vivace.load import Source
 
 
 def calibrate(
@@ -27,9 +29,8 @@ def calibrate(
     """Fit the Planned schedule, TeaCache's polynomial and FirstBlock's threshold to MODEL."""
     import json
 
-    from rich.console import Console
-
-    from vivace.cli.generate import quiet, read_size
+    from vivace.cli.eval import status
+    from vivace.cli.generate import quiet
     from vivace.errors import InputError
     from vivace.load import find, load_source
 
@@ -37,25 +38,22 @@ def calibrate(
     wanted = _shares(shares)
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"-o {output} cannot be written; name a file in a folder that exists")
-    texts = _prompts(prompts, builtin=model == "builtin", captions=captions, seed=seed)
+    texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     settings = {"steps": 28, **source.defaults}
     settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
-    width, height = read_size(size) if size else settings.get("size", (None, None))
-    named = {"guidance_scale": settings.get("guidance"), "width": width, "height": height}
-    call = {name: value for name, value in named.items() if value is not None}
+    call = call_of(source, settings, size)
 
     from vivace.cache.calibrate import calibrate as fit
     from vivace.scheduler import use_scheduler
 
-    console = Console(stderr=True)
-    with quiet(), console.status("loading") if sys.stderr.isatty() else _silence() as status:
+    with quiet(), status() as tell:
         pipe = load_source(source, device=device)
         pipe.set_progress_bar_config(disable=True)
         if scheduler:
             use_scheduler(pipe, scheduler, prediction=source.prediction)
         found = fit(
             pipe, texts, steps=settings["steps"], shares=wanted, seed=seed,
-            tell=lambda line: status.update(line) if status else None, **call,
+            tell=tell, **call,
         )  # fmt: skip
     document = {"command": f"vivace calibrate {model} --steps {settings['steps']}", "model": model, **found}
     output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +72,17 @@ def _shares(text: str) -> list[float]:
     return found
 
 
-def _prompts(path: Path | None, *, builtin: bool, captions: int, seed: int) -> tuple[str, ...]:
+def call_of(source: Source, settings: dict[str, Any], size: str | None) -> dict[str, Any]:
+    """The arguments of the pipeline's call that say guidance and size, as given or as the model's own."""
+    from vivace.cli.generate import read_size
+
+    width, height = read_size(size) if size else source.size or (None, None)
+    named = {"guidance_scale": settings.get("guidance"), "width": width, "height": height}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def prompts_of(path: Path | None, *, builtin: bool, captions: int, seed: int) -> tuple[str, ...]:
+    """The prompts in a file, or captions of the built-in model's world. Raises InputError where there are neither."""
     from vivace.errors import InputError
     from vivace.prompt import read_prompts
 
@@ -86,12 +94,6 @@ def _prompts(path: Path | None, *, builtin: bool, captions: int, seed: int) -> t
 
     # Not the captions that `vivace eval` draws from the same seed: those judge.
     return draw_exam(captions, seed=seed + 1000).captions
-
-
-def _silence():
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _show(document: dict, output: Path) -> None:

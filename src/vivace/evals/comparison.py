@@ -68,7 +68,8 @@ def write_all(
     report = folder / "report.html"
     title = f"{contest.model}: {', '.join(v.contestant.name for v in verdicts if v.contestant.role == 'candidate')}"
     report.write_text(
-        html.page(verdicts, title=title, about=_short(about), plot=canvas.svg, rows=rows, columns=names), encoding="utf-8"
+        html.page(verdicts, title=title, about=_short(about), plot=canvas.svg, rows=rows, columns=names),
+        encoding="utf-8",
     )
     return Written(verdicts=verdicts, report=report, sheet=picture, metrics=metrics)
 
@@ -100,7 +101,9 @@ def _csv(verdicts: Sequence[Verdict], contest: Contest, path: Path) -> None:
         for verdict in verdicts:
             for place, record in enumerate(contest.of(verdict.contestant)):
                 values = [verdict.distances[n][place].item() if n in verdict.distances else "" for n in names]
-                writer.writerow([verdict.contestant.name, verdict.contestant.role, record.prompt, record.seconds, *values])
+                writer.writerow(
+                    [verdict.contestant.name, verdict.contestant.role, record.prompt, record.seconds, *values]
+                )
 
 
 def _short(about: Mapping[str, Any]) -> dict[str, Any]:

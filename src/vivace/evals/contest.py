@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from vivace.accelerate import acceleration_of, accelerate, restore
+from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 from vivace.evals.sample import final_latents
@@ -48,7 +48,7 @@ class Contestant:
 
 @dataclass(kw_only=True, eq=False)
 class Contest:
-    """A pipeline, the prompts, and where the drawings go. `rank` of `ranks` processes draws its share of the prompts."""
+    """A pipeline, the prompts, and where the drawings go; process `rank` of `ranks` draws its share of them."""
 
     pipe: Any
     model: str
@@ -176,9 +176,7 @@ def controls_of(contest: Contest, reference: Contestant, candidates: Sequence[Co
             if solver is not None and not _takes(contest, solver):
                 continue
             name = f"{solver or 'same solver'}, {steps} steps"
-            found[name] = Contestant(
-                name=name, role="control", config=reference.config, steps=steps, scheduler=solver
-            )
+            found[name] = Contestant(name=name, role="control", config=reference.config, steps=steps, scheduler=solver)
     return list(found.values())
 
 

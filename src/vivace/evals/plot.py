@@ -50,12 +50,11 @@ class Canvas:
         self, at: tuple[float, float], words: str, *, size: int = 12, colour: str = INK, anchor: str = "start"
     ) -> None:
         x, y = at
-        self.elements.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'
-        )
+        place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+        self.elements.append(f'<text {place} fill="{colour}">{escape(words)}</text>')
         font = ImageFont.load_default(size * SCALE)
-        place = {"start": "ls", "middle": "ms", "end": "rs"}[anchor]
-        self._draw.text((x * SCALE, y * SCALE), words, font=font, fill=colour, anchor=place)
+        corner = {"start": "ls", "middle": "ms", "end": "rs"}[anchor]
+        self._draw.text((x * SCALE, y * SCALE), words, font=font, fill=colour, anchor=corner)
 
     @property
     def svg(self) -> str:
@@ -67,7 +66,13 @@ class Canvas:
 
 
 def scatter(
-    points: Sequence[Point], *, title: str, x: str, y: str, front: Sequence[str] = (), line: tuple[str, float] | None = None
+    points: Sequence[Point],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    front: Sequence[str] = (),
+    line: tuple[str, float] | None = None,
 ) -> Canvas:
     """Points with their names, and a line through those named in `front`; `line` is a level with its name."""
     canvas = Canvas()
@@ -114,7 +119,9 @@ def _points(canvas: Canvas, placed: Sequence[tuple[Point, tuple[float, float]]])
         while any(abs(ty - other) < 13 and abs(px - where) < 200 for where, other in taken):
             ty += 13
         taken.append((px, ty))
-        canvas.text((px - 9 if left else px + 9, ty), point.name, size=11, colour=colour, anchor="end" if left else "start")
+        canvas.text(
+            (px - 9 if left else px + 9, ty), point.name, size=11, colour=colour, anchor="end" if left else "start"
+        )
 
 
 def _range(values: Sequence[float]) -> list[float]:

@@ -122,7 +122,9 @@ def _with_wins(verdict: Verdict, verdicts: Sequence[Verdict]) -> Verdict:
     if verdict.contestant.role != "candidate" or verdict.seconds is None:
         return verdict
     mine = verdict.distances["PSNR"].mean().item()
-    rivals = [v for v in verdicts if v.contestant.role == "control" and v.seconds and v.seconds <= verdict.seconds * 1.1]
+    rivals = [
+        v for v in verdicts if v.contestant.role == "control" and v.seconds and v.seconds <= verdict.seconds * 1.1
+    ]
     better = [v.contestant.name for v in rivals if v.distances["PSNR"].mean().item() >= mine]
     if not rivals:
         return replace(verdict, wins="no control is as fast")
