@@ -87,8 +87,8 @@ def chart(verdicts: Sequence[Verdict], *, front: Sequence[str] = ()) -> plot.Can
     floors = [v.distances["PSNR"].mean().item() for v in verdicts if v.contestant.role == "floor"]
     level = ("noise floor", min(floors)) if floors else None
     return plot.scatter(
-        points, title="Closer to the reference is higher, faster is further right", x="times as fast as the reference",
-        y="PSNR, dB", front=front, line=level,
+        points, title="Further right is faster, higher is closer to the reference", x="times as fast as the reference",
+        y="PSNR, dB", front=front, level=level,
     )  # fmt: skip
 
 

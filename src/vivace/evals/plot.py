@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 880, 460  # units
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 46, 56
+WIDTH, HEIGHT = 1080, 460  # units
+LEFT, RIGHT, TOP, BOTTOM = 70, 350, 56, 56  # the names stand on the right
 SCALE = 2  # pixels of the PNG a unit
 INK, FAINT, GRID = "#212529", "#868e96", "#e9ecef"
 COLOURS = {"candidate": "#d9480f", "control": "#868e96", "reference": "#212529", "floor": "#1971c2"}
@@ -72,12 +72,14 @@ def scatter(
     x: str,
     y: str,
     front: Sequence[str] = (),
-    line: tuple[str, float] | None = None,
+    level: tuple[str, float] | None = None,
 ) -> Canvas:
-    """Points with their names, and a line through those named in `front`; `line` is a level with its name."""
+    """Numbered points with their names beside, and a line through those named in `front`.
+
+    `level` is a name and a height: drawn where it lies among the points, else only said.
+    """
     canvas = Canvas()
-    values = [point.y for point in points] + ([line[1]] if line else [])
-    xs, ys = _range([0.0, *(point.x for point in points)]), _range(values)
+    xs, ys = _range([1.0, *(point.x for point in points)]), _range([point.y for point in points])
 
     def at(px: float, py: float) -> tuple[float, float]:
         across = (px - xs[0]) / (xs[-1] - xs[0])
@@ -90,16 +92,20 @@ def scatter(
     for tick in ys:
         canvas.line([at(xs[0], tick), at(xs[-1], tick)], colour=GRID)
         canvas.text((LEFT - 8, at(xs[0], tick)[1] + 4), f"{tick:g}", colour=FAINT, anchor="end")
-    canvas.text((LEFT, 26), title, size=15)
+    canvas.text((LEFT, 24), title, size=15)
     canvas.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14), x, colour=FAINT, anchor="middle")
-    canvas.text((LEFT, TOP - 6), y, colour=FAINT)
-    if line:
-        canvas.line([at(xs[0], line[1]), at(xs[-1], line[1])], colour=COLOURS["floor"])
-        canvas.text((WIDTH - RIGHT, at(0, line[1])[1] - 5), line[0], size=11, colour=COLOURS["floor"], anchor="end")
+    canvas.text((LEFT - 8, TOP - 10), y, colour=FAINT, anchor="end")
+    if level:
+        _level(canvas, level, inside=ys[0] <= level[1] <= ys[-1], height=at(xs[0], level[1])[1])
     chosen = sorted((point for point in points if point.name in front), key=lambda point: point.x)
     if len(chosen) > 1:
         canvas.line([at(point.x, point.y) for point in chosen], colour=COLOURS["candidate"], width=1.5)
-    _points(canvas, [(point, at(point.x, point.y)) for point in points])
+    for number, point in enumerate(sorted(points, key=lambda point: -point.x), start=1):
+        colour = COLOURS.get(point.role, INK)
+        canvas.dot(at(point.x, point.y), colour=colour, radius=9)
+        px, py = at(point.x, point.y)
+        canvas.text((px, py + 4), str(number), size=11, colour="#ffffff", anchor="middle")
+        canvas.text((WIDTH - RIGHT + 24, TOP + 10 + 19 * number), f"{number}  {point.name}", colour=colour)
     return canvas
 
 
@@ -108,20 +114,15 @@ def save(canvas: Canvas, path: Path) -> None:
     canvas.image.save(path, optimize=True)
 
 
-def _points(canvas: Canvas, placed: Sequence[tuple[Point, tuple[float, float]]]) -> None:
-    """Dots, and names that step down where they would lie on one another."""
-    taken: list[tuple[float, float]] = []
-    for point, (px, py) in sorted(placed, key=lambda pair: pair[1][1]):
-        colour = COLOURS.get(point.role, INK)
-        canvas.dot((px, py), colour=colour)
-        left = px > WIDTH * 0.7
-        ty = py + 4
-        while any(abs(ty - other) < 13 and abs(px - where) < 200 for where, other in taken):
-            ty += 13
-        taken.append((px, ty))
-        canvas.text(
-            (px - 9 if left else px + 9, ty), point.name, size=11, colour=colour, anchor="end" if left else "start"
-        )
+def _level(canvas: Canvas, level: tuple[str, float], *, inside: bool, height: float) -> None:
+    name, value = level
+    said = f"{name} {value:.1f}"
+    if inside:
+        canvas.line([(LEFT, height), (WIDTH - RIGHT, height)], colour=COLOURS["floor"])
+    place = height - 6 if inside else TOP - 10
+    canvas.text(
+        (WIDTH - RIGHT, place), said if inside else f"{said}, out of sight", colour=COLOURS["floor"], anchor="end"
+    )
 
 
 def _range(values: Sequence[float]) -> list[float]:
