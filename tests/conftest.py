@@ -57,9 +57,10 @@ def sd3_latents() -> Callable[..., torch.Tensor]:
         text[:, 7:] = 0
         pooled = torch.randn(2, 20, generator=generator).to(dtype)
         return pipe(
-            **{"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:], "num_inference_steps": 3},
+            **{"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:]},
             **{"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]},
-            **{"height": size, "width": size, "generator": generator, "output_type": "latent", **arguments},
+            **{"height": size, "width": size, "generator": generator, "output_type": "latent"},
+            **{"num_inference_steps": 3, **arguments},
         ).images
 
     return latents

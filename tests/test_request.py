@@ -128,3 +128,10 @@ def test_a_prompt_changed_in_place_is_seen(sd3_pipe, sd3_latents):
     vivace.accelerate(sd3_pipe)
     torch.testing.assert_close(sd3_latents(sd3_pipe, **arguments), stock, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(stock, unchanged, atol=1e-3)
+
+
+def test_steps_count_for_who_took_hold_of_the_schedulers_step_before_the_first_call(sd3_pipe, sd3_latents):
+    vivace.accelerate(sd3_pipe)
+    step = sd3_pipe.scheduler.step
+    sd3_pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
+    assert steps_seen(sd3_pipe.transformer, lambda: sd3_latents(sd3_pipe)) == [0, 1, 2]

@@ -197,8 +197,8 @@ def _check_denoiser(name: str, denoiser: torch.nn.Module, subject: Any) -> None:
         )
     if getattr(denoiser, "hf_device_map", None):
         raise InputError(f"the {name} is spread over devices (device_map); load it without device_map")
-    # Pipelines leave an empty registry behind at their first call.
-    if (registry := getattr(denoiser, "_diffusers_hook", None)) is not None and registry.hooks:
+    # The registry itself stays behind wherever a pipeline named its branches.
+    if getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", None):
         raise InputError(
             f"the {name} carries diffusers hooks (group offload, layerwise casting or a cache); accelerate it first "
             "and enable them afterwards"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vivace.attention import BACKENDS
+from vivace.cache import Policy, parse
 from vivace.errors import InputError
 
 Switch = Literal["auto", "on", "off"]
@@ -48,6 +49,9 @@ class Config:
     compile: Switch = "auto"
     """Regional torch.compile over the repeated blocks."""
 
+    cache: Policy | None = None
+    """Step cache: a policy of `vivace.cache`, or its spelling such as teacache:threshold=0.25; None computes all."""
+
     graphs: Switch = "auto"
     """CUDA graphs of the denoiser call, one per input signature."""
 
@@ -55,6 +59,8 @@ class Config:
     """Device memory that the CUDA graphs may hold, in GiB; the least recently used go first."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, str):
+            object.__setattr__(self, "cache", parse(self.cache))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
 
@@ -121,6 +127,9 @@ def _check(name: str, value: Any) -> None:
         allowed = typing.get_args(kind)
         if value not in allowed:
             raise InputError(f"{name} is one of {', '.join(allowed)}, got {value!r}; for example {name}={allowed[0]!r}")
+    elif name == "cache":
+        if value is not None and not isinstance(value, Policy):
+            raise InputError(f"cache is a policy or its spelling, got {value!r}; for example cache='firstblock'")
     elif kind is bool and not isinstance(value, bool):
         raise InputError(f"{name} is True or False, got {value!r}; for example {name}=True")
     elif kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):

@@ -33,7 +33,10 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One repeated block: its module's name inside the denoiser, and the step it does on a `State`."""
+    """One repeated block: its module's name inside the denoiser, and the step it does on a `State`.
+
+    It leaves the tensors of the state it is given as they were: caches compare them with what comes after.
+    """
 
     name: str  # e.g. "transformer_blocks.3"
     module: torch.nn.Module
@@ -107,6 +110,7 @@ class Family:
     split: Callable[[Any], Split]  # the denoiser's stock Split
     tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
     inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
+    signal: Callable[[Any, State], torch.Tensor] | None = None  # (denoiser, stock state) -> what TeaCache watches
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config
     vae: Mapping[str, Any] = field(default_factory=dict)  # the VAE's configuration, where not its class's default
     scheduler: tuple[str, Mapping[str, Any]] = ("", {})  # class, configuration; what a single file does not say

@@ -58,6 +58,7 @@ class Result:
     size: tuple[int, int]  # width, height in pixels
     frames: int
     applied: Mapping[str, Any]  # everything that decided the pixels, besides prompt and seed
+    cache: Mapping[str, Any]  # denoiser -> calls computed and skipped, the time that saved; empty without a cache
     timings: Mapping[str, float]  # seconds
     report: Mapping[str, Any] | None  # what `accelerate` did; None: nothing was asked of it
 
@@ -67,7 +68,8 @@ class Result:
             "paths": [str(made.path) for made in self.made],
             "seed": self.made[0].seed,
             "pictures": [{**asdict(made), "path": str(made.path)} for made in self.made],
-            **{name: getattr(self, name) for name in ("steps", "size", "frames", "applied", "timings", "report")},
+            **{name: getattr(self, name) for name in ("steps", "size", "frames", "applied", "cache")},
+            **{name: getattr(self, name) for name in ("timings", "report")},
         }
 
 
@@ -116,6 +118,7 @@ def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Resu
         size=size,
         frames=count,
         applied=applied,
+        cache=_cached(pipe) if job.cache else {},
         timings={name: round(value, 3) for name, value in timings.items()},
         report=_report(pipe) if job.config else None,
     )
@@ -193,6 +196,10 @@ def _load(ready: Ready) -> DiffusionPipeline:
     conditioning.adapt(pipe, job)
     if job.scheduler:
         use_scheduler(pipe, job.scheduler, prediction=source.prediction)
+    if job.cache:
+        from vivace.accelerate import accelerate
+
+        accelerate(pipe, cache=job.cache)
     accepted = inputs.arguments(ready.pipeline)
     longest = ready.call.get("max_sequence_length")
     if longest is None and "max_sequence_length" in accepted:
@@ -230,6 +237,12 @@ def _call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, prompt: str,
     return list(output.frames[0]) if hasattr(output, "frames") else [output.images[0]]
 
 
+def _cached(pipe: DiffusionPipeline) -> dict[str, Any]:
+    from vivace.report import report
+
+    return report(pipe).cache
+
+
 def _write(
     frames: list[Image.Image], path: Path, *, ready: Ready, prompt: str, seed: int, applied: Mapping[str, Any]
 ) -> None:
@@ -251,6 +264,7 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
         "model": job.model,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.components["scheduler"]).__name__,
+        **({"cache": job.cache} if job.cache else {}),
         "dtype": str(ready.dtype).removeprefix("torch."),
         "device": str(ready.device),
         **{name: value for name, value in plain.items() if not _holds_pictures(value)},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace import checkpoint
+from vivace.cache import parse
 from vivace.config import Config
 from vivace.errors import InputError
 from vivace.load import Source
@@ -56,6 +57,7 @@ class Job:
     count: int = 1
     negative: str | None = None
     scheduler: str | None = None
+    cache: str | None = None  # a step cache's spelling: firstblock:threshold=0.1
     dtype: str | None = None
     device: str | None = None
     loras: tuple[Lora, ...] = ()
@@ -74,6 +76,7 @@ class Job:
 
 def check_values(job: Job) -> None:
     """Check a job by itself. Raises InputError for the first thing that cannot be."""
+    parse(job.cache or "none")
     least = {
         "steps": 1,
         "count": 1,

@@ -20,6 +20,7 @@ from vivace import request
 from vivace.attention.backend import Attend
 from vivace.attention.native import NATIVE
 from vivace.attention.route import Route
+from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.one_off import give_class
@@ -53,7 +54,7 @@ class Direct:
 class Lane:
     """One denoiser's call: the fused blocks where they serve, else its stock forward, with attention routed.
 
-    `attend`, `route`, `run` and `fuse` are set by the passes before `install` puts the lane in place.
+    `attend`, `route`, `run`, `cache` and `fuse` are set by the passes before `install` puts the lane in place.
     """
 
     def __init__(self, name: str, denoiser: torch.nn.Module, *, named_blocks: bool = False) -> None:
@@ -62,6 +63,7 @@ class Lane:
         self.attend: Attend = NATIVE.attend
         self.route: Route | None = None
         self.run: Run = Direct()
+        self.cache: Cache | None = None
         self.split: Split | None = None
         self.calls: Counter[str] = Counter()  # what served, or why the stock forward did -> calls
         self.first_seconds: float | None = None  # of the first call, with whatever it compiled or recorded
@@ -112,6 +114,8 @@ class Lane:
             self._split_undo.close()
             self._watch = self.split = None
             self.run.clear()
+            if self.cache is not None:
+                self.cache.release()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward: its arguments, its result."""
@@ -132,14 +136,16 @@ class Lane:
         return out
 
     def _serve(self, kwargs: dict[str, Any]) -> Any:
-        split, reason = self.split, self._declined(kwargs)
-        if split is None or reason:
-            self._count(reason or "stock blocks", warn=reason is not None)
-            return self.run("forward", functools.partial(self._stock, self.denoiser), **kwargs)
-        self._count("fused blocks", warn=False)
-        if split.once is not None:
+        reason = self._declined(kwargs)
+        split = None if reason else self.split
+        served_by = "fused blocks" if split is not None else reason or "stock blocks"
+        self._count(served_by, warn=reason is not None)
+        if split is not None and split.once is not None:
             kwargs["once"] = self._once(split, kwargs)
-        return self.run("forward", split, **kwargs)
+        forward = split or functools.partial(self._stock, self.denoiser)
+        if self.cache is None:
+            return self.run("forward", forward, **kwargs)
+        return self.cache(kwargs, forward=forward, run=self.run, split=split, served_by=served_by)
 
     def _declined(self, kwargs: Mapping[str, Any]) -> str | None:
         if self._fused is None:

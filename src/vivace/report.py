@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
-from vivace.config import preset_name
+from vivace.cache import spell
+from vivace.config import Config, preset_name
 from vivace.passes.attention import attention_of
 from vivace.passes.target import Note
 from vivace.quant.layers import Layer, condensed
@@ -27,6 +28,7 @@ class Report:
     passes: tuple[Note, ...]
     attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what computes them
     layers: dict[str, tuple[Layer, ...]]  # denoiser -> its linears, where quantising came into question
+    cache: dict[str, dict[str, Any]]  # denoiser -> calls computed and skipped, the time that saved, bytes held
     calls: dict[str, dict[str, int]]  # denoiser -> what served, or why the stock forward did -> calls so far
     accelerate_seconds: float
     first_call_seconds: float | None  # None: not called yet
@@ -49,6 +51,7 @@ class Report:
         lines += [f"  {name}.{line}" for name, layers in self.layers.items() for line in condensed(layers)]
         for name, calls in self.calls.items():
             lines += [f"  {name}: {count} calls, {served_by}" for served_by, count in calls.items()]
+        lines += [f"  {name}: {_cached(found)}" for name, found in self.cache.items()]
         first = "not called yet" if self.first_call_seconds is None else f"first call {self.first_call_seconds:.2f} s"
         lines.append(f"  cold start: accelerate {self.accelerate_seconds:.2f} s, {first}")
         peak = "" if self.peak_bytes is None else f", peak on the device {self.peak_bytes / 2**30:.2f} GiB"
@@ -67,12 +70,13 @@ def report(subject: Any) -> Report:
         pipeline=type(target.subject).__name__,
         family=target.family.name if target.family else None,
         preset=preset_name(target.config),
-        config=asdict(target.config),
+        config=_plain(target.config),
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
         attention=attention_of(target),
         layers=dict(target.layers),
+        cache={name: lane.cache.to_dict() for name, lane in target.lanes.items() if lane.cache is not None},
         calls={name: dict(lane.calls) for name, lane in target.lanes.items()},
         accelerate_seconds=acceleration.seconds,
         first_call_seconds=sum(firsts) if firsts else None,
@@ -80,6 +84,21 @@ def report(subject: Any) -> Report:
             t.nbytes for denoiser in target.denoisers.values() for t in (*denoiser.parameters(), *denoiser.buffers())
         ),
         peak_bytes=torch.cuda.max_memory_allocated(target.device) if target.device.type == "cuda" else None,
+    )
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    cache = None if config.cache is None else spell(config.cache)
+    return {**asdict(config), "cache": cache}
+
+
+def _cached(found: dict[str, Any]) -> str:
+    last = found["last_request"]
+    of = last["computed"] + last["skipped"]
+    idle = "".join(f"; {count} calls not asked about: {why}" for why, count in found["idle"].items())
+    return (
+        f"{last['skipped']} of {of} calls of the last request skipped, {last['saved_s']:.2f} s saved; "
+        f"{found['hit_rate']:.0%} of {found['calls']} calls so far, {found['peak_bytes'] / 2**20:.1f} MiB held{idle}"
     )
 
 
@@ -94,6 +113,7 @@ def _stock(subject: Any) -> Report:
         passes=(),
         attention={},
         layers={},
+        cache={},
         calls={},
         accelerate_seconds=0.0,
         first_call_seconds=None,

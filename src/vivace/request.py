@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from vivace.one_off import give_class
 
 LAYERS: tuple[tuple[str, str], ...] = (
     ("request", "outermost: what the layers inside remember must begin and end with one picture"),
+    ("cache", "outside the graphs: it decides on the host, and declares the segments that they record"),
     ("graphs", "outside the blocks: it replays their kernels, and takes no decision that a replay would freeze"),
     ("blocks", "innermost: the arithmetic"),
 )
@@ -28,6 +29,9 @@ class Request:
 
     step: int = 0  # scheduler steps done so far: an index into this request's timesteps, repeated ones included
     branch: str | None = None  # what the pipeline calls this denoiser call: "cond", "uncond"; None where it is silent
+    scheduler: Any = None  # the pipeline's
+    times: tuple[float, ...] = ()  # of every step, where there is no scheduler to tell them
+    batch: int | None = None  # samples that the scheduler steps; None before its first step
     memo: dict[Any, Any] = field(default_factory=dict)  # values that hold for the request; dropped when it ends
 
 
@@ -40,12 +44,13 @@ def current() -> Request | None:
 
 
 @contextmanager
-def open_request() -> Iterator[Request]:
+def open_request(*, scheduler: Any = None, times: Sequence[float] = ()) -> Iterator[Request]:
     """A request for the length of a `with` block. For sampling loops of one's own; pipelines open theirs.
 
+    A loop of one's own gives the time of every step as `times`, and sets the request's `step` (and `branch`) itself.
     Nested requests do not see each other; the end also comes on an exception or a cancel.
     """
-    request = Request()
+    request = Request(scheduler=scheduler, times=tuple(times))
     token = _CURRENT.set(request)
     try:
         yield request
@@ -64,10 +69,13 @@ def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callab
     @functools.wraps(stock.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Each time, because the user may have put in another scheduler since.
-        _count_steps(getattr(self, "scheduler", None), undo)
-        with open_request():
+        scheduler = getattr(self, "scheduler", None)
+        _count_steps(scheduler, undo)
+        with open_request(scheduler=scheduler):
             return stock.__call__(self, *args, **kwargs)
 
+    # At once too: what takes hold of `scheduler.step` before the first call must take the one that counts.
+    _count_steps(getattr(pipe, "scheduler", None), undo)
     undo(give_class(pipe, {"__call__": __call__, **members}))
 
 
@@ -82,6 +90,8 @@ def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> N
         result = stock.step(self, *args, **kwargs)
         if (request := current()) is not None:
             request.step += 1
+            sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+            request.batch = None if sample is None else len(sample)
         return result
 
     undo(give_class(scheduler, {"step": step, "vivace_counts": True}))

@@ -141,6 +141,14 @@ def test_inputs_pick_the_stock_class(room, model, capsys, arguments, pipeline, s
     )
 
 
+def test_a_step_cache_says_what_it_skipped(room, model, capsys):
+    arguments = ("--model", model, "--steps", 6, "--seed", 1, "--json")
+    assert generate(PROMPT, *arguments, "--cache", "steps:compute=0-2,4") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["cache"]["transformer"]["last_request"]["skipped_steps"] == [3, 5]
+    assert said["applied"]["cache"] == "steps:compute=0-2,4"
+
+
 def test_a_long_prompt_is_cut_with_a_warning(room, model, capsys):
     long = "a red circle above a blue square " * 300
     assert generate(f"{long} and a green star", "--model", model, "--steps", 1) == 0
@@ -158,6 +166,8 @@ BAD = {
     "truncated": (("--model", "../cut.safetensors"), "truncated"),
     "not a model": (("--model", "../odd.safetensors"), "no whole model in its original layout"),
     "steps": (("--steps", "0"), "--steps is 0"),
+    "cache": (("--cache", "teacahe"), "the nearest is 'teacache'"),
+    "cache that cannot": (("--cache", "deepcache"), "needs a UNet"),
     "size": (("--size", "70x64"), "multiples of 16; the nearest is 64x64"),
     "size text": (("--size", "64"), "not WxH"),
     "huge size": (("--size", "64x1000000"), "from 1 to 16384"),

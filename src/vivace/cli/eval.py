@@ -3,42 +3,171 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from vivace.load import Source
+
 
 def eval(
-    model: Annotated[str, typer.Argument(help="What to examine: builtin.")] = "builtin",
-    captions: Annotated[int, typer.Option(help="Captions to draw.")] = 4000,
+    model: Annotated[
+        str, typer.Argument(help="What to examine: builtin; with --presets also a folder, a file or a hub id.")
+    ] = "builtin",
+    presets: Annotated[
+        str | None, typer.Option(help="Compare presets on prompts: the reference first, as exact,fast.")
+    ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY[:k=v,...]", help="Compare this step cache too; repeatable.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="With --presets: one prompt a line; builtin draws its own.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="With --presets: the folder to write.")] = Path("eval"),
+    captions: Annotated[int | None, typer.Option(help="Captions to draw: 4000, or 16 with --presets.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS too (needs the extra [eval]).")] = False,
+    lpips_weights: Annotated[Path | None, typer.Option(help="AlexNet's weights for LPIPS, as torchvision's.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the captions and the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Without --presets: also write the figures to this file.")] = None,
 ) -> None:
-    """Examine the built-in model: caption accuracy with its interval, FID and KID in its reader's features."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Examine the built-in model, or compare presets and step caches of any model.
 
-    from vivace.cli.generate import quiet
+    Alone: caption accuracy with its interval, FID and KID in its reader's features. With --presets or --cache: pictures
+    of the same prompts and seeds, their distance from the reference beside the noise floor and beside what the same
+    time buys with fewer steps; a contact sheet and one HTML page. Run again it goes on where it was stopped; under
+    `accelerate launch` every GPU draws its share.
+    """
     from vivace.errors import InputError
-    from vivace.load import find, load_source
+    from vivace.load import find
 
-    if model != "builtin":
-        raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader")
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be 1 or more, got {steps}")
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
+    if presets is None and not cache and model != "builtin":
+        raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
     source = find(model)
     settings = {"steps": 28, **source.defaults}
     settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    if presets is None and not cache:
+        if json is not None and (json.is_dir() or not json.parent.is_dir()):
+            raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
+        _examine(source, settings, captions=captions or 4000, seed=seed, device=device, json=json)
+        return
+    from vivace.cache import parse
+    from vivace.cli.calibrate import call_of, prompts_of
+    from vivace.config import PRESETS, resolve
+
+    names = (presets or "exact").split(",")
+    base = resolve(names[0]) if names[0] in PRESETS else None
+    compared = {spelled: resolve(base, cache=parse(spelled)) for spelled in cache or ()}
+    texts = prompts_of(prompts, builtin=model == "builtin", captions=captions or 16, seed=seed)
+    _compare(
+        source, presets=names, configs=compared, prompts=texts, output=output, steps=settings["steps"], seed=seed,
+        call=call_of(source, settings, size), device=device, lpips=(lpips or lpips_weights is not None, lpips_weights),
+    )  # fmt: skip
+
+
+def _compare(
+    source: Source,
+    *,
+    presets: list[str],
+    configs: dict[str, Any],
+    prompts: tuple[str, ...],
+    output: Path,
+    steps: int,
+    seed: int,
+    call: dict[str, Any],
+    device: str | None,
+    lpips: tuple[bool, Path | None],
+) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from vivace.cli.generate import quiet
+    from vivace.evals.comparison import draw_all, write_all
+    from vivace.evals.contest import Contest, contestants
+    from vivace.evals.store import Store
+    from vivace.load import load_source
+    from vivace.machine import machine
+
+    contestants(presets=presets, configs=configs, steps=steps)
+    # Under `accelerate launch` one process a GPU; alone, one process.
+    state = PartialState(cpu=device == "cpu")
+    store = Store(output, rank=state.process_index)
+    instruments = _instruments(*lpips)
+    with quiet(), status() as tell:
+        pipe = load_source(source, device=device or (str(state.device) if state.num_processes > 1 else None))
+        pipe.set_progress_bar_config(disable=True)
+        contest = Contest(
+            pipe=pipe, model=source.name, prediction=source.prediction, prompts=prompts, store=store, steps=steps,
+            seed=seed, call=call, rank=state.process_index, ranks=state.num_processes,
+            together=state.wait_for_everyone, tell=tell,
+        )  # fmt: skip
+        reference, others = draw_all(contest, presets=presets, configs=configs)
+    if not state.is_main_process:
+        return
+    about = {"command": f"vivace eval {source.name}", "model": source.name, "prompts": len(prompts), "steps": steps}
+    about |= {"seed": seed, "place": contest.place, "call": call, "machine": machine()}
+    written = write_all(contest, reference, others, instruments=instruments, about=about)
+    Console().print(_table(written.verdicts, title=f"{source.name}: {len(prompts)} prompts, {steps} steps"))
+    print(f"{written.report}\n{written.sheet}\n{written.metrics}")
+
+
+def _instruments(wanted: bool, weights: Path | None) -> dict[str, Any]:
+    if not wanted:
+        return {}
+    from vivace.evals.perceptual import lpips
+
+    return {"LPIPS": lpips(weights=weights)}
+
+
+def _table(verdicts: list[Any], *, title: str) -> Any:
+    from rich.table import Table
+
+    table = Table("contestant", title=title)
+    names = list(dict.fromkeys(name for verdict in verdicts for name in verdict.distances))
+    for name in ("s", "speed", "computed", *names):
+        table.add_column(name, justify="right")
+    table.add_column("at equal time")
+    for verdict in verdicts:
+        means = [f"{verdict.distances[n].mean().item():.4g}" if n in verdict.distances else "" for n in names]
+        seconds = "" if verdict.seconds is None else f"{verdict.seconds:.3g}"
+        speed = "" if verdict.speedup is None else f"{verdict.speedup:.2f}"
+        computed = "" if verdict.computed is None else f"{verdict.computed:.0%}"
+        table.add_row(verdict.contestant.name, seconds, speed, computed, *means, verdict.wins)
+    return table
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """Says on a terminal what is being done; elsewhere nothing."""
+    from rich.console import Console
+
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    with Console(stderr=True).status("loading") as shown:
+        yield shown.update
+
+
+def _examine(
+    source: Source, settings: dict[str, Any], *, captions: int, seed: int, device: str | None, json: Path | None
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
 
     from vivace.builtin.reader import load_reader
+    from vivace.cli.generate import quiet
     from vivace.evals import builtin
     from vivace.evals.metric import table, to_json
+    from vivace.load import load_source
     from vivace.machine import machine
 
     exam = builtin.draw_exam(captions, seed=seed)
@@ -54,7 +183,7 @@ def eval(
         )  # fmt: skip
     rows = builtin.metrics(exam, answers, reader, seed=seed)
     if json is not None:
-        about = {"command": f"vivace eval {model}", "captions": captions, **settings, "seed": seed}
+        about = {"command": f"vivace eval {source.name}", "captions": captions, **settings, "seed": seed}
         about |= {"device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."), "machine": machine()}
         json.write_text(to_json(rows, about=about) + "\n", encoding="utf-8")
-    Console().print(table(rows, title=f"{model}: {captions:,} captions, {settings['steps']} steps"))
+    Console().print(table(rows, title=f"{source.name}: {captions:,} captions, {settings['steps']} steps"))

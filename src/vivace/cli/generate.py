@@ -37,6 +37,9 @@ def generate(
     count: Annotated[int, typer.Option(help="Pictures for each prompt, with seeds SEED, SEED+1, ...")] = 1,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler: euler, ddim, unipc, ...")] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="POLICY[:k=v,...]", help="A step cache: firstblock:threshold=0.1, or a file.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:weight]", help="A LoRA; repeatable.")] = None,
@@ -83,6 +86,7 @@ def generate(
         count=count,
         negative=negative,
         scheduler=scheduler,
+        cache=cache,
         dtype=dtype,
         device=device,
         loras=tuple(read_lora(text) for text in lora or ()),

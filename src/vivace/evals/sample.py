@@ -42,7 +42,7 @@ def sample(
     parts = []
     for start in range(0, len(order), batch or len(order)):
         chosen = order[start : start + (batch or len(order))]
-        with _final_latents(pipe.scheduler) as latents:
+        with final_latents(pipe.scheduler) as latents:
             pictures = pipe(
                 prompt=[prompts[i] for i in chosen],
                 num_inference_steps=steps,
@@ -77,7 +77,7 @@ def in_dtype(pipe: Any, dtype: torch.dtype) -> Iterator[Any]:
 
 
 @contextmanager
-def _final_latents(scheduler: Any) -> Iterator[list[torch.Tensor]]:
+def final_latents(scheduler: Any) -> Iterator[list[torch.Tensor]]:
     """A list that holds, after a call of the pipeline, the latents its scheduler's last step returned.
 
     The scheduler's step is the one place every pipeline passes; step callbacks are missing from some.

@@ -218,6 +218,15 @@ def _epilogue(transformer: Any, state: State) -> Any:
     return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
 
 
+def signal(transformer: Any, state: State) -> torch.Tensor:
+    """The first block's modulated text: [B, T, D]."""
+    block, temb = transformer.transformer_blocks[0], state.context["block"]["temb"]
+    if transformer.zero_cond_t:
+        temb = temb.chunk(2)[0]
+    shift, scale = block.txt_mod(temb).unsqueeze(1).chunk(6, dim=-1)[:2]
+    return block.txt_norm1(state.text) * (1 + scale) + shift
+
+
 def inputs(
     transformer: QwenImageTransformer2DModel,
     *,
@@ -284,6 +293,7 @@ QWEN_IMAGE = Family(
     split=split,
     tiny=tiny,
     inputs=inputs,
+    signal=signal,
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
 )

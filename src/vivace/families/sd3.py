@@ -152,6 +152,11 @@ def _epilogue(transformer: Any, state: State) -> Any:
     return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
 
 
+def signal(transformer: Any, state: State) -> torch.Tensor:
+    """The first block's modulated input: [B, S, D]."""
+    return transformer.transformer_blocks[0].norm1(state.x, emb=state.context["block"]["temb"])[0]
+
+
 def inputs(
     transformer: SD3Transformer2DModel,
     *,
@@ -240,6 +245,7 @@ SD3 = Family(
     split=split,
     tiny=tiny,
     inputs=inputs,
+    signal=signal,
     multiple=16,
     takes=frozenset({"prompt", "negative", "guidance", "image", "mask", "strength", "control"}),
 )

@@ -28,7 +28,7 @@ def split(unet: UNet2DConditionModel) -> Split:
     mid = [] if unet.mid_block is None else [_mid_block(unet)]
     last = len(unet.up_blocks) - 1
     up = [
-        Block(name=f"up_blocks.{i}", module=block, forward=partial(_up, block, first=i == 0, last=i == last))
+        Block(name=f"up_blocks.{i}", module=block, forward=partial(_up, block, last=i == last))
         for i, block in enumerate(unet.up_blocks)
     ]
     return Split(prologue=partial(_prologue, unet), blocks=(*down, *mid, *up), epilogue=partial(_epilogue, unet))
@@ -150,12 +150,14 @@ def join_control(state: State) -> State:
     """Adds a ControlNet's residuals, down ones to the skips and the mid one to the stream."""
     down, mid = state.context["control"]
     skips = tuple(skip + residual for skip, residual in zip(state.skips, down, strict=False))
-    return replace(state, x=state.x + mid, skips=skips)
+    # A stream that an earlier step left in front of a later up block has taken its own mid residual.
+    x = state.x + mid if state.x.shape[1:] == mid.shape[1:] else state.x
+    return replace(state, x=x, skips=skips, context={**state.context, "control": None})
 
 
-def _up(block: Any, state: State, *, first: bool, last: bool) -> State:
+def _up(block: Any, state: State, *, last: bool) -> State:
     context = state.context
-    if first and context["control"] is not None:
+    if context["control"] is not None:
         state = join_control(state)
     count = len(block.resnets)
     skips, own = state.skips[:-count], state.skips[-count:]

@@ -192,6 +192,11 @@ def epilogue(transformer: Any, state: State) -> Any:
     return Transformer2DModelOutput(sample=x) if context["return_dict"] else (x,)
 
 
+def signal(transformer: Any, state: State) -> torch.Tensor:
+    """The projected embedding of time: [B, 6, D] or [B, S, 6, D]."""
+    return state.context["modulation"]
+
+
 def inputs(
     transformer: WanTransformer3DModel,
     *,
@@ -296,6 +301,7 @@ WAN = Family(
     split=split,
     tiny=tiny,
     inputs=inputs,
+    signal=signal,
     multiple=16,
     media="video",
     takes=frozenset({"prompt", "negative", "guidance", "image", "strength"}),

@@ -1,6 +1,7 @@
 """The passes, in the order they are applied; each says why it stands where it does."""
 
 from vivace.passes.attention import ATTENTION
+from vivace.passes.cache import CACHE
 from vivace.passes.channels_last import CHANNELS_LAST
 from vivace.passes.compile import COMPILE
 from vivace.passes.fuse import FUSE
@@ -8,4 +9,4 @@ from vivace.passes.graphs import GRAPHS
 from vivace.passes.quantize import QUANTIZE
 from vivace.passes.target import Pass
 
-PASSES: tuple[Pass, ...] = (ATTENTION, CHANNELS_LAST, QUANTIZE, FUSE, COMPILE, GRAPHS)
+PASSES: tuple[Pass, ...] = (ATTENTION, CHANNELS_LAST, QUANTIZE, FUSE, COMPILE, CACHE, GRAPHS)

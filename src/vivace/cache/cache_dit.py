@@ -1,0 +1,88 @@
+"""Reads the cache section of a cache-dit YAML file, so that what people have tuned there runs here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vivace.cache.dicache import DiCache
+from vivace.cache.first_block import FirstBlock
+from vivace.cache.policy import Policy
+from vivace.cache.steps import Steps
+from vivace.errors import InputError
+
+IGNORED = frozenset(
+    {"cache_type", "enable_taylorseer", "enable_calibrator", "calibrator_type", "taylorseer_cache_type"}
+)
+
+# cache-dit's key -> ours.
+FIELDS = {
+    "residual_diff_threshold": "threshold",
+    "Fn_compute_blocks": "depth",
+    "max_warmup_steps": "warmup",
+    "max_continuous_cached_steps": "max_skips",
+    "taylorseer_order": "order",
+}
+# Keys that ask for what we do not do, with the only value that we can take.
+NEUTRAL: dict[str, Any] = {
+    "Bn_compute_blocks": 0,
+    "max_cached_steps": -1,
+    "warmup_interval": 1,
+    "max_accumulated_residual_diff_threshold": None,
+    "enable_separate_cfg": None,
+    "cfg_compute_first": None,
+    "cfg_diff_compute_separate": None,
+    "num_inference_steps": None,
+    "steps_computation_policy": None,
+}
+MASK = "steps_computation_mask"
+
+
+def read(path: str) -> Policy:
+    """The policy that the `cache_config` of a cache-dit YAML file asks for. Raises InputError for what we cannot do."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise InputError(f"{path} holds no mapping; it should have a cache_config section")
+    section = found.get("cache_config", found)
+    if not isinstance(section, Mapping):
+        raise InputError(f"cache_config of {path} is {type(section).__name__}; it should be a mapping of settings")
+    return policy_of(section)
+
+
+def policy_of(section: Mapping[str, Any]) -> Policy:
+    """The policy that a cache section stands for. Raises InputError, for an unknown key with the nearest one."""
+    known = {*IGNORED, *FIELDS, *NEUTRAL, MASK}
+    for key, value in section.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown key {key!r} in a cache-dit section; the nearest is {near!r}")
+        if key in NEUTRAL and NEUTRAL[key] is not None and value not in (None, NEUTRAL[key]):
+            raise InputError(f"{key}={value!r} has no counterpart here; the only value that has is {NEUTRAL[key]!r}")
+    order = int(section.get("taylorseer_order", 1)) if _calibrated(section) else 0
+    mask = section.get(MASK)
+    if mask is not None:
+        if section.get("steps_computation_policy", "dynamic") != "static":
+            raise InputError(f"{MASK} has a counterpart only with steps_computation_policy: static; set that")
+        return Steps(compute=mask if isinstance(mask, str) else "".join(str(int(bit)) for bit in mask), order=order)
+    kind = str(section.get("cache_type", "DBCache"))
+    if kind.upper() not in ("DBCACHE", "FBCACHE", "DICACHE"):
+        raise InputError(f"cache_type={kind!r} has no counterpart here; DBCache, FBCache and DiCache have")
+    fields = {ours: section[theirs] for theirs, ours in FIELDS.items() if theirs in section}
+    fields.pop("order", None)
+    if fields.get("max_skips") == -1:
+        fields.pop("max_skips")
+    fields["warmup"] = max(1, int(fields.get("warmup", 1)))
+    return DiCache(**fields) if kind.upper() == "DICACHE" else FirstBlock(**fields, order=order)
+
+
+def _calibrated(section: Mapping[str, Any]) -> bool:
+    return bool(section.get("enable_taylorseer") or section.get("enable_calibrator") or "taylorseer_order" in section)

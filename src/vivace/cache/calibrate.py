@@ -1,0 +1,274 @@
+"""Calibration: what fits one model best, measured on some prompts and judged on others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import exp, log
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.cache import fit
+from vivace.cache.calibration import Plan, fingerprint
+from vivace.cache.first_block import FirstBlock
+from vivace.cache.planned import Planned
+from vivace.cache.policy import Policy
+from vivace.cache.record import Change, Record, recorded
+from vivace.cache.schedule import Errors, schedules, uniform
+from vivace.cache.steps import Steps
+from vivace.config import Config
+from vivace.errors import InputError
+
+PROBES = 8
+"""Steps at which the gain is measured; between them it is interpolated."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Bench:
+    """A pipeline, how it is called, and the exact runs of some prompts."""
+
+    pipe: Any
+    steps: int
+    seed: int
+    call: dict[str, Any]
+    tell: Tell
+    config: Config
+    exact: dict[str, torch.Tensor] = field(default_factory=dict)  # prompt -> final latent
+
+    def draw(self, prompt: str, policy: Policy | None, *, steps: int | None = None, outputs: bool = False) -> Any:
+        """The record of one run under `policy`; the noise belongs to the prompt."""
+        accelerate(self.pipe, self.config, cache=policy)
+        generator = torch.Generator().manual_seed(self.seed + crc32(prompt.encode()))
+        with recorded(self.pipe.scheduler, outputs=outputs) as run, torch.no_grad():
+            self.pipe(
+                prompt=prompt,
+                num_inference_steps=steps or self.steps,
+                generator=generator,
+                output_type="latent",
+                return_dict=False,
+                **self.call,
+            )
+        return run
+
+    def error(self, prompts: Sequence[str], policy: Policy | None, *, steps: int | None = None) -> float:
+        """Mean relative error of the final latent."""
+        errors = []
+        for prompt in prompts:
+            latents = self.draw(prompt, policy, steps=steps).latents
+            exact = self.exact[prompt]
+            errors.append(((latents.float() - exact).norm() / exact.norm()).item())
+        return sum(errors) / len(errors)
+
+    def computed(self) -> float:
+        """Share of calls that the last run computed."""
+        acceleration = acceleration_of(self.pipe)
+        assert acceleration is not None
+        counts = [lane.cache.tally.last for lane in acceleration.target.lanes.values() if lane.cache is not None]
+        return sum(c.computed for c in counts) / max(1, sum(c.computed + c.skipped for c in counts))
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    shares: Sequence[float] = (0.25, 1 / 3, 0.5, 2 / 3),
+    held_out: float = 0.25,
+    seed: int = 0,
+    tell: Tell = lambda line: None,
+    **call: Any,
+) -> dict[str, Any]:
+    """The calibration of `pipe` at `steps` steps as a document for JSON (see `calibration.read`), with its evidence.
+
+    `shares` are the shares of steps to compute. A part that is no better on held-out prompts than a constant choice is
+    left out and named under `refused`. Raises InputError for fewer than four prompts, or where nothing is left.
+    """
+    if len(set(prompts)) < 4:
+        raise InputError(f"calibration needs at least 4 different prompts to hold some out, got {len(set(prompts))}")
+    order = sorted(set(prompts))
+    random.Random(seed).shuffle(order)
+    cut = max(2, round(len(order) * held_out))
+    test, train = order[:cut], order[cut:]
+    with _as_it_was(pipe):
+        before = acceleration_of(pipe)
+        config = before.target.config if before else Config()
+        bench = Bench(pipe=pipe, steps=steps, seed=seed, call=call, tell=tell, config=config)
+        errors, log_ = _observe(bench, train, test)
+        parts, refused = {}, {}
+        for name, part in (
+            ("planned", lambda: _planned(bench, errors, train, test, shares)),
+            ("teacache", lambda: fit.teacache(*_changes(log_, train, test))),
+            ("firstblock", lambda: _firstblock(bench, log_, train, test, shares)),
+        ):
+            parts[name], refused[name] = part()
+        about = _about(bench, train, test)
+    parts = {name: part for name, part in parts.items() if part}
+    refused = {name: reason for name, reason in refused.items() if reason}
+    if not parts:
+        raise InputError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    return {**about, **parts, "refused": refused}
+
+
+def _about(bench: Bench, train: Sequence[str], test: Sequence[str]) -> dict[str, Any]:
+    from vivace import __version__
+    from vivace.machine import machine
+
+    acceleration = acceleration_of(bench.pipe)
+    assert acceleration is not None
+    return {
+        "denoiser": fingerprint(next(iter(acceleration.target.denoisers.values()))),
+        "pipeline": type(bench.pipe).__name__,
+        "steps": bench.steps,
+        "prompts": {"fitted": len(train), "held_out": len(test)},
+        "call": {name: value for name, value in bench.call.items() if isinstance(value, str | int | float | bool)},
+        "seed": bench.seed,
+        "vivace": __version__,
+        "machine": machine(),
+    }
+
+
+@contextmanager
+def _as_it_was(pipe: Any) -> Iterator[None]:
+    acceleration = acceleration_of(pipe)
+    try:
+        yield
+    finally:
+        restore(pipe)
+        if acceleration is not None:
+            accelerate(pipe, acceleration.target.config)
+
+
+def _observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[Errors, dict[str, list[Change]]]:
+    """Exact runs of all prompts, and real runs that skip one step each on the first prompts."""
+    accelerate(bench.pipe, bench.config)
+    acceleration = acceleration_of(bench.pipe)
+    assert acceleration is not None
+    family = acceleration.target.family
+    inside = family is not None and "up_blocks" not in family.blocks
+    record = Record(signals=family is not None and family.signal is not None, inside=inside)
+    log_: dict[str, list[Change]] = {}
+    products, outputs, times = [], {}, ()
+    for number, prompt in enumerate((*train, *test)):
+        bench.tell(f"exact runs: {number + 1} of {len(train) + len(test)}")
+        run = bench.draw(prompt, record, outputs=True)
+        log_[prompt] = list(record.log)
+        record.log.clear()
+        bench.exact[prompt] = run.latents.float().clone()
+        if prompt in train:
+            flat = torch.stack(run.outputs).flatten(1).double() / run.latents.float().norm().item()
+            products.append(flat @ flat.T)
+            outputs[prompt], times = flat, tuple(run.times)
+    known = Errors(times=times, products=torch.stack(products), gain=[1.0] * len(times))
+    gain = _gains(bench, known, train[: max(1, min(4, len(train)))])
+    return Errors(times=times, products=known.products, gain=gain), log_
+
+
+def _gains(bench: Bench, errors: Errors, prompts: Sequence[str]) -> list[float]:
+    """For every step, the final latent's relative error per error of that step's output: measured, interpolated."""
+    count = errors.steps
+    probes = sorted({round(2 + i * (count - 3) / (PROBES - 1)) for i in range(PROBES)}) if count > 3 else [1]
+    measured: dict[int, float] = {}
+    for number, step in enumerate(probes):
+        bench.tell(f"gain of an error: {number + 1} of {len(probes)} steps")
+        others = "+".join(str(i) for i in range(count) if i != step)
+        final = bench.error(prompts, Steps(compute=others, order=0))
+        local = errors.local((step - 1,), step, order=0)
+        if final > 0 and local > 0:
+            measured[step] = final / local
+    if not measured:
+        raise InputError("skipping any single step changes nothing in the final latent; is the model loaded right?")
+    return [_interpolated(measured, step) for step in range(count)]
+
+
+def _interpolated(values: dict[int, float], step: int) -> float:
+    """Linear in the logarithm, constant beyond the ends."""
+    below = max((s for s in values if s <= step), default=min(values))
+    above = min((s for s in values if s >= step), default=max(values))
+    if below >= above:
+        return values[below]
+    place = (step - below) / (above - below)
+    return exp(log(values[below]) * (1 - place) + log(values[above]) * place)
+
+
+def _planned(
+    bench: Bench, errors: Errors, train: Sequence[str], test: Sequence[str], shares: Sequence[float]
+) -> tuple[list[dict[str, Any]], str]:
+    """A plan for every share of steps where it beats an even mask on held-out prompts; else the reason."""
+    best = schedules(errors)
+    rows, worse = [], []
+    for share in shares:
+        count = round(share * errors.steps)
+        if count not in best or count >= errors.steps:
+            continue
+        bench.tell(f"plans: {count} of {errors.steps} steps")
+        schedule = best[count]
+        scheduler = type(bench.pipe.scheduler).__name__
+        plan = Plan(
+            steps=errors.steps, scheduler=scheduler, compute=schedule.compute, orders=dict(schedule.orders), error=None
+        )
+        even = "+".join(map(str, uniform(errors.steps, count)))
+        measured = bench.error(test, Planned(plans=(plan,)))
+        controls = {f"even mask, order {o}": bench.error(test, Steps(compute=even, order=o)) for o in (0, 1)}
+        row = {
+            "steps": errors.steps, "scheduler": scheduler, "compute": list(schedule.compute),
+            "orders": {str(step): order for step, order in schedule.orders.items()},
+            "error": measured, "expected_error": schedule.error,
+            "controls": {**controls, f"{count} steps": bench.error(test, None, steps=count)},
+        }  # fmt: skip
+        if measured < min(controls.values()):
+            rows.append(row)
+        else:
+            worse.append(f"{count} steps: error {measured:.3g}, even mask {min(controls.values()):.3g}")
+    return rows, "" if not worse else f"no better than an even mask at {'; '.join(worse)}"
+
+
+def _changes(
+    log_: dict[str, list[Change]], train: Sequence[str], test: Sequence[str]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(signal, output) changes of the fitted and of the held-out prompts."""
+
+    def pairs(prompts: Sequence[str]) -> list[tuple[float, float]]:
+        changes = (change for prompt in prompts for change in log_[prompt])
+        return [(c.signal, c.output) for c in changes if c.signal is not None and c.output is not None]
+
+    return pairs(train), pairs(test)
+
+
+def _firstblock(
+    bench: Bench, log_: dict[str, list[Change]], train: Sequence[str], test: Sequence[str], shares: Sequence[float]
+) -> tuple[list[dict[str, Any]], str]:
+    """A threshold for every share where it beats an even mask with as many computed steps; else the reason."""
+    runs = fit.series([log_[prompt] for prompt in train])
+    if not runs:
+        return [], "the stream changes shape from block to block"
+    rows, worse = [], []
+    for share in shares:
+        bench.tell(f"firstblock: {share:.0%} of the steps")
+        threshold = fit.threshold(runs, share)
+        errors, used = [], []
+        for prompt in test:
+            errors.append(bench.error([prompt], FirstBlock(threshold=threshold)))
+            used.append(bench.computed())
+        computed = sum(used) / len(used)
+        count = max(1, round(computed * bench.steps))
+        even = "+".join(map(str, uniform(bench.steps, count)))
+        control = bench.error(test, Steps(compute=even))
+        measured = sum(errors) / len(errors)
+        row = {
+            "threshold": threshold,
+            "computed_percent": round(100 * computed),
+            "error": measured,
+            "even_mask": control,
+        }
+        if measured < control and computed < 1:
+            rows.append(row)
+        else:
+            worse.append(f"threshold {threshold:.3g}: error {measured:.3g}, even mask {control:.3g}")
+    return rows, "" if not worse else f"no better than an even mask at {'; '.join(worse)}"

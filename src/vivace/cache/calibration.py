@@ -1,0 +1,94 @@
+"""What `vivace calibrate` found out about a model: a small JSON file, checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.passes.target import Target
+
+SHIPPED = Path(__file__).parent / "calibrations"
+"""Calibrations of models that come with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which of `steps` steps are computed, and by which order the others are extrapolated."""
+
+    steps: int
+    scheduler: str  # class name
+    compute: tuple[int, ...]
+    orders: Mapping[int, int] = field(default_factory=dict)  # of every other step
+    error: float | None = None  # relative, of the final latent on held-out prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """One model's calibrations; a part is absent where it was no better than a constant."""
+
+    denoiser: str  # class name and fingerprint
+    plans: tuple[Plan, ...] = ()
+    teacache: tuple[float, ...] | None = None
+    firstblock: Mapping[int, float] = field(default_factory=dict)  # computed steps of 100 -> threshold
+
+
+def read(path: Path) -> Calibration:
+    """The calibration in a file. Raises InputError for what is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plans = tuple(
+            Plan(
+                steps=int(row["steps"]),
+                scheduler=str(row["scheduler"]),
+                compute=tuple(map(int, row["compute"])),
+                orders={int(step): int(order) for step, order in row.get("orders", {}).items()},
+                error=row.get("error"),
+            )
+            for row in found.get("planned", ())
+        )
+        polynomial = found.get("teacache")
+        thresholds = {int(row["computed_percent"]): float(row["threshold"]) for row in found.get("firstblock", ())}
+        return Calibration(
+            denoiser=str(found["denoiser"]),
+            plans=plans,
+            teacache=tuple(map(float, polynomial["coefficients"])) if polynomial else None,
+            firstblock=thresholds,
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot read the calibration {path}: {error.strerror}; write one with vivace calibrate"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no calibration ({error}); write one with vivace calibrate") from error
+
+
+def calibration_of(target: Target, *, file: str | None) -> Calibration | None:
+    """The calibration in `file`, else the one that ships for this model, else None.
+
+    Raises InputError where the file is another model's.
+    """
+    own = {fingerprint(denoiser) for denoiser in target.denoisers.values()}
+    if file is None:
+        return next((one for one in _shipped() if one.denoiser in own), None)
+    found = read(Path(file).expanduser())
+    if found.denoiser not in own:
+        raise InputError(f"{file} was calibrated for {found.denoiser}, this model is {', '.join(sorted(own))}")
+    return found
+
+
+def fingerprint(denoiser: Any) -> str:
+    """A denoiser's class and a digest of its configuration: models tuned from one another share it."""
+    config = {name: value for name, value in sorted(denoiser.config.items()) if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{type(denoiser).__name__}-{digest[:12]}"
+
+
+def _shipped() -> Iterator[Calibration]:
+    return (read(path) for path in sorted(SHIPPED.glob("*.json")))

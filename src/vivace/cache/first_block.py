@@ -1,0 +1,73 @@
+"""First-block cache: the first block tells whether the others are worth computing. Needs no calibration.
+
+As in ParaAttention and diffusers: what the first block adds to the stream is compared with what it added at the last
+computed step; where it changed by less than `threshold`, the other blocks add what they added then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.cache.policy import Holds
+from vivace.cache.window import Windowed
+
+if TYPE_CHECKING:
+    import torch
+
+    from vivace.cache.call import Call
+    from vivace.cache.trail import Trail
+
+
+@dataclass(eq=False)
+class Memory:
+    """Of the last computed steps: what the first block added at the newest, and what the others did."""
+
+    rest: Trail
+    added: torch.Tensor | None = None
+    skips: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBlock(Windowed):
+    """Skip all but the first block while that one's contribution changes little."""
+
+    name: ClassVar[str] = "firstblock"
+    blocks: ClassVar[bool] = True
+    stacked: ClassVar[bool] = True
+    holds: ClassVar[Holds] = Holds(hiddens=3)
+
+    threshold: float = 0.1
+    """Relative change of what the first block adds, from which the others are computed."""
+
+    depth: int = 1
+    """Blocks at the front that are always computed."""
+
+    order: int = 0
+    """What the skipped blocks add: 0 as at the last computed step, 1 or 2 extrapolated from the last ones."""
+
+    least: ClassVar = {**Windowed.least, "depth": 1}
+
+    def fresh(self) -> Memory:
+        from vivace.cache.trail import Trail
+
+        return Memory(rest=Trail(self.order + 1))
+
+    def serve(self, memory: Memory, call: Call) -> Any:
+        from vivace.cache.change import relative_change
+
+        front = call.front(self.depth)
+        added = front.grown
+        if (
+            memory.added is None
+            or self.forced(call, skips=memory.skips)
+            or relative_change(added, memory.added) > self.threshold
+        ):
+            out, rest = call.rest(front)
+            memory.rest.keep(rest, time=call.time, own=True)
+            memory.added, memory.skips = added, 0
+            return out
+        call.skipped = True
+        memory.skips += 1
+        front.state.x = front.state.x + memory.rest.at(call.time, order=self.order)
+        return call.end(front.state)

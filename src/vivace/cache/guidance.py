@@ -1,0 +1,109 @@
+"""Guidance reuse: the unconditional half follows from the conditional one and their difference at an earlier step.
+
+The difference between the two changes slowly, so it is computed at every n-th step only; and outside an interval of
+the run there is no guidance at all (arXiv 2404.07724). Half a step's work is saved where the halves are one batch, a
+whole call where they are two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.cache.policy import Holds, Policy
+
+if TYPE_CHECKING:
+    from vivace.cache.call import Call
+    from vivace.passes.target import Target
+
+
+@dataclass(eq=False)
+class Memory:
+    """Conditional minus unconditional output, per tensor of the output, at the last step that computed both."""
+
+    difference: list[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceReuse(Policy):
+    """Compute the unconditional half only now and then."""
+
+    name: ClassVar[str] = "guidance"
+    holds: ClassVar[Holds] = Holds(outputs=2)
+
+    every: int = 2
+    """One step in so many computes both halves."""
+
+    warmup: int = 3
+    """Guided steps at the beginning that always compute both."""
+
+    begin: float = 0.0
+    """Share of the steps before which there is no guidance."""
+
+    end: float = 1.0
+    """Share of the steps after which there is no guidance."""
+
+    least: ClassVar = {"every": 1, "warmup": 1}
+
+    def refuses(self, target: Target) -> str | None:
+        kind = target.family.guidance if target.family else "none"
+        if hasattr(type(target.subject), "do_perturbed_attention_guidance"):
+            return "perturbed attention guidance has halves of its own"
+        if kind not in ("batched", "two_calls", "embedded"):
+            return "this model is not known to compute guidance by a second, unconditional half"
+        return None
+
+    def fresh(self) -> Memory:
+        return Memory()
+
+    def serve(self, memory: Memory, call: Call) -> Any:
+        first, last = int(self.begin * len(call.schedule)), int(self.end * len(call.schedule))
+        guided = first <= call.step < last
+        full = call.step - first < self.warmup or (call.step - first) % self.every == 0
+        if call.branch is not None:
+            return self._call(memory, call, guided=guided, full=full)
+        halves = call.batch is not None and call.rows == 2 * call.batch
+        return self._batch(memory, call, guided=guided, full=full) if halves else call.whole()
+
+    def _call(self, memory: Memory, call: Call, *, guided: bool, full: bool) -> Any:
+        """One of two calls; the unconditional one comes second, else it is computed."""
+        from torch.utils._pytree import tree_flatten, tree_unflatten
+
+        seen = call.shared.get("cond")
+        if call.branch != "uncond" or seen is None or seen[0] != call.step:
+            out = call.whole()
+            if call.branch == "cond":
+                call.shared["cond"] = (call.step, [leaf.clone() for leaf in tree_flatten(out)[0]])
+            return out
+        conditional = seen[1]
+        if guided and (full or memory.difference is None):
+            out = call.whole()
+            leaves, call.shared["spec"] = tree_flatten(out)
+            memory.difference = [c - u for c, u in zip(conditional, leaves, strict=True)]
+            return out
+        if "spec" not in call.shared:
+            return call.whole()
+        call.skipped = True
+        return tree_unflatten(_unconditional(conditional, memory, guided=guided), call.shared["spec"])
+
+    def _batch(self, memory: Memory, call: Call, *, guided: bool, full: bool) -> Any:
+        """Both halves in one batch, the unconditional one first."""
+        import torch
+        from torch.utils._pytree import tree_flatten, tree_unflatten
+
+        if guided and (full or memory.difference is None):
+            out = call.whole()
+            pairs = [leaf.chunk(2) for leaf in tree_flatten(out)[0]]
+            memory.difference = [c - u for u, c in pairs]
+            return out
+        call.skipped = True
+        conditional, spec = tree_flatten(call.second_half())
+        unconditional = _unconditional(conditional, memory, guided=guided)
+        return tree_unflatten([torch.cat(pair) for pair in zip(unconditional, conditional, strict=True)], spec)
+
+
+def _unconditional(conditional: list[Any], memory: Memory, *, guided: bool) -> list[Any]:
+    if not guided:
+        return [leaf.clone() for leaf in conditional]
+    assert memory.difference is not None
+    return [c - difference for c, difference in zip(conditional, memory.difference, strict=True)]

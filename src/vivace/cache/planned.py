@@ -1,0 +1,79 @@
+"""Planned: the schedule that a calibration found best for this model, scheduler and number of steps.
+
+Which steps are computed was chosen by dynamic programming on the measured error of the final latent; the outputs of
+the others are extrapolated in time from the last two or three. Everything is known before the run: nothing is read
+from the device, the whole forward is one graph, and memory is a few latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.cache.calibration import Plan, calibration_of
+from vivace.cache.policy import Holds, Policy
+from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.cache.call import Call
+    from vivace.cache.trail import Trail
+    from vivace.passes.target import Target
+
+ORDER = 2
+"""Highest order of an extrapolation that a plan may ask for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Policy):
+    """Compute the steps of a calibrated plan, and extrapolate the others."""
+
+    name: ClassVar[str] = "planned"
+    holds: ClassVar[Holds] = Holds(outputs=ORDER + 1)
+
+    file: str | None = None
+    """The calibration, from `vivace calibrate`; None: the one that ships with the model."""
+
+    computed: float = 0.5
+    """Share of the steps to compute; the plan nearest to it is taken."""
+
+    plans: tuple[Plan, ...] = field(default=(), repr=False)
+    """Filled in from the calibration."""
+
+    def refuses(self, target: Target) -> str | None:
+        if self.plans:
+            return None
+        calibration = calibration_of(target, file=self.file)
+        if calibration is None:
+            return "no calibration is known for this model; make one with vivace calibrate, or use firstblock"
+        return None if calibration.plans else "its calibration has no plan; use firstblock"
+
+    def bind(self, target: Target) -> Planned:
+        if self.plans:
+            return self
+        calibration = calibration_of(target, file=self.file)
+        assert calibration is not None
+        return replace(self, plans=calibration.plans)
+
+    def plan(self, *, steps: int, scheduler: str) -> Plan:
+        """The plan for a run of `steps` of `scheduler`. Raises InputError where none was calibrated."""
+        fitting = [plan for plan in self.plans if (plan.steps, plan.scheduler) == (steps, scheduler)]
+        if not fitting:
+            known = ", ".join(sorted({f"{plan.steps} steps of {plan.scheduler}" for plan in self.plans}))
+            raise InputError(
+                f"no plan for {steps} steps of {scheduler}; this calibration has {known}: use these, calibrate with "
+                f"--steps {steps}, or use firstblock"
+            )
+        return min(fitting, key=lambda plan: abs(len(plan.compute) / plan.steps - self.computed))
+
+    def fresh(self) -> Trail:
+        from vivace.cache.trail import Trail
+
+        return Trail(ORDER + 1)
+
+    def serve(self, memory: Trail, call: Call) -> Any:
+        from vivace.cache.steps import serve_step
+
+        schedule = call.schedule
+        plan = self.plan(steps=schedule.whole, scheduler=schedule.scheduler)
+        step = schedule.first + call.step
+        return serve_step(memory, call, computed=step in plan.compute, order=plan.orders.get(step, 1))

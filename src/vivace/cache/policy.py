@@ -1,0 +1,91 @@
+"""`Policy`: which steps or blocks of a request are computed and which reused. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.cache.call import Call
+    from vivace.passes.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holds:
+    """How many tensors a policy keeps for one guidance branch, for the forecast of its memory."""
+
+    outputs: int = 0  # of the denoiser's output
+    hiddens: int = 0  # of the stream between the blocks
+    attentions: int = 0  # of the stream, for every attention module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A row of settings, and what it does with one denoiser call.
+
+    It is a value without state: `fresh` makes what is remembered of one guidance branch of one request, and `serve`
+    answers a call with it. `refuses` says why it cannot run on a pipeline; `bind` fills in what the model knows.
+    """
+
+    name: ClassVar[str]
+    least: ClassVar[Mapping[str, float]] = {}
+    """Field -> its smallest value."""
+    blocks: ClassVar[bool] = False
+    """Whether it works between the denoiser's blocks, so that it needs the family's Split."""
+    stacked: ClassVar[bool] = False
+    """Whether the stream must keep its shape from block to block, which a UNet's does not."""
+    modules: ClassVar[bool] = False
+    """Whether it works on attention modules, which fused blocks do not call."""
+    holds: ClassVar[Holds] = Holds()
+
+    def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            self._check(field.name, kinds[field.name], getattr(self, field.name))
+
+    def _check(self, name: str, kind: Any, value: Any) -> None:
+        allowed = typing.get_args(kind) or (kind,)
+        numbers = {int, float} & set(allowed)
+        if not numbers or isinstance(value, tuple) or (value is None and type(None) in allowed):
+            return
+        least = self.least.get(name, 0)
+        right = isinstance(value, int | float if float in numbers else int) and not isinstance(value, bool)
+        if not right or value is None or not value >= least:
+            what = "a number" if float in numbers else "a whole number"
+            raise InputError(
+                f"{self.name}: {name} is {what} from {least} on, got {value!r}; for example {name}={least}"
+            )
+
+    def refuses(self, target: Target) -> str | None:
+        """Why this policy cannot run on `target`, or None."""
+        return None
+
+    def bind(self, target: Target) -> Policy:
+        """The policy with everything filled in that is known about `target`."""
+        return self
+
+    def fresh(self) -> Any:
+        """What is remembered of one branch of one request, at its first step."""
+        raise TypeError(f"{type(self).__name__} keeps nothing")
+
+    def serve(self, memory: Any, call: Call) -> Any:
+        """What the denoiser returns for `call`, computed or estimated."""
+        raise TypeError(f"{type(self).__name__} serves nothing")
+
+
+def spell(policy: Policy) -> str:
+    """`teacache:threshold=0.25`: the policy as the command line takes it, without what is at its default."""
+    fields = [(f.name, f.default, getattr(policy, f.name)) for f in dataclasses.fields(policy)]
+    said = [f"{name}={_word(value)}" for name, default, value in fields if value != default]
+    return ":".join((policy.name, ",".join(said))) if said else policy.name
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

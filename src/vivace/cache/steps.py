@@ -1,0 +1,80 @@
+"""A fixed mask of steps, and the policies that are one: known before the run, they read nothing from the device.
+
+Only outputs of the denoiser are kept, so that any model runs them, the whole forward is one graph, and memory is a few
+latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.cache.policy import Holds, Policy
+from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.cache.call import Call
+    from vivace.cache.trail import Trail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Policy):
+    """Compute exactly the steps of a list or mask, and estimate the others from the last computed outputs."""
+
+    name: ClassVar[str] = "steps"
+    holds: ClassVar[Holds] = Holds(outputs=3)
+
+    compute: str = ""
+    """The steps to compute: `0-9,12,15` from 0, or a mask `1110110` with one digit a step."""
+
+    order: int = 0
+    """The estimate: 0 the last computed output, 1 or 2 a polynomial in time through the last two or three."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_steps(self.compute)
+
+    def fresh(self) -> Trail:
+        from vivace.cache.trail import Trail
+
+        return Trail(self.order + 1)
+
+    def serve(self, memory: Trail, call: Call) -> Any:
+        wanted = read_steps(self.compute)
+        if is_mask(self.compute) and len(self.compute) != len(call.schedule) + call.schedule.first:
+            raise InputError(
+                f"the mask of cache={self.name!r} has {len(self.compute)} steps and this run has "
+                f"{len(call.schedule) + call.schedule.first}; give one digit for each, or list the steps to compute"
+            )
+        computed = call.step + call.schedule.first in wanted
+        return serve_step(memory, call, computed=computed, order=self.order)
+
+
+def serve_step(memory: Trail, call: Call, *, computed: bool, order: int) -> Any:
+    """The output of one step, computed or extrapolated; the first of a branch is always computed."""
+    if computed or not len(memory):
+        out = call.whole()
+        memory.keep(out, time=call.time)
+        return out
+    call.skipped = True
+    return memory.at(call.time, order=order)
+
+
+def is_mask(text: str) -> bool:
+    """Whether `text` is a mask rather than a list."""
+    return len(text) > 2 and set(text) <= {"0", "1"}
+
+
+def read_steps(text: str) -> frozenset[int]:
+    """`0-9,12` or `1110110` -> the steps to compute. Raises InputError."""
+    if is_mask(text):
+        return frozenset(i for i, digit in enumerate(text) if digit == "1")
+    found: set[int] = set()
+    for part in text.replace("+", ",").split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(
+                f"steps: compute={text!r} is no list of steps; write it like 0-9,12,15 or as a mask like 1110110"
+            )
+        found |= set(range(int(first), int(last or first) + 1))
+    return frozenset(found)

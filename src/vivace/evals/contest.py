@@ -1,0 +1,200 @@
+"""Contestants draw the same prompts from the same noise: presets and caches, beside a floor and two controls.
+
+A figure of quality means something only beside the floor, the exact maths run another way, and beside what the same
+time buys without us: the same solver with fewer steps, and the best solvers with fewer steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any, Literal
+
+import torch
+
+from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.config import PRESETS, Config
+from vivace.errors import InputError
+from vivace.evals.sample import final_latents
+from vivace.evals.store import Record, Store, key_of
+from vivace.scheduler import use_scheduler
+
+Role = Literal["reference", "floor", "candidate", "control"]
+SOLVERS = ("unipc", "dpmsolvermultistep")
+"""The best solvers that few steps can be spent with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to draw the prompts."""
+
+    name: str
+    role: Role
+    config: Config | None  # None: stock diffusers
+    steps: int
+    scheduler: str | None = None  # None: the pipeline's own
+    batch: int = 1
+
+    def settings(self, contest: Contest) -> dict[str, Any]:
+        """Everything that decides its pictures and times, as plain values."""
+        return {
+            "config": repr(self.config), "steps": self.steps, "scheduler": self.scheduler, "batch": self.batch,
+            "model": contest.model, "seed": contest.seed, "call": contest.call, "place": contest.place,
+        }  # fmt: skip
+
+
+@dataclass(kw_only=True, eq=False)
+class Contest:
+    """A pipeline, the prompts, and where the drawings go; process `rank` of `ranks` draws its share of them."""
+
+    pipe: Any
+    model: str
+    prediction: str  # of the family: "epsilon", "v", "flow"
+    prompts: Sequence[str]
+    store: Store
+    steps: int
+    seed: int = 0
+    call: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    ranks: int = 1
+    together: Callable[[], None] = lambda: None  # waits for the other processes
+    tell: Callable[[str], None] = lambda line: None
+
+    @property
+    def place(self) -> str:
+        """Device and type that times and pictures hold for."""
+        device = self.pipe.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{name}, {str(self.pipe.dtype).removeprefix('torch.')}"
+
+    def run(self, contestant: Contestant) -> None:
+        """Draw what is missing of this process's prompts; raises InputError where the contestant cannot be."""
+        key = key_of(contestant.settings(self))
+        # In pairs and the like a drawing has its partners, so that shares go by whole batches.
+        batches = [
+            range(first, min(first + contestant.batch, len(self.prompts)))
+            for first in range(0, len(self.prompts), contestant.batch)
+        ][self.rank :: self.ranks]
+        records = self.store.records()
+        known = {i for i in range(len(self.prompts)) if self.store.holds(records.get((contestant.name, i)), key=key)}
+        missing = [batch for batch in batches if not known.issuperset(batch)]
+        if missing:
+            stock = self.pipe.scheduler
+            try:
+                self._prepare(contestant)
+                # Once unmeasured: the first run compiles, records and fills pools.
+                self._draw(contestant, missing[0])
+                for number, batch in enumerate(missing):
+                    self.tell(f"{contestant.name}: {number + 1} of {len(missing)}")
+                    self._keep(contestant, batch, key=key)
+            finally:
+                restore(self.pipe)
+                self.pipe.scheduler = stock
+        self.together()
+
+    def seconds(self, contestant: Contestant) -> float:
+        """Mean seconds a picture, of what was drawn with these settings by whichever process."""
+        return mean(r.seconds for r in self.of(contestant) if r.seconds is not None)
+
+    def of(self, contestant: Contestant) -> list[Record]:
+        """The records of a contestant as it is set now, in the prompts' order."""
+        key = key_of(contestant.settings(self))
+        records = self.store.records()
+        found = (records.get((contestant.name, index)) for index in range(len(self.prompts)))
+        return [record for record in found if record is not None and record.key == key]
+
+    def _prepare(self, contestant: Contestant) -> None:
+        restore(self.pipe)
+        if contestant.scheduler:
+            use_scheduler(self.pipe, contestant.scheduler, prediction=self.prediction)
+        if contestant.config is not None:
+            accelerate(self.pipe, contestant.config)
+
+    def _keep(self, contestant: Contestant, batch: range, *, key: str) -> None:
+        latents, pictures, seconds = self._draw(contestant, batch)
+        for place, index in enumerate(batch):
+            record = Record(
+                contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index, key=key,
+                seconds=seconds if len(batch) == 1 else None, computed=_computed(self.pipe),
+                peak_bytes=torch.cuda.max_memory_allocated() if self.pipe.device.type == "cuda" else None,
+            )  # fmt: skip
+            frames = pictures[place]
+            self.store.keep(record, latents=latents[place], frames=frames if frames.ndim == 4 else frames[None])
+
+    def _draw(self, contestant: Contestant, batch: range) -> tuple[torch.Tensor, torch.Tensor, float]:
+        generators = [torch.Generator().manual_seed(self.seed + index) for index in batch]
+        cuda = self.pipe.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        with final_latents(self.pipe.scheduler) as latents:
+            pictures = self.pipe(
+                prompt=[self.prompts[index] for index in batch], num_inference_steps=contestant.steps,
+                generator=generators, output_type="pt", return_dict=False, **self.call,
+            )[0]  # fmt: skip
+        if cuda:
+            torch.cuda.synchronize()
+        return latents[0].float(), pictures.float(), time.perf_counter() - started
+
+
+def contestants(
+    *, presets: Sequence[str], configs: Mapping[str, Config], steps: int
+) -> tuple[Contestant, list[Contestant]]:
+    """The reference, which is the first preset, and the candidates: the other presets and named configurations."""
+    for name in presets:
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    if not presets:
+        raise InputError("--presets needs at least the reference; for example exact")
+    reference = Contestant(name=presets[0], role="reference", config=PRESETS[presets[0]], steps=steps)
+    named = {**{name: PRESETS[name] for name in presets[1:]}, **configs}
+    clash = {reference.name} & set(named)
+    if clash:
+        raise InputError(f"{', '.join(clash)} is the reference and a candidate too; name it once")
+    return reference, [Contestant(name=n, role="candidate", config=c, steps=steps) for n, c in named.items()]
+
+
+def floor_of(reference: Contestant) -> Contestant:
+    """The exact maths run another way: stock diffusers, two prompts at a time."""
+    return Contestant(name="floor: stock, in pairs", role="floor", config=None, steps=reference.steps, batch=2)
+
+
+def controls_of(contest: Contest, reference: Contestant, candidates: Sequence[Contestant]) -> list[Contestant]:
+    """For every candidate's time, the reference with as many steps as that time allows, and the best solvers."""
+    whole = contest.seconds(reference)
+    found: dict[str, Contestant] = {}
+    for candidate in candidates:
+        # Rounded up: the control is given the benefit.
+        steps = max(1, math.ceil(reference.steps * contest.seconds(candidate) / whole - 0.05))
+        if steps >= reference.steps:
+            continue
+        for solver in (None, *SOLVERS):
+            if solver is not None and not _takes(contest, solver):
+                continue
+            name = f"{solver or 'same solver'}, {steps} steps"
+            found[name] = Contestant(name=name, role="control", config=reference.config, steps=steps, scheduler=solver)
+    return list(found.values())
+
+
+def _takes(contest: Contest, solver: str) -> bool:
+    """Whether the pipeline's model can be run by that solver."""
+    stock = contest.pipe.scheduler
+    try:
+        use_scheduler(contest.pipe, solver, prediction=contest.prediction)
+    except InputError:
+        return False
+    finally:
+        contest.pipe.scheduler = stock
+    return True
+
+
+def _computed(pipe: Any) -> float | None:
+    acceleration = acceleration_of(pipe)
+    lanes = acceleration.target.lanes.values() if acceleration else ()
+    counts = [lane.cache.tally.last for lane in lanes if lane.cache is not None]
+    calls = sum(count.computed + count.skipped for count in counts)
+    return sum(count.computed for count in counts) / calls if calls else None

@@ -1,0 +1,131 @@
+"""How far every contestant's drawings are from the reference's, beside the time they took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vivace.evals.contest import Contest, Contestant
+from vivace.evals.metric import Metric
+from vivace.evals.pairwise import psnr, relative_error, ssim
+from vivace.evals.store import Drawn
+
+Instrument = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Pictures and reference [F, 3, H, W] in [0, 1] -> one value a frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One contestant beside the reference; distances are per prompt."""
+
+    contestant: Contestant
+    seconds: float | None  # a picture, mean; None: drawn together with others
+    speedup: float | None  # over the reference
+    computed: float | None  # share of denoiser calls
+    peak_bytes: int | None
+    distances: Mapping[str, torch.Tensor]  # instrument -> [N]; empty for the reference itself
+    wins: str = ""  # of a candidate: which controls it beats at equal time
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Rows with the mean, the worst and the 5th percentile."""
+        of = f"{self.contestant.role}: {self.contestant.name}"
+        rows = [
+            Metric.mean(name, values, better=BETTER.get(name, "lower"), of=of, unit=UNITS.get(name, ""))
+            for name, values in self.distances.items()
+        ]
+        times = [] if self.seconds is None else [Metric(name="time", of=of, value=self.seconds, unit="s")]
+        return rows + times
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        plain = {name: getattr(self, name) for name in ("seconds", "speedup", "computed", "peak_bytes", "wins")}
+        contestant = {**asdict(self.contestant), "config": repr(self.contestant.config)}
+        return {**contestant, **plain, "metrics": [metric.to_dict() for metric in self.metrics]}
+
+
+BETTER: dict[str, Any] = {"PSNR": "higher", "SSIM": "higher", "CLIP score": "higher"}
+UNITS = {"PSNR": "dB"}
+
+
+def judge(
+    contest: Contest,
+    reference: Contestant,
+    others: Sequence[Contestant],
+    *,
+    instruments: Mapping[str, Instrument] | None = None,
+) -> list[Verdict]:
+    """The verdict on every contestant, the reference first. `instruments` are further ones (LPIPS)."""
+    whole = contest.seconds(reference)
+    distances = {other.name: _distances(contest, reference, other, instruments or {}) for other in others}
+    verdicts = [_verdict(contest, reference, {}, whole=whole)]
+    for other in others:
+        verdicts.append(_verdict(contest, other, distances[other.name], whole=whole))
+    return [_with_wins(verdict, verdicts) for verdict in verdicts]
+
+
+def _distances(
+    contest: Contest, reference: Contestant, other: Contestant, instruments: Mapping[str, Instrument]
+) -> dict[str, torch.Tensor]:
+    """Instrument -> one value a prompt; a video's is the mean over its frames."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for index in range(len(contest.prompts)):
+        ours, exact = contest.store.drawn(other.name, index), contest.store.drawn(reference.name, index)
+        values = {
+            "latent relative error": relative_error(ours.latents[None], exact.latents[None]),
+            "PSNR": psnr(ours.frames, exact.frames),
+            "SSIM": ssim(ours.frames, exact.frames),
+            **{name: measure(ours.frames, exact.frames) for name, measure in instruments.items()},
+        }
+        if len(ours.frames) > 1:
+            values["temporal error"] = temporal_error(ours, exact)
+        for name, value in values.items():
+            found.setdefault(name, []).append(value.double().mean())
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def temporal_error(ours: Drawn, exact: Drawn) -> torch.Tensor:
+    """How differently a video changes from frame to frame: ||d - d'|| / ||d'|| of the differences of frames, [1].
+
+    A flicker that no single frame shows stands out here. A still reference gives 0 where ours is still too.
+    """
+    moved, reference = (x.frames.double().diff(dim=0).flatten() for x in (ours, exact))
+    difference, size = (moved - reference).norm(), reference.norm()
+    return torch.where(difference == 0, torch.zeros(1, dtype=torch.float64), (difference / size)[None])
+
+
+def _verdict(
+    contest: Contest, contestant: Contestant, distances: Mapping[str, torch.Tensor], *, whole: float
+) -> Verdict:
+    records = contest.of(contestant)
+    times = [record.seconds for record in records if record.seconds is not None]
+    shares = [record.computed for record in records if record.computed is not None]
+    peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
+    seconds = sum(times) / len(times) if times else None
+    return Verdict(
+        contestant=contestant,
+        seconds=seconds,
+        speedup=whole / seconds if seconds else None,
+        computed=sum(shares) / len(shares) if shares else None,
+        peak_bytes=max(peaks, default=None),
+        distances=distances,
+    )
+
+
+def _with_wins(verdict: Verdict, verdicts: Sequence[Verdict]) -> Verdict:
+    """A candidate with what its controls, as slow as it or slower, reach in PSNR."""
+    from dataclasses import replace
+
+    if verdict.contestant.role != "candidate" or verdict.seconds is None:
+        return verdict
+    mine = verdict.distances["PSNR"].mean().item()
+    rivals = [
+        v for v in verdicts if v.contestant.role == "control" and v.seconds and v.seconds <= verdict.seconds * 1.1
+    ]
+    better = [v.contestant.name for v in rivals if v.distances["PSNR"].mean().item() >= mine]
+    if not rivals:
+        return replace(verdict, wins="no control is as fast")
+    return replace(verdict, wins=f"loses to {', '.join(better)}" if better else "beats every control")

@@ -1,0 +1,137 @@
+"""Every policy on real pipelines: it skips, it comes close, and with nothing to skip it is exact to the bit."""
+
+import inspect
+
+import pytest
+import torch
+from PIL import Image
+
+import vivace
+from vivace import InputError
+from vivace.cache import POLICIES, parse, spell
+from vivace.families import FAMILIES
+
+STEPS = 12  # of `draw`
+
+# One of each that skips something on a transformer, and one that skips nothing.
+LOOSE = {
+    "steps": "steps:compute=0-3,5,7,9,11,order=1",
+    "firstblock": "firstblock:threshold=0.4",
+    "teacache": "teacache:threshold=0.5,coefficients=1+0",
+    "dicache": "dicache:threshold=0.5",
+    "magcache": "magcache:ratios=1+1.01+1.01+0.99,threshold=0.2",
+    "taylorseer": "taylorseer:interval=3",
+    "meancache": "meancache:of50=17",
+    "blockdance": "blockdance:after=1",
+    "pab": "pab:warmup=2,cooldown=2",
+    "guidance": "guidance:every=3",
+}
+TIGHT = {
+    "steps": "steps:compute=0-11",
+    "firstblock": "firstblock:threshold=0",
+    "teacache": "teacache:threshold=0,coefficients=1+0",
+    "dicache": "dicache:threshold=0",
+    "magcache": "magcache:ratios=2+2+3,threshold=0",
+    "taylorseer": "taylorseer:interval=1",
+    "blockdance": "blockdance:begin=1,after=1",
+    "pab": "pab:warmup=99",
+    "guidance": "guidance:every=1",
+}
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("spelled", LOOSE.values(), ids=LOOSE)
+@pytest.mark.parametrize("fuse", ["on", "off"])
+def test_skips_and_comes_close(pipe, draw, last, spelled, fuse):
+    if fuse == "on" and parse(spelled).modules:
+        pytest.skip("works on attention modules, which fused blocks do not call")
+    exact, rough = draw(pipe), draw(pipe, steps=4)
+    vivace.accelerate(pipe, cache=spelled, fuse=fuse)
+    fast, did = draw(pipe), last(pipe)
+    assert did["computed"] + did["skipped"] == STEPS
+    assert 1 <= did["skipped"] < STEPS
+    assert 0 not in did["skipped_steps"]
+    assert 0 < close(fast, exact) < close(rough, exact)
+    vivace.restore(pipe)
+    assert torch.equal(draw(pipe), exact)
+
+
+@pytest.mark.parametrize("spelled", TIGHT.values(), ids=TIGHT)
+def test_with_nothing_to_skip_nothing_changes(pipe, draw, last, spelled):
+    fuse = "off" if parse(spelled).modules else "on"
+    exact = draw(vivace.accelerate(pipe, fuse=fuse))
+    vivace.accelerate(pipe, cache=spelled, fuse=fuse)
+    assert torch.equal(draw(pipe), exact)
+    assert last(pipe)["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    "spelled", ["deepcache", "steps:compute=0-1,3,5,7", "guidance", "taylorseer:interval=2", "pab:warmup=2,cooldown=0"]
+)
+def test_on_a_unet(unet_pipe, last, spelled):
+    def latents(**extra):
+        generator = torch.Generator().manual_seed(0)
+        return unet_pipe("a fox", num_inference_steps=8, output_type="latent", generator=generator, **extra).images
+
+    exact, rough = latents(), latents(guidance_scale=0.0)
+    vivace.accelerate(unet_pipe, cache=spelled)
+    try:
+        fast = latents()
+        assert last(unet_pipe)["skipped"] >= 3
+        assert 0 < close(fast, exact) < close(rough, exact)
+    finally:
+        vivace.restore(unet_pipe)
+
+
+@pytest.mark.parametrize("name", ["firstblock", "teacache:coefficients=1+0", "dicache", "blockdance"])
+def test_a_unet_is_refused_by_what_follows_one_stream(unet_pipe, name):
+    with pytest.raises(InputError, match="deepcache"):
+        vivace.accelerate(unet_pipe, cache=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_skips(family):
+    one = FAMILIES[family]
+    pipe = one.tiny()
+    vivace.accelerate(pipe, cache="deepcache:interval=2" if "up_blocks" in one.blocks else "firstblock:threshold=9")
+    picture = Image.new("RGB", (64, 64), "red")
+    arguments = {
+        "num_inference_steps": 4, "output_type": "latent", "height": 64, "width": 64, "num_frames": 5,
+        "prompt": "a fox", "use_resolution_binning": False, "max_sequence_length": 16, "image": picture,
+    }  # fmt: skip
+    known = inspect.signature(pipe.__call__).parameters
+    if "prompt" in known and family != "svd":
+        del arguments["image"]
+    pipe(**{name: value for name, value in arguments.items() if name in known})
+    found = vivace.report(pipe).cache.values()
+    assert sum(each["last_request"]["skipped"] for each in found) >= 1
+    assert not any(each["idle"] for each in found)
+
+
+def test_spelling_round_trip():
+    for spelled in (*LOOSE.values(), "planned:computed=0.4", "deepcache:levels=2"):
+        assert spell(parse(spelled)) == spelled
+        assert parse(spell(parse(spelled))) == parse(spelled)
+    assert parse("none") is None
+    assert parse("Tea-Cache") == POLICIES["teacache"]()
+
+
+@pytest.mark.parametrize(
+    ("spelled", "message"),
+    [
+        ("teacahe", "nearest is 'teacache'"),
+        ("teacache:treshold=0.1", "nearest is 'threshold'"),
+        ("teacache:threshold", "name=value"),
+        ("teacache:threshold=high", "is a number"),
+        ("firstblock:threshold=-1", "from 0 on"),
+        ("firstblock:warmup=0", "from 1 on"),
+        ("steps", "no list of steps"),
+        ("meancache:of50=20", "10, 17, 25, 30|30, 25, 17, 10"),
+    ],
+)
+def test_what_cannot_be_is_said(spelled, message):
+    with pytest.raises(InputError, match=message):
+        vivace.Config(cache=spelled)

@@ -1,0 +1,64 @@
+"""The cache section of cache-dit's YAML files, as its examples write them."""
+
+import pytest
+
+import vivace
+from vivace import InputError
+from vivace.cache import DiCache, FirstBlock, Steps, parse
+
+DBCACHE = """
+cache_config:
+  max_warmup_steps: 8
+  warmup_interval: 2
+  max_cached_steps: -1
+  max_continuous_cached_steps: 2
+  Fn_compute_blocks: 1
+  Bn_compute_blocks: 0
+  residual_diff_threshold: 0.12
+  enable_taylorseer: true
+  taylorseer_order: 1
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "cache.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_dbcache_is_firstblock(tmp_path):
+    path = write(tmp_path, DBCACHE.replace("warmup_interval: 2", "warmup_interval: 1"))
+    policy = FirstBlock(threshold=0.12, depth=1, warmup=8, max_skips=2, order=1)
+    assert parse(path) == policy
+    assert vivace.Config(cache=path).cache == policy
+
+
+def test_a_flat_file_and_other_types(tmp_path):
+    assert parse(write(tmp_path, "residual_diff_threshold: 0.2\nFn_compute_blocks: 4")) == FirstBlock(
+        threshold=0.2, depth=4
+    )
+    assert parse(write(tmp_path, "cache_type: DiCache\nresidual_diff_threshold: 0.3")) == DiCache(threshold=0.3)
+    mask = "cache_config:\n  steps_computation_mask: [1, 1, 0, 1]\n  steps_computation_policy: static"
+    assert parse(write(tmp_path, mask)) == Steps(compute="1101")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DBCACHE, "warmup_interval=2 has no counterpart"),
+        ("cache_config:\n  residual_dif_threshold: 0.1", "nearest is 'residual_diff_threshold'"),
+        ("cache_config:\n  Bn_compute_blocks: 8", "Bn_compute_blocks=8 has no counterpart"),
+        ("steps_computation_mask: [1, 0, 1]", "steps_computation_policy: static"),
+        ("cache_config:\n  cache_type: PruneX", "DBCache, FBCache and DiCache have"),
+        ("- 1\n- 2", "holds no mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_we_cannot_do_is_said(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        parse(write(tmp_path, text))
+
+
+def test_a_missing_file():
+    with pytest.raises(InputError, match="cannot read"):
+        parse("none/cache.yaml")

@@ -1,0 +1,135 @@
+"""Calibration: what it writes runs, beats the controls on held-out prompts, and is refused where it does not."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import vivace
+from vivace import InputError
+from vivace.cache import fit
+from vivace.cache.calibrate import calibrate
+from vivace.cache.schedule import Errors, schedules, uniform
+
+PROMPTS = ["a fox", "a dog", "a red house", "blue sky at night", "seven cats"]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def document():
+    from vivace.families import FAMILIES
+
+    pipe = FAMILIES["sd3"].tiny()
+    return calibrate(pipe, PROMPTS, steps=STEPS, shares=(0.34, 0.6), height=64, width=64, guidance_scale=4.0)
+
+
+def test_plans_beat_an_even_mask_and_fewer_steps(document):
+    assert document["planned"]
+    for row in document["planned"]:
+        assert 0 in row["compute"]
+        assert row["error"] < min(row["controls"].values())
+        assert set(row["compute"]) | set(map(int, row["orders"])) == set(range(STEPS))
+
+
+def test_what_is_written_can_be_used(document, pipe, draw, last, tmp_path):
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps(document))
+    exact = draw(pipe)
+    vivace.accelerate(pipe, cache=f"planned:file={file},computed=0.6")
+    fast = draw(pipe)
+    assert last(pipe)["computed"] == round(0.6 * STEPS)
+    assert (fast - exact).norm() / exact.norm() < 0.05
+    for row in document.get("firstblock", ()):
+        vivace.accelerate(pipe, cache=f"firstblock:threshold={row['threshold']}")
+        draw(pipe)
+        assert abs(last(pipe)["computed"] / STEPS - row["computed_percent"] / 100) < 0.25
+
+
+def test_the_evidence_is_in_the_document(document):
+    assert document["prompts"] == {"fitted": 3, "held_out": 2}
+    assert document["call"]["guidance_scale"] == 4.0
+    assert {"vivace", "machine", "denoiser", "seed", "refused"} <= document.keys()
+    assert "teacache" in document or "teacache" in document["refused"]
+
+
+def test_a_few_prompts_are_too_few(pipe):
+    with pytest.raises(InputError, match="at least 4 different prompts"):
+        calibrate(pipe, ["a", "b", "b", "a", "a"], steps=4)
+
+
+def test_a_polynomial_is_found_again():
+    true = [3.0, -2.0, 1.5, 0.5, 0.1]
+
+    def pairs(xs):
+        return [(x, sum(c * x**p for c, p in zip(true, range(4, -1, -1), strict=True))) for x in xs]
+
+    found, reason = fit.teacache(pairs([i / 100 for i in range(1, 60)]), pairs([i / 90 for i in range(1, 50)]))
+    assert not reason
+    assert found["r2"] > 0.999999
+    assert found["coefficients"] == pytest.approx(true, abs=1e-5)
+
+
+def test_noise_is_refused():
+    draw = torch.Generator().manual_seed(0)
+
+    def pairs(n):
+        return [tuple(row) for row in torch.rand(n, 2, generator=draw, dtype=torch.float64).tolist()]
+
+    found, reason = fit.teacache(pairs(8), pairs(200))
+    assert found is None
+    assert "no better than a constant" in reason
+
+
+def test_a_threshold_computes_its_share():
+    run = [tuple(0.1 * k for k in range(1, min(step, 8) + 1)) for step in range(40)]
+    for share in (0.25, 0.5):
+        assert fit.computed([run], fit.threshold([run], share)) == pytest.approx(share, abs=0.03)
+
+
+def errors_of(outputs: torch.Tensor, gain=None) -> Errors:
+    steps = outputs.shape[0]
+    times = tuple(1000.0 * (1 - i / steps) for i in range(steps))
+    return Errors(times=times, products=(outputs.double() @ outputs.double().T)[None], gain=gain or [1.0] * steps)
+
+
+def test_outputs_that_lie_on_a_line_need_two_steps():
+    place = torch.arange(8, dtype=torch.float64)[:, None]
+    line = torch.ones(1, 5, dtype=torch.float64) + place * torch.randn(1, 5, dtype=torch.float64)
+    choice = schedules(errors_of(line))[2]
+    assert choice.error < 1e-6
+    # Only the steps right after the first have nothing but it to go by.
+    assert choice.compute == (0, 1)
+    assert set(choice.orders.values()) == {1}
+
+
+def test_the_best_of_all_schedules_is_found():
+    """Beside trying every one of them."""
+    from itertools import combinations
+
+    torch.manual_seed(0)
+    outputs = torch.randn(9, 6).cumsum(0)
+    errors = errors_of(outputs, gain=[1.0 + 0.3 * i for i in range(9)])
+    for count in (3, 4, 6):
+        trials = {}
+        for rest in combinations(range(1, 9), count - 1):
+            path = (0, *rest)
+            nodes = [path[max(0, i - 2) : i + 1] for i in range(count)]
+            ends = [*path[1:], 9]
+            trials[path] = math.sqrt(sum(errors.gap(n, end) ** 2 for n, end in zip(nodes, ends, strict=True)))
+        best = schedules(errors)[count]
+        assert best.error == pytest.approx(min(trials.values()))
+        assert trials[best.compute] == pytest.approx(best.error)
+
+
+def test_more_computed_steps_are_never_worse():
+    torch.manual_seed(1)
+    found = schedules(errors_of(torch.randn(12, 4).cumsum(0)))
+    assert [found[n].error for n in sorted(found)] == sorted((c.error for c in found.values()), reverse=True)
+    assert found[12].error == 0
+
+
+def test_an_even_mask_has_both_ends():
+    assert uniform(10, 4) == (0, 3, 6, 9)
+    assert uniform(28, 14)[0] == 0
+    assert len(uniform(28, 14)) == 14
