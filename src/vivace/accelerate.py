@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vivace.adapters import PIPELINE_METHODS, lowering
 from vivace.config import Config, resolve
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
@@ -93,7 +94,8 @@ def _apply(subject: Any, config: Config) -> None:
             one.apply(target)
         if subject not in target.denoisers.values():
             # Not `failing`: undos also come later, with a scheduler that is put in later.
-            scope_pipeline(subject, members=members, undo=lambda step: target.undo.callback(step))
+            held = lowering(type(subject), PIPELINE_METHODS, adapters=lambda: [x.adapters for x in target.lanes.values()])
+            scope_pipeline(subject, members={**held, **members}, undo=lambda step: target.undo.callback(step))
         target.undo = failing.pop_all()
     order = [one.name for one in PASSES]
     target.notes.sort(key=lambda note: order.index(note.name))

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 
+from vivace.side import side_of
+
 
 class Stack:
     """Linears with the same input as one linear of `[sum of their outputs, inputs]`.
@@ -17,13 +19,21 @@ class Stack:
     """
 
     def __init__(self, linears: Sequence[torch.nn.Linear], *, undo: ExitStack) -> None:
+        self.linears = tuple(linears)
         self.weight = _join([linear.weight for linear in linears], undo)  # [sum of outputs, inputs]
         biases = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "either every linear of a stack has a bias or none"
         self.bias = _join(biases, undo) if biases else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias)
+        start = 0
+        for linear in self.linears:
+            end = start + linear.out_features
+            if (side := side_of(linear)) is not None:
+                side.add_to(out[..., start:end], x)
+            start = end
+        return out
 
 
 def _join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:

@@ -5,6 +5,7 @@ from vivace.passes.channels_last import CHANNELS_LAST
 from vivace.passes.compile import COMPILE
 from vivace.passes.fuse import FUSE
 from vivace.passes.graphs import GRAPHS
+from vivace.passes.lora import LORA
 from vivace.passes.target import Pass
 
-PASSES: tuple[Pass, ...] = (ATTENTION, CHANNELS_LAST, FUSE, COMPILE, GRAPHS)
+PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, FUSE, COMPILE, GRAPHS)
