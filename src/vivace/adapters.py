@@ -82,6 +82,10 @@ class Place:
     layer: Any  # PEFT's
     module: torch.nn.Module  # what computes while the layer is out
 
+    def stand(self, module: torch.nn.Module) -> None:
+        """Let `module` stand in this place."""
+        self.parent._modules[self.name.rpartition(".")[2]] = module
+
     def factors(self) -> list[Factor]:
         """What the layer adds as it is now: nothing when it is disabled or already fused into the weight."""
         layer = self.layer
@@ -107,7 +111,7 @@ class Effect(Protocol):
         """Make what the layers add now, times `strength`, part of what their modules compute."""
 
     def withdraw(self) -> None:
-        """Leave every weight and module as it was before, to the bit."""
+        """Leave every weight as it was before, to the bit."""
 
     def forget(self) -> None:
         """The weights are about to change, or have: what was remembered of them holds no longer."""
@@ -120,7 +124,7 @@ class Adapters:
         self.denoiser, self.effect = denoiser, effect
         self.version = 0  # counts what may have changed the denoiser's results
         self.refused: str | None = None  # why the layers are left in the tree
-        self._places: list[Place] = []
+        self._places: list[Place] = []  # what is held out
         self._settled: Strength | None = None  # None: not yet
         self._depth = 0
         self._rewritten = False
@@ -129,16 +133,21 @@ class Adapters:
     def lift(self) -> None:
         """Take every LoRA layer out of the tree, unless one is of a kind that is left to PEFT."""
         with self._lock:
+            self._put_in()
             found = [*layers_of(self.denoiser)]
             self.refused = next((why for place in found if (why := _refuses(place))), None)
-            self._places = [] if self.refused else found
-            for place in self._places:
+            self._settled = None
+            if self.refused:
+                self.effect.withdraw()
+                return
+            for place in found:
                 if place.layer.disable_adapters and place.layer.merged:
                     # PEFT does so at the next forward, which would be the layer's own.
-                    place.layer.unmerge()
+                    self.effect.withdraw()
                     self.effect.forget()
-                place.parent._modules[place.name.rpartition(".")[2]] = place.module
-            self._settled = None
+                    place.layer.unmerge()
+                place.stand(place.module)
+            self._places = found
 
     def settle(self, strength: Strength = 1.0) -> None:
         """Bring weights or sides up to what the layers say, times `strength`; quick when they are."""
@@ -158,8 +167,7 @@ class Adapters:
                 self._settled = None
             self._rewritten |= kind == REWRITES
             if self._depth == 0:
-                for place in self._places:
-                    place.parent._modules[place.name.rpartition(".")[2]] = place.layer
+                self._put_in()
             self._depth += 1
             settled = self._settled
             try:
@@ -178,9 +186,12 @@ class Adapters:
         with self._lock:
             self.effect.withdraw()
             self.effect.forget()
-            for place in self._places:
-                place.parent._modules[place.name.rpartition(".")[2]] = place.layer
-            self._places = []
+            self._put_in()
+
+    def _put_in(self) -> None:
+        for place in self._places:
+            place.stand(place.layer)
+        self._places = []
 
 
 def layers_of(denoiser: torch.nn.Module) -> Iterator[Place]:

@@ -199,7 +199,12 @@ class Lane:
         if now is None or any(tensor.is_inference() for tensor in tensors):
             return split.once(**inputs)
         memo = now.memo.setdefault(self, OrderedDict())
-        key = (id(split), self.adapters and self.adapters.version, *(id(value) for value in inputs.values()), *(tensor._version for tensor in tensors))
+        key = (
+            id(split),
+            self.adapters and self.adapters.version,
+            *(id(value) for value in inputs.values()),
+            *(tensor._version for tensor in tensors),
+        )
         if key not in memo:
             # The inputs and the split are held too: an id names an object only as long as it lives.
             memo[key] = (split.once(**inputs), inputs, split)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vivace.adapters import Adapters, refuses
+from vivace import lora
+from vivace.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.config import Config, Switch
 from vivace.merged import Merged
 from vivace.passes.target import Pass, Target
@@ -43,6 +45,21 @@ def _apply(target: Target) -> None:
 def _clearing(lane: Lane) -> Callable[[], None]:
     # Looked up when it is called: a later pass sets the lane's runner.
     return lambda: lane.run.clear()
+
+
+def lora_methods(target: Target) -> dict[str, Any]:
+    """The pipeline's own LoRA methods, as members of its class: they find the layers in the tree, and files checked."""
+    stock = type(target.subject)
+    members = lowering(stock, PIPELINE_METHODS, adapters=lambda: [lane.adapters for lane in target.lanes.values()])
+    if "load_lora_weights" in members:
+        load = members["load_lora_weights"]
+
+        @functools.wraps(stock.load_lora_weights)
+        def load_lora_weights(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+            return lora.load(self, source, *args, stock=functools.partial(load, self), **kwargs)
+
+        members["load_lora_weights"] = load_lora_weights
+    return members
 
 
 LORA = Pass(
