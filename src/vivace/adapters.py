@@ -24,7 +24,13 @@ PLAIN: tuple[type, ...] = (Linear, Conv2d, Conv3d)
 READS, ADAPTS, SHOWS, REWRITES = "reads", "adapts", "shows", "rewrites"
 """What a method does to a denoiser: looks at its layers, changes them, reads the weights too, or changes those too."""
 
-DENOISER_METHODS = {
+
+def _by_keys(state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
+    # PEFT loads its own tensors through the same method.
+    return ADAPTS if all(".lora_" in key for key in state_dict) else REWRITES
+
+
+DENOISER_METHODS: dict[str, str | Callable[..., str]] = {
     "active_adapters": READS,
     "add_adapter": ADAPTS,
     "delete_adapters": ADAPTS,
@@ -35,7 +41,7 @@ DENOISER_METHODS = {
     "enable_lora_hotswap": ADAPTS,
     "fuse_lora": REWRITES,
     "load_lora_adapter": ADAPTS,
-    "load_state_dict": REWRITES,
+    "load_state_dict": _by_keys,
     "save_lora_adapter": SHOWS,
     "save_pretrained": SHOWS,
     "set_adapter": ADAPTS,
@@ -44,7 +50,7 @@ DENOISER_METHODS = {
     "unfuse_lora": REWRITES,
     "unload_lora": ADAPTS,
 }
-PIPELINE_METHODS = {
+PIPELINE_METHODS: dict[str, str | Callable[..., str]] = {
     "delete_adapters": ADAPTS,
     "disable_lora": ADAPTS,
     "enable_lora": ADAPTS,
@@ -225,7 +231,7 @@ def _refuses(place: Place) -> str | None:
 Held = Callable[[], Iterable[Adapters | None]]
 
 
-def lowering(stock: type, methods: Mapping[str, str], *, adapters: Held) -> dict[str, Any]:
+def lowering(stock: type, methods: Mapping[str, str | Callable[..., str]], *, adapters: Held) -> dict[str, Any]:
     """Those of `methods` that `stock` has, as members of a class: each finds the layers of `adapters()` in the tree."""
     return {
         name: lowered(getattr(stock, name), kind, adapters=adapters)
@@ -234,7 +240,7 @@ def lowering(stock: type, methods: Mapping[str, str], *, adapters: Held) -> dict
     }
 
 
-def lowered(method: Callable[..., Any], kind: str, *, adapters: Held) -> Callable[..., Any]:
+def lowered(method: Callable[..., Any], kind: str | Callable[..., str], *, adapters: Held) -> Callable[..., Any]:
     """A method of a denoiser or pipeline that runs with the layers of `adapters()` in the tree."""
 
     @functools.wraps(method)
@@ -242,7 +248,7 @@ def lowered(method: Callable[..., Any], kind: str, *, adapters: Held) -> Callabl
         with ExitStack() as stack:
             for one in adapters():
                 if one is not None:
-                    stack.enter_context(one.lowered(kind))
+                    stack.enter_context(one.lowered(kind if isinstance(kind, str) else kind(*args, **kwargs)))
             return method(self, *args, **kwargs)
 
     return call

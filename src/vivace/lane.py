@@ -201,7 +201,7 @@ class Lane:
         memo = now.memo.setdefault(self, OrderedDict())
         key = (
             id(split),
-            self.adapters and self.adapters.version,
+            self.adapters.version if self.adapters else 0,
             *(id(value) for value in inputs.values()),
             *(tensor._version for tensor in tensors),
         )

@@ -59,7 +59,7 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
     call = stock or pipe.load_lora_weights
 
     def check(state: Mapping[str, torch.Tensor]) -> None:
-        left_out = [key for key in names if not OURS.search(key) or key.endswith(".dora_scale")]
+        left_out = [key for key in names if not OURS.search(key) or key.endswith("dora_scale")]
         _check(pipe, name, state, left_out, second=kwargs.get("load_into_transformer_2", False))
 
     with _checking(pipe, check), _without_repeats():
@@ -93,6 +93,10 @@ def _file(path: Path, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
 @contextmanager
 def _checking(pipe: Any, check: Callable[[Mapping[str, torch.Tensor]], None]) -> Iterator[None]:
     """Let `check` see every state dict that `pipe` reads within the block, as diffusers converted it."""
+    if "lora_state_dict" in vars(pipe):
+        # This is the accelerated pipeline's method, called by `load`, which checks already.
+        yield
+        return
     stock = pipe.lora_state_dict
 
     def lora_state_dict(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +156,7 @@ def _match(part: Mapping[str, torch.Tensor], component: torch.nn.Module, *, grow
         name = key[: factor.start()] if factor else OTHER_KINDS.split(key)[0]
         module = modules.get(name) or modules.get(name.removeprefix("text_model."))
         # FLUX's control LoRAs bring whole norm weights.
-        if module is None and name.rpartition(".")[0] not in modules:
+        if module is None and (factor or name.rpartition(".")[0] not in modules):
             found.unmatched.append(key)
             continue
         found.matched += 1

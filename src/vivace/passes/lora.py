@@ -21,7 +21,7 @@ DETAILS = {Merged: "merged into the weights in place", Sides: "low-rank products
 
 
 def _wants(config: Config) -> Switch:
-    return {"auto": "auto", "off": "off"}.get(config.lora, "on")
+    return config.lora if config.lora in ("auto", "off") else "on"
 
 
 def _check(target: Target) -> str | None:
