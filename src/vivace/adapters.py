@@ -113,6 +113,11 @@ class Place:
 class Effect(Protocol):
     """How adapters act: in the weights (`merged.py`), or beside the linears (`side.py`)."""
 
+    @property
+    def beside(self) -> bool:
+        """Whether something now has to be computed beside the weights."""
+        ...
+
     def settle(self, places: Iterable[Place], strength: Strength) -> None:
         """Make what the layers add now, times `strength`, part of what their modules compute."""
 

@@ -35,6 +35,10 @@ class Merged:
         self._bases: dict[int, Base] = {}
 
     @property
+    def beside(self) -> bool:
+        return False
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """Memory that the untouched weights take, by kind of device."""
         found: dict[str, int] = {}

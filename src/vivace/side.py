@@ -92,6 +92,10 @@ class Sides:
         self._sides: dict[torch.nn.Module, tuple[Side, Callable[[], None]]] = {}
 
     @property
+    def beside(self) -> bool:
+        return bool(self._sides)
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """Memory of the factors, by kind of device."""
         found: dict[str, int] = {}

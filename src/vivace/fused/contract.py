@@ -32,3 +32,4 @@ class Fused:
     check: Callable[[torch.nn.Module], str | None]  # why this denoiser cannot be fused
     declines: Callable[..., str | None]  # declines(**forward_kwargs): why one call must take the stock path
     fuse: Fuse
+    sides: bool = False  # every product is a module's call or a Stack's, which add the adapters beside their linears
