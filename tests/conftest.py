@@ -74,3 +74,28 @@ def unet_pipe() -> StableDiffusionPipeline:
     pipe = FAMILIES["sd"].tiny()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def lora_of() -> Callable[..., dict[str, torch.Tensor]]:
+    """Makes random factors for every linear of a module whose name contains `within`, as PEFT names them."""
+
+    def factors(
+        module: torch.nn.Module,
+        *,
+        prefix: str = "transformer",
+        within: str = "blocks",
+        rank: int = 4,
+        seed: int = 1,
+        std: float = 0.2,
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        made = {}
+        for name, linear in module.named_modules():
+            if isinstance(linear, torch.nn.Linear) and within in name:
+                key = f"{prefix}.{name.replace('.base_layer', '')}"
+                made[f"{key}.lora_A.weight"] = torch.randn(rank, linear.in_features, generator=generator) * std
+                made[f"{key}.lora_B.weight"] = torch.randn(linear.out_features, rank, generator=generator) * std
+        return made
+
+    return factors

@@ -151,11 +151,11 @@ def test_follows_a_cast_and_a_load(sd3_pipe, sd3_latents):
     assert set(served(sd3_pipe)) == {"fused blocks"}
 
 
-def test_adapters_take_the_side_path_and_leave_it(sd3_pipe, sd3_latents):
+def test_adapters_left_to_peft_take_the_stock_blocks(sd3_pipe, sd3_latents):
     from peft import LoraConfig
 
     plain = sd3_latents(sd3_pipe)
-    vivace.accelerate(sd3_pipe)
+    vivace.accelerate(sd3_pipe, lora="off")
     torch.manual_seed(3)
     lora = LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     sd3_pipe.transformer.add_adapter(lora)

@@ -15,6 +15,7 @@ from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.lane import Lane, holds_own_forward
 from vivace.passes import PASSES
+from vivace.passes.lora import lora_methods
 from vivace.passes.target import Note, Pass, Target
 from vivace.quant.base import Base
 from vivace.request import scope_pipeline
@@ -112,7 +113,9 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
             one.apply(target)
         if subject not in target.denoisers.values():
             # Not `failing`: undos also come later, with a scheduler that is put in later.
-            scope_pipeline(subject, members=members, undo=lambda step: target.undo.callback(step))
+            scope_pipeline(
+                subject, members={**lora_methods(target), **members}, undo=lambda step: target.undo.callback(step)
+            )
         target.undo = failing.pop_all()
     order = [one.name for one in PASSES]
     target.notes.sort(key=lambda note: order.index(note.name))

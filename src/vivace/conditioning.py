@@ -143,16 +143,12 @@ def check_adapters(job: Job, pipeline: type) -> None:
 
 def adapt(pipe: DiffusionPipeline, job: Job) -> None:
     """Load the job's LoRAs and IP-Adapter into a loaded pipeline. Raises InputError where one does not fit it."""
+    from vivace import lora
+
     loading: Any = pipe
-    weights = {f"lora_{index}": lora.weight for index, lora in enumerate(job.loras)}
-    for name, lora in zip(weights, job.loras, strict=True):
-        try:
-            loading.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
-            held = any(name in adapters for adapters in loading.get_list_adapters().values())
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"--lora {lora.path} does not fit {type(pipe).__name__}: {first_line(error)}") from error
-        if not held:
-            raise InputError(f"--lora {lora.path} does not fit {type(pipe).__name__}: none of its layers is there")
+    weights = {f"lora_{index}": one.weight for index, one in enumerate(job.loras)}
+    for name, one in zip(weights, job.loras, strict=True):
+        lora.load(pipe, one.path, adapter_name=name)
     if weights:
         loading.set_adapters(list(weights), adapter_weights=list(weights.values()))
     if job.ip_adapter:

@@ -34,6 +34,9 @@ class Config:
     check_nan: bool = False
     """Stop with the layer, backend and step at the first attention output that is not finite (slow: it waits)."""
 
+    lora: Literal["auto", "merged", "side", "off"] = "auto"
+    """LoRA: merged into the weights, at its side as low-rank products, or off: left to PEFT. auto merges."""
+
     channels_last: Switch = "auto"
     """Store convolution weights in NHWC order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -17,6 +18,7 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
 from vivace import request
+from vivace.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.attention.backend import Attend
 from vivace.attention.native import NATIVE
 from vivace.attention.route import Route
@@ -31,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 MEMO = 4
 """Prompts whose step-independent part one request keeps; guidance in two calls takes two."""
+
+
+ATTENTION_KWARGS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
+"""The arguments of denoisers in which a call's LoRA strength travels."""
 
 
 class Run(Protocol):
@@ -65,6 +71,7 @@ class Lane:
         self.run: Run = Direct()
         self.cache: Cache | None = None
         self.split: Split | None = None
+        self.adapters: Adapters | None = None  # None: LoRA layers are PEFT's
         self.calls: Counter[str] = Counter()  # what served, or why the stock forward did -> calls
         self.first_seconds: float | None = None  # of the first call, with whatever it compiled or recorded
         self.moved: Callable[[], None] = lambda: None  # what to do when the denoiser went to another kind of device
@@ -95,7 +102,16 @@ class Lane:
             lane.release()
             return result
 
-        members = {"forward": forward, "_apply": _apply, **members}
+        def held() -> tuple[Adapters | None]:
+            return (lane.adapters,)
+
+        members = {
+            **lowering(stock, DENOISER_METHODS, adapters=held),
+            "forward": forward,
+            "_apply": lowered(_apply, REWRITES, adapters=held),
+            "__deepcopy__": lowered(_deepcopy, SHOWS, adapters=held),
+            **members,
+        }
         if hasattr(stock, "cache_context"):
             members["cache_context"] = _branching(stock)
         with _hook_lifted(self.denoiser):
@@ -123,7 +139,7 @@ class Lane:
             return self._stock(self.denoiser, *args, **kwargs)
         started = time.perf_counter()
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._follow()
+        self._follow(kwargs)
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
@@ -152,16 +168,23 @@ class Lane:
             return None
         if self._unfusable:
             return self._unfusable
+        if self.adapters is not None and self.adapters.effect.beside and not self._fused.sides:
+            return "adapters stand beside linears whose weights its fused blocks read (lora='merged' keeps them)"
         if torch.is_grad_enabled():
             return "gradients are enabled, and fused blocks only go forward (use torch.no_grad())"
         return self._fused.declines(**kwargs)
 
-    def _follow(self) -> None:
-        """Build again when the denoiser is not what it was."""
+    def _follow(self, kwargs: Mapping[str, Any]) -> None:
+        """Build again when the denoiser is not what it was; bring its adapters up to date."""
         with self._lock:
             if self._watch is None or self._watch.changed():
                 self.release()
+                if self.adapters is not None:
+                    # A layer may have come in by no method of the denoiser's.
+                    self.adapters.lift()
                 self._build()
+            if self.adapters is not None:
+                self.adapters.settle(strength_in(kwargs))
 
     def _build(self) -> None:
         """Build what is made from the weights as they are now."""
@@ -184,7 +207,12 @@ class Lane:
         if now is None or any(tensor.is_inference() for tensor in tensors):
             return split.once(**inputs)
         memo = now.memo.setdefault(self, OrderedDict())
-        key = (id(split), *(id(value) for value in inputs.values()), *(tensor._version for tensor in tensors))
+        key = (
+            id(split),
+            self.adapters.version if self.adapters else 0,
+            *(id(value) for value in inputs.values()),
+            *(tensor._version for tensor in tensors),
+        )
         if key not in memo:
             # The inputs and the split are held too: an id names an object only as long as it lives.
             memo[key] = (split.once(**inputs), inputs, split)
@@ -202,6 +230,19 @@ class Lane:
         self.release()
         with _hook_lifted(self.denoiser):
             take_back()
+
+
+def strength_in(kwargs: Mapping[str, Any]) -> Any:
+    """The strength of LoRA layers that a call brings in its attention kwargs, 1 where it brings none."""
+    brought = (kwargs.get(name) for name in ATTENTION_KWARGS)
+    return next((value["scale"] for value in brought if value and "scale" in value), 1.0)
+
+
+def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
+    construct, arguments, state = module.__reduce_ex__(4)[:3]
+    clone = memo[id(module)] = construct(*arguments)
+    clone.__setstate__(copy.deepcopy(state, memo))
+    return clone
 
 
 def _announced(block: Block) -> Block:

@@ -15,7 +15,8 @@ def noise_for(denoiser: Any, *, seed: int) -> Callable[..., torch.Tensor]:
     """A function that draws a normal tensor of the shape it is given; the same `seed` draws the same sequence."""
     import torch
 
-    generator = torch.Generator(denoiser.device).manual_seed(seed)
+    # Shapes alone, on the "meta" device, have no numbers to draw.
+    generator = None if denoiser.device.type == "meta" else torch.Generator(denoiser.device).manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=denoiser.device, dtype=denoiser.dtype)

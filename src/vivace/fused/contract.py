@@ -33,3 +33,4 @@ class Fused:
     declines: Callable[..., str | None]  # declines(**forward_kwargs): why one call must take the stock path
     fuse: Fuse
     quantised: bool = False  # calls its linears where they are quantised, and never reads their weights
+    sides: bool = False  # every product is a module's call or a Stack's, which add the adapters beside their linears

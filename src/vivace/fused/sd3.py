@@ -221,4 +221,5 @@ SD3 = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    sides=True,
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
 from vivace.quant.linear import QuantLinear, stacked
+from vivace.side import side_of
 
 
 class Stack:
@@ -20,6 +21,7 @@ class Stack:
     """
 
     def __init__(self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack) -> None:
+        self.linears = tuple(linears)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "either every linear of a stack has a bias or none"
         self.bias = join(biases, undo) if biases else None
@@ -33,13 +35,21 @@ class Stack:
     @property
     def takes(self) -> Quantize | None:
         """What a kernel in front is to make of this linear's input: `quantize=stack.takes`."""
-        return self._quantised.takes if self._quantised else None
+        beside = any(side_of(linear) is not None for linear in self.linears)  # adapters read the input in 16 bit
+        return self._quantised.takes if self._quantised and not beside else None
 
     def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
-        if self._quantised is not None:
+        if isinstance(x, RowScaled):
+            assert self._quantised is not None
             return self._quantised(x)
-        assert isinstance(x, torch.Tensor)
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias) if self._quantised is None else self._quantised(x)
+        start = 0
+        for linear in self.linears:
+            end = start + linear.out_features
+            if (side := side_of(linear)) is not None:
+                side.add_to(out[..., start:end], x)
+            start = end
+        return out
 
 
 def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:

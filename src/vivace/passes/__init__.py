@@ -6,7 +6,8 @@ from vivace.passes.channels_last import CHANNELS_LAST
 from vivace.passes.compile import COMPILE
 from vivace.passes.fuse import FUSE
 from vivace.passes.graphs import GRAPHS
+from vivace.passes.lora import LORA
 from vivace.passes.quantize import QUANTIZE
 from vivace.passes.target import Pass
 
-PASSES: tuple[Pass, ...] = (ATTENTION, CHANNELS_LAST, QUANTIZE, FUSE, COMPILE, CACHE, GRAPHS)
+PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, FUSE, COMPILE, CACHE, GRAPHS)

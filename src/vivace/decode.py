@@ -1,0 +1,116 @@
+"""A VAE whose decode does not lose the latents: whole, else strip by strip, else kept in a file."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vivace import strips
+from vivace.errors import InputError
+from vivace.one_off import give_class
+
+logger = logging.getLogger(__name__)
+
+Way = tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]
+
+
+def rescue(vae: Any, *, in_strips: bool = False, room: Callable[[], int] | None = None) -> Callable[[], None]:
+    """Let `vae.decode` go on by smaller means when the device's memory does not suffice; returns the undo.
+
+    `in_strips` begins with strips. `room` says how many bytes are free for their maps; without it they stay on the
+    device if that goes. Latents that nothing could decode are written to a file, which the error names.
+    """
+    stock = type(vae)
+
+    @functools.wraps(stock.decode)
+    def decode(self: Any, z: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+        def whole(vae: Any, z: torch.Tensor) -> torch.Tensor:
+            return stock.decode(vae, z, return_dict=False, **kwargs)[0]
+
+        sample = _first_that_fits(self, z, whole, in_strips=in_strips, room=room)
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        return DecoderOutput(sample=sample)
+
+    return give_class(vae, {"decode": decode})
+
+
+def _first_that_fits(
+    vae: Any, z: torch.Tensor, whole: Callable[..., torch.Tensor], *, in_strips: bool, room: Callable[[], int] | None
+) -> torch.Tensor:
+    failed = []
+    for name, way in _ways(vae, z, whole, in_strips=in_strips, room=room):
+        try:
+            return way(vae, z)
+        except torch.OutOfMemoryError:
+            failed.append(name)
+            logger.warning("the decode ran out of memory %s; the latents are kept", name)
+        # Outside of the handler: the error's traceback holds what the failed try had allocated.
+        gc.collect()
+        if z.device.type == "cuda":
+            torch.cuda.empty_cache()
+    path = _keep(z)
+    raise InputError(
+        f"the device has too little memory to decode {[*z.shape]} ({', '.join(failed)}); the latents are in {path}: "
+        "free some memory, then pipe.vae.decode(safetensors.torch.load_file(path)['latents'])"
+    )
+
+
+def _ways(
+    vae: Any, z: torch.Tensor, whole: Callable[..., torch.Tensor], *, in_strips: bool, room: Callable[[], int] | None
+) -> Iterator[Way]:
+    """The ways to decode, the quickest that should fit first."""
+    reason = strips.refuses(vae)
+    if not in_strips:
+        yield "whole", whole
+    if reason is None:
+        scale = 2 ** (len(vae.decoder.up_blocks) - 1)
+        needed = strips.map_bytes(vae, width=z.shape[-1] * scale, height=z.shape[-2] * scale)
+        if room is None or needed < room():
+            yield "in strips", _hooked(strips.decode)
+        yield "in strips kept on the host", _hooked(functools.partial(strips.decode, store=torch.device("cpu")))
+    elif hasattr(vae, "enable_tiling"):
+        yield "in tiles", functools.partial(_tiled, whole)
+
+
+def _hooked(decode: Callable[..., torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def call(vae: Any, z: torch.Tensor) -> torch.Tensor:
+        # An offloaded VAE comes with the hook of its stock decode, which is not called.
+        hook = getattr(vae, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(vae)
+        return decode(vae, z)
+
+    return call
+
+
+def _tiled(whole: Callable[..., torch.Tensor], vae: Any, z: torch.Tensor) -> torch.Tensor:
+    before = vae.use_tiling
+    vae.enable_tiling()
+    try:
+        return whole(vae, z)
+    finally:
+        vae.use_tiling = before
+
+
+def _keep(z: torch.Tensor) -> Path:
+    """Write latents to the working directory, or where that cannot be written to the system's temporary one."""
+    name = f"vivace-latents-{time.strftime('%Y%m%d-%H%M%S')}.safetensors"
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            save_file({"latents": z.detach().cpu().contiguous()}, folder / name)
+            return folder / name
+        except OSError:
+            continue
+    raise InputError("the decode ran out of memory, and the latents could be written nowhere; free some disk space")

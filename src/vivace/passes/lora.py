@@ -1,0 +1,71 @@
+"""Pass: LoRA layers held out of the tree, their effect merged into the weights or computed beside them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vivace import lora
+from vivace.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
+from vivace.config import Config, Switch
+from vivace.merged import Merged
+from vivace.passes.target import Pass, Target
+from vivace.side import Sides
+
+if TYPE_CHECKING:
+    from vivace.lane import Lane
+
+EFFECTS = {"auto": Merged, "merged": Merged, "side": Sides}
+DETAILS = {Merged: "merged into the weights in place", Sides: "low-rank products beside the linears"}
+
+
+def _wants(config: Config) -> Switch:
+    return config.lora if config.lora in ("auto", "off") else "on"
+
+
+def _check(target: Target) -> str | None:
+    for name, denoiser in target.denoisers.items():
+        if not hasattr(denoiser, "load_lora_adapter"):
+            return f"a {type(denoiser).__name__} takes no LoRA"
+        if why := refuses(denoiser):
+            return f"{name}.{why}; PEFT computes it"
+    return None
+
+
+def _apply(target: Target) -> None:
+    effect = EFFECTS[target.config.lora]
+    for lane in target.lanes.values():
+        lane.adapters = Adapters(lane.denoiser, effect=effect(changed=_clearing(lane)))
+        lane.adapters.lift()
+        target.undo.callback(lane.adapters.close)
+    target.done("lora", DETAILS[effect])
+
+
+def _clearing(lane: Lane) -> Callable[[], None]:
+    # Looked up when it is called: a later pass sets the lane's runner.
+    return lambda: lane.run.clear()
+
+
+def lora_methods(target: Target) -> dict[str, Any]:
+    """The pipeline's own LoRA methods, as members of its class: they find the layers in the tree, and files checked."""
+    stock = type(target.subject)
+    members = lowering(stock, PIPELINE_METHODS, adapters=lambda: [lane.adapters for lane in target.lanes.values()])
+    if "load_lora_weights" in members:
+        load = members["load_lora_weights"]
+
+        @functools.wraps(stock.load_lora_weights)
+        def load_lora_weights(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+            return lora.load(self, source, *args, stock=functools.partial(load, self), **kwargs)
+
+        members["load_lora_weights"] = load_lora_weights
+    return members
+
+
+LORA = Pass(
+    name="lora",
+    why_here="before everything that rearranges or records weights: it takes PEFT's layers out of its way",
+    wants=_wants,
+    check=_check,
+    apply=_apply,
+)

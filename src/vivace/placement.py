@@ -1,0 +1,205 @@
+"""Where the weights of a pipeline live within a budget of device memory: planned from bytes, before any is moved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vivace.errors import InputError
+from vivace.stream import SLOTS, spread
+
+GIB = 2**30
+CONTEXT = GIB
+"""Of a budget given in GB, what the CUDA context and the libraries take."""
+SPARE = GIB // 4
+"""What the allocator loses to fragments."""
+BANDWIDTH = 25e9
+"""Bytes a second from page-locked host memory to the device (PCIe 4.0 x16), where it was not measured."""
+
+LEVELS = ("resident", "strips", "encoders", "parked", "streamed")
+"""From the quickest to the smallest, each with what the ones before it do: everything on the device; the VAE decodes
+strip by strip; text encoders come for their calls, block by block; of two experts one is parked; the denoiser's blocks
+are streamed as far as there is no room for them."""
+
+Kind = Literal["denoiser", "encoder", "vae", "other"]
+FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One component's bytes."""
+
+    name: str
+    kind: Kind
+    held: int  # of weights outside of blocks
+    blocks: tuple[int, ...] = ()  # of each block's weights, in the order of their calls
+    work: int = 0  # beside the weights while it computes
+    strip_work: int | None = None  # the same when it works strip by strip, where it can
+
+    @property
+    def nbytes(self) -> int:
+        return self.held + sum(self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where one component's weights live."""
+
+    part: Part
+    streamed: tuple[int, ...] = ()  # blocks that come for their call alone
+    leaves: bool = False  # whether the rest comes for the component's call alone, too
+
+    @property
+    def slots(self) -> int:
+        return SLOTS * max((self.part.blocks[index] for index in self.streamed), default=0)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a call moves to the device."""
+        return sum(self.part.blocks[index] for index in self.streamed) + self.leaves * self.part.held
+
+    @property
+    def stays(self) -> int:
+        """Bytes on the device while it computes."""
+        return self.part.nbytes - sum(self.part.blocks[index] for index in self.streamed) + self.slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A plan. `str()` is its lines."""
+
+    level: str
+    budget: int | None  # None: not limited
+    placed: tuple[Placed, ...]
+    strips: bool = False  # the VAE works strip by strip
+    parked: bool = False  # of several denoisers one at a time is on the device
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights, and of slots for streamed ones, that are on the device all the time."""
+        denoisers = [one.stays for one in self.placed if one.part.kind == "denoiser"]
+        others = sum(one.stays for one in self.placed if one.part.kind != "denoiser" and not one.leaves)
+        return others + (max(denoisers, default=0) if self.parked else sum(denoisers))
+
+    @property
+    def peak(self) -> int:
+        """The most bytes on the device at any moment, the context not counted."""
+        return self.resident + max((self._extra(one) for one in self.placed), default=0) + SPARE
+
+    @property
+    def moved_per_step(self) -> int:
+        """Bytes that one denoiser call moves."""
+        return max((one.moved for one in self.placed if one.part.kind == "denoiser"), default=0)
+
+    @property
+    def moved_per_image(self) -> int:
+        """Bytes that move once per picture: text encoders, and experts that take turns."""
+        once = sum(one.moved for one in self.placed if one.part.kind != "denoiser")
+        denoisers = [one.stays - one.slots for one in self.placed if one.part.kind == "denoiser"]
+        return once + (sum(denoisers) if self.parked else 0)
+
+    @property
+    def host(self) -> int:
+        """Bytes of page-locked host memory."""
+        return sum(one.part.nbytes for one in self.placed if one.streamed or one.leaves or self._parks(one))
+
+    def place_of(self, name: str) -> Placed:
+        """Where the component of that name lives; KeyError where there is none."""
+        return next(one for one in self.placed if one.part.name == name)
+
+    def _parks(self, one: Placed) -> bool:
+        return self.parked and one.part.kind == "denoiser"
+
+    def _extra(self, one: Placed) -> int:
+        """What is needed beside the residents while a component computes."""
+        work = one.part.strip_work if self.strips and one.part.strip_work is not None else one.part.work
+        return work + (one.stays if one.leaves else 0)
+
+    def __str__(self) -> str:
+        lines = [f"{self.level}: peak {_gib(self.peak)}" + (f" of {_gib(self.budget)}" if self.budget else "")]
+        for one in self.placed:
+            size = _gib(one.part.nbytes)
+            if one.streamed:
+                where = f"{len(one.streamed)} of {len(one.part.blocks)} blocks streamed from the host"
+            elif one.leaves:
+                where = "on the device for its calls"
+            else:
+                where = "on the device, the other one parked on the host" if self._parks(one) else "on the device"
+            lines.append(f"{one.part.name} {size}: {where}")
+        if self.strips:
+            lines.append("the VAE works strip by strip")
+        if self.moved_per_step:
+            seconds = self.moved_per_step / BANDWIDTH
+            lines.append(f"a step moves {_gib(self.moved_per_step)}: {seconds:.2f} s at {BANDWIDTH / 1e9:g} GB/s")
+        if self.moved_per_image:
+            lines.append(f"a picture moves {_gib(self.moved_per_image)} once")
+        return "\n".join(lines)
+
+
+def budget_of(vram: str, *, free: int | None = None) -> int | None:
+    """The bytes that `vram` allows, None for a level's name. `free` are the device's, for "auto".
+
+    Raises InputError for what is neither a size, a level nor "auto".
+    """
+    if vram in LEVELS:
+        return None
+    if vram == "auto":
+        if free is None:
+            raise InputError("vram='auto' asks a GPU for its free memory, and there is none; give a size like 24GB")
+        return free
+    found = FORM.fullmatch(vram.strip())
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"vram is a size like 24GB, auto, or a level ({', '.join(LEVELS)}); got {vram!r}")
+    return int(float(found[1]) * GIB) - CONTEXT
+
+
+def place(parts: Sequence[Part], *, budget: int | None, level: str | None = None) -> Placement:
+    """The quickest placement that fits `budget` bytes, or the one that `level` names.
+
+    Raises InputError, with the smallest budget that would do, where none fits.
+    """
+    candidates = _candidates(parts)
+    if level is not None:
+        return [one for one in candidates if LEVELS.index(one.level) <= LEVELS.index(level)][-1]
+    assert budget is not None
+    found = next((one for one in candidates if one.peak <= budget), None)
+    if found is None:
+        smallest = candidates[-1].peak + CONTEXT
+        raise InputError(
+            f"vram leaves {_gib(max(0, budget))} for this model, and the smallest plan needs "
+            f"{_gib(candidates[-1].peak)}; give at least vram='{-(-smallest * 10 // GIB) / 10:g}GB'"
+        )
+    return replace(found, budget=budget)
+
+
+def _candidates(parts: Sequence[Part]) -> list[Placement]:
+    """Every placement that is worth trying, the quickest first."""
+    plan = Placement(level="resident", budget=None, placed=tuple(Placed(part=part) for part in parts))
+    found = [plan]
+
+    def then(level: str, changes: Mapping[str, Placed] | None = None, **fields: bool) -> None:
+        placed = tuple((changes or {}).get(one.part.name, one) for one in found[-1].placed)
+        found.append(replace(found[-1], level=level, placed=placed, **fields))
+
+    if any(part.strip_work is not None for part in parts):
+        then("strips", strips=True)
+    encoders = [part for part in parts if part.kind == "encoder"]
+    for part in sorted(encoders, key=lambda part: -part.nbytes):
+        then("encoders", {part.name: Placed(part=part, streamed=tuple(range(len(part.blocks))), leaves=True)})
+    denoisers = [part for part in parts if part.kind == "denoiser"]
+    if len(denoisers) > 1:
+        then("parked", parked=True)
+    most = max((len(part.blocks) for part in denoisers), default=0)
+    for count in range(1, most + 1):
+        changed = {
+            part.name: Placed(part=part, streamed=tuple(spread(min(count, len(part.blocks)), of=len(part.blocks))))
+            for part in denoisers
+        }
+        then("streamed", changed)
+    return found
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"

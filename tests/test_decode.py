@@ -1,0 +1,87 @@
+"""A decode that runs out of memory: strips are tried, and what could not be decoded is in a file."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vivace import InputError, strips
+from vivace.decode import rescue
+from vivace.families import FAMILIES
+
+
+@pytest.fixture
+def vae():
+    return FAMILIES["sd3"].tiny().vae
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Lets the ways to decode that it is given run out of memory."""
+
+    def fill(vae, *, whole=True, in_strips=(), tiled=False):
+        def fails(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        stock, by_strips = type(vae).decode, strips.decode
+
+        def decode(self, z, *args, **kwargs):
+            return fails() if (tiled if self.use_tiling else whole) else stock(self, z, *args, **kwargs)
+
+        def in_some(vae, z, *, store=None):
+            return fails() if str(store) in in_strips else by_strips(vae, z, store=store)
+
+        monkeypatch.setattr(type(vae), "decode", decode)
+        monkeypatch.setattr(strips, "decode", in_some)
+
+    return fill
+
+
+def latents(vae):
+    return torch.randn(1, vae.config.latent_channels, 8, 8)
+
+
+@pytest.mark.parametrize("in_strips", [(), ("None",)])
+def test_strips_step_in(vae, full, in_strips, caplog):
+    z, wanted = latents(vae), None
+    with torch.no_grad():
+        wanted = vae.decode(z).sample
+    full(vae, in_strips=in_strips)
+    undo = rescue(vae)
+    torch.testing.assert_close(vae.decode(z).sample, wanted, rtol=1e-3, atol=1e-4)
+    assert torch.equal(vae.decode(z, return_dict=False)[0], vae.decode(z).sample)
+    assert "ran out of memory whole; the latents are kept" in caplog.text
+    undo()
+    with pytest.raises(torch.OutOfMemoryError):
+        vae.decode(z)
+
+
+def test_a_plan_for_strips_never_tries_the_whole(vae, full):
+    tried = []
+    full(vae, whole=True)
+    rescue(vae, in_strips=True, room=lambda: tried.append(1) or 0)
+    assert vae.decode(latents(vae)).sample.shape == (1, 3, 64, 64)
+    assert tried
+
+
+def test_what_nothing_decodes_is_kept(vae, full, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    z = latents(vae)
+    full(vae, in_strips=("None", "cpu"))
+    rescue(vae)
+    with pytest.raises(InputError, match="the latents are in") as error:
+        vae.decode(z)
+    (file,) = tmp_path.iterdir()
+    assert str(file) in str(error.value)
+    assert torch.equal(load_file(file)["latents"], z)
+
+
+def test_other_vaes_try_tiles(full):
+    vae = FAMILIES["qwen_image"].tiny().vae
+    z = torch.randn(1, vae.config.z_dim, 1, 8, 8)
+    with torch.no_grad():
+        wanted = vae.decode(z).sample
+    full(vae)
+    rescue(vae)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(z).sample, wanted, rtol=1e-3, atol=1e-3)
+    assert vae.use_tiling is False

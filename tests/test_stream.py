@@ -1,0 +1,133 @@
+"""Weights streamed block by block: the same results, and never more of them on the device than planned."""
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from vivace.stream import Stream, Turn, spread
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+
+
+class Tower(torch.nn.Module):
+    """A linear in front of a few blocks, with a tied weight, a buffer and a channels-last convolution."""
+
+    def __init__(self, depth=5):
+        super().__init__()
+        self.inward = torch.nn.Linear(8, 16)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(depth)
+        )
+        self.outward = torch.nn.Linear(8, 16)
+        self.outward.weight = self.inward.weight
+        self.register_buffer("scale", torch.tensor(2.0))
+        convolution = torch.nn.Conv2d(3, 4, 3)
+        self.convolution = convolution.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        x = self.inward(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.outward(x[..., :8]) * self.scale
+
+
+def placed(tower, device, *, streamed, **options):
+    stream = Stream(tower, blocks=list(tower.blocks), streamed=streamed, device=device, **options)
+    undo = ExitStack()
+    stream.install(blocks=list(tower.blocks), undo=undo)
+    return stream, undo
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("stay", ["always", "call"])
+@pytest.mark.parametrize("streamed", [(), (2,), (0, 2, 4), tuple(range(5))], ids=str)
+def test_results_and_restoring(device, stay, streamed):
+    tower = Tower()
+    before, kind = copy.deepcopy(tower.state_dict()), type(tower)
+    pointers = {name: tensor.stride() for name, tensor in tower.named_parameters()}
+    x = torch.randn(3, 8, device=device)
+    wanted = copy.deepcopy(tower).to(device)(x)
+    stream, undo = placed(tower, device, streamed=streamed, stay=stay)
+    assert stream.nbytes == 1280 * len(streamed)
+    for _ in range(3):
+        torch.testing.assert_close(tower(x), wanted)
+    assert tower.device == device
+    for index in streamed:
+        assert tower.blocks[index][0].weight.device == CPU
+    if stay == "call":
+        assert tower.inward.weight.device == CPU
+    undo.close()
+    assert type(tower) is kind
+    assert tower.inward.weight is tower.outward.weight
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.device == CPU
+    assert {name: tensor.stride() for name, tensor in tower.named_parameters()} == pointers
+
+
+def test_blocks_out_of_order_and_skipped():
+    tower = Tower()
+    x = torch.randn(3, 16)
+    wanted = [block(x) for block in tower.blocks]
+    placed(tower, CPU, streamed=range(5))
+    tower(torch.randn(1, 8))
+    for index in (3, 3, 0, 4, 1, 2, 0):
+        torch.testing.assert_close(tower.blocks[index](x), wanted[index])
+
+
+def test_a_call_that_fails_leaves_the_weights_at_home():
+    tower = Tower()
+    stream, _ = placed(tower, CPU, streamed=(1, 2), stay="call")
+    with pytest.raises(RuntimeError):
+        tower(torch.randn(1, 9))
+    assert stream._arrived is None
+    assert tower(torch.randn(1, 8)).shape == (1, 16)
+
+
+def test_one_of_two_experts_is_parked():
+    first, second, turn = Tower(), Tower(), Turn()
+    streams = [placed(tower, CPU, streamed=(1,), stay="turn", turn=turn)[0] for tower in (first, second)]
+    x = torch.randn(2, 8)
+    for tower, other in ((first, 1), (first, 1), (second, 0), (first, 1)):
+        tower(x)
+        assert streams[other]._arrived is None
+        assert turn.holder is streams[1 - other]
+
+
+def test_streamed_blocks_lie_evenly():
+    assert spread(0, of=5) == []
+    assert spread(5, of=5) == [0, 1, 2, 3, 4]
+    assert spread(2, of=6) == [0, 3]
+    assert len(spread(19, of=57)) == 19
+
+
+@pytest.mark.gpu
+def test_the_device_holds_two_blocks_and_what_is_held():
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    class Run(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(2048, 2048) for _ in range(16))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    run = Run()
+    Stream(run, blocks=list(run.blocks), streamed=range(16), device=torch.device("cuda")).install(
+        blocks=list(run.blocks), undo=ExitStack()
+    )
+    x = torch.randn(4, 2048, device="cuda")
+    wanted = x.cpu()
+    for block in run.blocks:
+        wanted = torch.nn.functional.linear(wanted, block.weight, block.bias)
+    torch.testing.assert_close(run(x).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    block_bytes = 2048 * 2049 * 4
+    assert torch.cuda.max_memory_allocated() - before < 2.5 * block_bytes
