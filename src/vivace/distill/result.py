@@ -1,0 +1,49 @@
+"""What a distillation leaves: a LoRA that stock diffusers and ComfyUI read, or a denoiser; and its scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vivace.distill.config import DistillConfig
+from vivace.distill.student import lora_weights
+from vivace.few_step import FACTS, WEIGHTS, save_scheduler
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: Path, *, slot: str) -> Path:
+    """Write the student, the few-step scheduler's configuration and vivace.json into `folder`, replacing it as a whole.
+
+    A LoRA's keys are `transformer.<module>.lora_A.weight`: what `load_lora_weights` takes, and ComfyUI too. There is no
+    alpha, which both read as the rank, that is, strength 1.
+    """
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if config.student.kind == "lora":
+        weights = {f"{slot}.{name}": tensor.to(torch.float16) for name, tensor in lora_weights(student).items()}
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+    else:
+        denoiser: Any = student
+        denoiser.save_pretrained(temporary / slot)
+    save_scheduler(pipe.scheduler, temporary / "scheduler")
+    facts = {"steps": config.validate_steps[0], "guidance": sampled_guidance(pipe, config)}
+    (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def sampled_guidance(pipe: Any, config: DistillConfig) -> float:
+    """The guidance to call the pipeline with: 1, or where the model embeds it what the student was told."""
+    if not getattr(pipe.components.get("transformer"), "config", {}).get("guidance_embeds"):
+        return 1.0
+    return config.guidance if config.guidance is not None else sum(config.stages[-1].guidance) / 2
