@@ -1,77 +1,25 @@
-"""Few-step sampling: the scheduler a few-step student needs, and the student put into a pipeline."""
+"""A few-step student beside its model: found, and put into a pipeline."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from typing import TYPE_CHECKING, Any
 
 from vivace import checkpoint
 from vivace.errors import InputError
+from vivace.load import Source
 
-FOLDER = "few_step"  # in a model's folder: its few-step student
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+FOLDER = "few_step"  # in a model's folder: its student, a result of `vivace distill`
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FACTS = "vivace.json"
 DENOISERS = ("transformer", "unet")
-
-
-class FewStepFlow(FlowMatchEulerDiscreteScheduler):
-    """Stochastic Euler for flow models, on the few-step grid and reproducible.
-
-    Each step goes to the predicted picture and back up: x' = (1 - sigma') x0 + sigma' n. Two things differ from stock
-    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), whose configuration this one has. The steps are 1, 3/4,
-    1/2, 1/4 of the path (shifted as the configuration says) and not 1, 2/3, 1/3, 0.001. And n follows from the noise
-    that the sample began with, once for every picture: SD3's and FLUX's pipelines hand their generator to no scheduler,
-    so that a seed would not name a picture, nor a picture be the same in another batch.
-    """
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
-        """As stock; without `sigmas` or `timesteps` the few-step grid."""
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if num_inference_steps is not None and not {"sigmas", "timesteps"} & given.keys():
-            given["sigmas"] = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        self._generators: list[torch.Generator] | None = None
-        super().set_timesteps(num_inference_steps, device=device, **given)
-
-    def step(
-        self, model_output: Any, timestep: Any, sample: Any, *args: Any, generator: Any = None, **kwargs: Any
-    ) -> Any:
-        """As stock, with the sample's own noise where no generator is given."""
-        if generator is None:
-            if self._generators is None:
-                self._generators = [_generator_of(one) for one in sample]
-            generator = self._generators
-        return super().step(model_output, timestep, sample, *args, generator=generator, **kwargs)
-
-
-def _generator_of(noise: torch.Tensor) -> torch.Generator:
-    """A generator that the first values of `noise` seed."""
-    values = noise.flatten()[:256].to("cpu", torch.float32).numpy()
-    seed = int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:7], "little")
-    return torch.Generator().manual_seed(seed)
-
-
-def few_step_scheduler(scheduler: Any) -> Any:
-    """The few-step scheduler for the noise schedule of `scheduler`: LCM's, or `FewStepFlow` for a flow model."""
-    config = scheduler.config
-    if type(scheduler).__name__.startswith("FlowMatch") or isinstance(scheduler, FewStepFlow):
-        return FewStepFlow.from_config(config, stochastic_sampling=True)
-    # With every training step as an original step, N steps begin at the same times that a K-step teacher's modes have.
-    own = {"original_inference_steps": config["num_train_timesteps"], "clip_sample": False, "thresholding": False}
-    return LCMScheduler.from_config(config, **own)
-
-
-def save_scheduler(scheduler: Any, folder: Path) -> None:
-    """Write the few-step scheduler for `scheduler` as a stock class's configuration."""
-    made = few_step_scheduler(scheduler)
-    if isinstance(made, FewStepFlow):
-        made = FlowMatchEulerDiscreteScheduler.from_config(made.config, stochastic_sampling=True)
-    made.save_config(folder)
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -83,12 +31,25 @@ def facts(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no few-step student; make one with vivace distill") from error
 
 
+def source_of(source: Source) -> Source:
+    """A model's source with its few-step student's steps and guidance. Raises InputError where it has no student."""
+    folder = None if source.path is None else source.path / FOLDER
+    if folder is None or not folder.is_dir():
+        raise InputError(
+            f"{source.name} has no few-step student (a folder {FOLDER} in the model's); "
+            "make one with vivace distill and put its result there"
+        )
+    return replace(source, own={**source.own, **facts(folder)})
+
+
 def use_few_step(pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
     """Put the student in `folder` (a result of `vivace distill`) into `pipe`: its weights and its scheduler.
 
     The LoRA is added to the weights, so that it stacks with others. Call the pipeline with the steps and the guidance
     in the folder's vivace.json. Raises InputError where it does not fit.
     """
+    from vivace.few_step_flow import few_step_scheduler
+
     folder = Path(folder)
     facts(folder)
     name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
@@ -103,9 +64,9 @@ def use_few_step(pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeli
     return pipe
 
 
-@torch.no_grad()
 def fold(denoiser: torch.nn.Module, path: Path, *, prefix: str) -> None:
     """Add the LoRA in `path` to a denoiser's weights: W + B A. Raises InputError where a layer of it is not there."""
+    import torch
     from safetensors.torch import load_file
 
     checkpoint.header(path)
@@ -124,4 +85,4 @@ def fold(denoiser: torch.nn.Module, path: Path, *, prefix: str) -> None:
         module = modules[layer.removeprefix(prefix)]
         down, up = (weights[layer + end].to(module.weight.device, torch.float32) for end in ends)
         added = torch.einsum("or...,ri...->oi...", up.flatten(1), down.flatten(1).unflatten(1, down.shape[1:]))
-        module.weight.add_(added.view_as(module.weight).to(module.weight.dtype))
+        module.weight.data.add_(added.view_as(module.weight).to(module.weight.dtype))

@@ -36,6 +36,9 @@ def generate(
     count: Annotated[int, typer.Option(help="Pictures for each prompt, with seeds SEED, SEED+1, ...")] = 1,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler: euler, ddim, unipc, ...")] = None,
+    few_step: Annotated[
+        bool, typer.Option("--few-step", help="The model's few-step student: as quick as it gets.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:weight]", help="A LoRA; repeatable.")] = None,
@@ -78,6 +81,7 @@ def generate(
         count=count,
         negative=negative,
         scheduler=scheduler,
+        few_step=few_step,
         dtype=dtype,
         device=device,
         loras=tuple(read_lora(text) for text in lora or ()),

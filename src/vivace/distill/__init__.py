@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vivace.distill.config import Conditioner, Data, Discriminator, DistillConfig, Stage, Student, read_config
+from vivace.distill.config import Conditioner, Data, Discriminator, DistillConfig, Stage, Student
+from vivace.distill.reading import read_config
 
 if TYPE_CHECKING:
     from vivace.distill.trainer import train

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vivace import accelerate as lane
+from vivace.accelerate import accelerate
 from vivace.distill import conditioners
 from vivace.distill.call import Recorder
 from vivace.distill.config import DistillConfig
@@ -67,7 +67,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
         family = family_of(pipe)
     except UnknownFamilyError as error:
         raise InputError(f"distillation needs a family: {error}") from error
-    if len(family.denoisers) > 1 or family.media != "image" or getattr(pipe, "vae", None) is None:
+    if len(family.denoisers) != 1 or family.media != "image" or getattr(pipe, "vae", None) is None:
         raise InputError(f"{family.title} cannot be distilled: it takes one denoiser and a VAE that make pictures")
     if any(side % family.multiple for side in config.size):
         raise InputError(
@@ -97,7 +97,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     probe = actors.prepare(_blank(config))
     _check_item(config, probe, teacher)
     if config.accelerate != "off":
-        lane.accelerate(pipe, config.accelerate)
+        accelerate(pipe, config.accelerate)
     if any(stage.adversarial for stage in config.stages):
         return Actors(pipe, family, recorder, objective, student, _discriminator(objective, probe), config)
     return actors

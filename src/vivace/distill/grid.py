@@ -13,7 +13,7 @@ from torch import nn
 
 from vivace.distill.config import DistillConfig
 from vivace.distill.result import sampled_guidance
-from vivace.few_step import few_step_scheduler
+from vivace.few_step_flow import few_step_scheduler
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import nn
 
 from vivace.distill.config import DistillConfig
 from vivace.distill.student import lora_weights
-from vivace.few_step import FACTS, WEIGHTS, save_scheduler
+from vivace.few_step import FACTS, WEIGHTS
+from vivace.few_step_flow import save_scheduler
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -45,7 +45,8 @@ def _control(name: str, precision: str) -> Any:
                 f"control {path} has no config.json that names its class; give a ControlNet's folder"
             ) from error
     else:
-        kind = diffusers.ControlNetModel.load_config(name).get("_class_name", "ControlNetModel")
+        found: Any = diffusers.ControlNetModel.load_config(name)
+        kind = found.get("_class_name", "ControlNetModel")
     try:
         dtype = getattr(torch, precision)
         return getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, use_safetensors=True)

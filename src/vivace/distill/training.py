@@ -38,7 +38,8 @@ class Training:
         optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.lr, **options)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
-        self.discriminator = self.judge = None
+        self.discriminator: Any = None
+        self.judge: Any = None
         if actors.discriminator is not None:
             judge = torch.optim.AdamW(actors.discriminator.parameters(), lr=config.discriminator.lr, **options)
             self.discriminator, self.judge = accelerator.prepare(actors.discriminator, judge)
@@ -59,7 +60,8 @@ class Training:
         Everything random comes from a generator that this batch seeds from (seed, process, batch), so no generator's
         state has to be kept. Weights are left as they were where a loss is not finite.
         """
-        stage, sums = self.stage, dict.fromkeys(LOSSES, 0.0)
+        stage = self.stage
+        sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
         self._warm_up()
         for part in range(self.config.accumulate):
             generator, item = self.draw(part)
@@ -70,7 +72,7 @@ class Training:
         losses = self._reduced(sums)
         if all(map(math.isfinite, losses.values())):
             self._step(stage)
-        self._forget()
+        self.forget()
         return losses
 
     def draw(self, part: int = 0) -> tuple[torch.Generator, Item]:
@@ -85,27 +87,43 @@ class Training:
 
     def losses(self, item: Item, stage: Stage, generator: torch.Generator, *, last: bool) -> dict[str, float]:
         """Both updates' losses on one item, with their gradients added up; one rollout serves both."""
-        objective, found = self.objective, {}
-        start = objective.start(item, stage, generator)
-        adversarial = stage.adversarial > 0 and self.discriminator is not None
-        real_is_teacher = self.config.discriminator.real == "teacher"
-        needed = stage.distillation > 0 or (adversarial and real_is_teacher)
-        target = objective.target(item, start, self.plain) if needed else item.z
+        start = self.objective.start(item, stage, generator)
+        target = self.target(item, start, stage)
+        return self.updates(item, start, target, stage, generator, last=last)
+
+    def target(self, item: Item, start: Start, stage: Stage) -> torch.Tensor:
+        """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher."""
+        adversary_asks = stage.adversarial > 0 and self.config.discriminator.real == "teacher"
+        if stage.distillation > 0 or adversary_asks:
+            return self.objective.target(item, start, self.plain)
+        return item.z
+
+    def updates(
+        self,
+        item: Item,
+        start: Start,
+        target: torch.Tensor,
+        stage: Stage,
+        generator: torch.Generator,
+        *,
+        last: bool = True,
+    ) -> dict[str, float]:
+        """The student's losses and then the discriminator's, with their gradients."""
+        objective = self.objective
+        parts: dict[str, tuple[float, torch.Tensor]] = {}
         with self._synchronised(self.student, last), self.accelerator.autocast():
             picture = objective.predict(self.student, start, item)
-            parts: dict[str, tuple[float, torch.Tensor]] = {}
             if stage.distillation:
                 parts["distillation"] = (stage.distillation, objective.distance(picture, target, item, start))
             if stage.matching:
                 parts["matching"] = (stage.matching, objective.matching(picture, item, stage, self.plain, generator))
-            if adversarial:
+            if stage.adversarial and self.discriminator is not None:
                 judge = self.accelerator.unwrap_model(self.discriminator)
                 parts["adversarial"] = (stage.adversarial, objective.fooling(judge, picture, item, start, generator))
-            total = torch.stack([weight * loss for weight, loss in parts.values()]).sum()
-            self._backward(total)
+            self._backward(torch.stack([weight * loss for weight, loss in parts.values()]).sum())
         found = {name: float(loss.detach()) for name, (_, loss) in parts.items()}
-        if adversarial:
-            real = target if real_is_teacher else item.z
+        if stage.adversarial:
+            real = target if self.config.discriminator.real == "teacher" else item.z
             found["discriminator"] = self._judge(real, picture.detach(), item, start, generator, last=last)
         return found
 
@@ -144,7 +162,8 @@ class Training:
             self.mean.update(self.plain, batch=self.done)
         self.done += 1
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the gradients."""
         for optimizer in (self.optimizer, self.judge):
             if optimizer is not None:
                 optimizer.zero_grad()
