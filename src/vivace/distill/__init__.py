@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vivace.distill.config import Conditioner, Data, Discriminator, DistillConfig, Stage, Student
+from vivace.distill.config import Conditioner, Data, Discriminator, DistillConfig, Optimizer, Records, Stage, Student
 from vivace.distill.reading import read_config
 
 if TYPE_CHECKING:
     from vivace.distill.trainer import train
 
-__all__ = ["Conditioner", "Data", "Discriminator", "DistillConfig", "Stage", "Student", "read_config", "train"]
+__all__ = [
+    "Conditioner",
+    "Data",
+    "Discriminator",
+    "DistillConfig",
+    "Optimizer",
+    "Records",
+    "Stage",
+    "Student",
+    "read_config",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,7 +87,9 @@ class Recorder:
         return self.family.guidance == "batched"
 
     @torch.no_grad()
-    def record(self, prompts: Sequence[str], *, size: tuple[int, int], negative: str = "", **inputs: Any) -> Call:
+    def record(
+        self, prompts: Sequence[str], *, size: tuple[int, int], negative: str | None = None, **inputs: Any
+    ) -> Call:
         """The call for these prompts at `size` (width, height) in pixels; `inputs` go to the pipeline's call.
 
         Raises InputError where the pipeline refuses.
@@ -103,7 +105,7 @@ class Recorder:
             "generator": torch.Generator().manual_seed(0),
             **QUIET,
         }
-        if self.batched_guidance:
+        if negative is not None:
             wanted["negative_prompt"] = [negative] * len(prompts)
         known = {name: value for name, value in wanted.items() if name in self.accepts}
         seen: dict[str, Mapping[str, Any]] = {}

@@ -111,6 +111,40 @@ class Conditioner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How the student learns: AdamW."""
+
+    accumulate: int = 1
+    """Batches whose gradients make one optimizer step."""
+    lr: float = 1e-5
+    """The student's learning rate."""
+    warmup: int = 0
+    """Optimizer steps over which the learning rates rise."""
+    weight_decay: float = 1e-2
+    """AdamW's."""
+    clip: float | None = 1.0
+    """Largest norm of the student's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What is written along the way."""
+
+    save_every: int = 500
+    """Optimizer steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay."""
+    sample_every: int = 500
+    """Optimizer steps between sample grids; 0: none."""
+    prompts: tuple[str, ...] = ()
+    """What the grids show."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate's trackers."""
+    steps: tuple[int, ...] = (4,)
+    """Numbers of steps that the grids show; the first is what the student is made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """A few-step distillation, after Flash Diffusion (arXiv 2406.02347)."""
 
@@ -138,30 +172,22 @@ class DistillConfig:
     """Width and height of the pictures in pixels; other aspect ratios keep the area."""
     timesteps: Literal["modes", "uniform", "gaussian"] = "modes"
     """How the noise level of a batch is drawn from the grid."""
-    mode_variance: float = 0.5
-    """Spread of a mode, in grid steps squared."""
     solver: Literal["auto", "euler", "multistep"] = "auto"
     """The teacher's: auto is euler for flow models and DPM-Solver++ 2M (arXiv 2211.01095) for the others."""
     distance: Distance = "l2"
     """What the distillation loss measures; `features` needs no download, `lpips` needs `lpips_weights`."""
     lpips_weights: str | None = None
     """safetensors file with the VGG16 and the linear layers of LPIPS."""
-    negative: str = ""
-    """The prompt of the unguided half."""
+    negative: str | None = None
+    """The prompt of the unguided half; None: what the pipeline takes where it is given none."""
     guidance: float | None = None
     """The guidance at which the student is sampled, where its guidance is embedded; None: the last range's middle."""
+    optimizer: Optimizer = Optimizer()
+    """How the student learns."""
+    records: Records = Records()
+    """Checkpoints, sample grids and logs."""
     batch: int = 4
     """Pictures in one batch on each device."""
-    accumulate: int = 1
-    """Batches whose gradients make one optimizer step."""
-    lr: float = 1e-5
-    """The student's learning rate."""
-    warmup: int = 0
-    """Optimizer steps over which the learning rates rise."""
-    weight_decay: float = 1e-2
-    """AdamW's."""
-    clip: float | None = 1.0
-    """Largest norm of the student's gradient."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Of the forward passes; None: bfloat16 on a GPU, float32 on the CPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -170,18 +196,6 @@ class DistillConfig:
     """Preset of `vivace.accelerate` for the teacher, or off."""
     seed: int = 0
     """Draws everything that is random."""
-    save_every: int = 500
-    """Optimizer steps between checkpoints."""
-    keep: int = 2
-    """Checkpoints that stay."""
-    sample_every: int = 500
-    """Optimizer steps between sample grids; 0: none."""
-    sample_prompts: tuple[str, ...] = ()
-    """What the grids show."""
-    trackers: tuple[str, ...] = ("tensorboard",)
-    """accelerate's trackers."""
-    validate_steps: tuple[int, ...] = (4,)
-    """Numbers of steps that the grids show; the first is what the result is made for."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -202,18 +216,27 @@ def check(config: DistillConfig) -> None:
         raise InputError("stages is empty; give at least one, such as - {batches: 1000}")
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where=f"stages[{index}]", modes=config.timesteps == "modes")
-    least = {"batch": 1, "accumulate": 1, "save_every": 1, "keep": 1, "sample_every": 0, "warmup": 0, "lr": 0}
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            raise InputError(f"{name} is {getattr(config, name)}; it has to be {bound} or more")
-    if min(config.size) < 8 or config.mode_variance <= 0 or config.student.rank < 1 or config.discriminator.width < 1:
-        raise InputError("size, mode_variance, student.rank and discriminator.width have to be above 0")
+    optimizer, records = config.optimizer, config.records
+    bounds = {
+        "": (vars(config), {"batch": 1}),
+        "optimizer.": (vars(optimizer), {"accumulate": 1, "warmup": 0, "lr": 0}),
+        "records.": (vars(records), {"save_every": 1, "keep": 1, "sample_every": 0}),
+        "student.": (vars(config.student), {"rank": 1}),
+        "discriminator.": (vars(config.discriminator), {"width": 1, "lr": 0}),
+        "data.": (vars(config.data), {"window": 1, "workers": 1, "least_side": 0}),
+    }
+    for where, (values, least) in bounds.items():
+        for name, bound in least.items():
+            if values[name] < bound:
+                raise InputError(f"{where}{name} is {values[name]}; it has to be {bound} or more")
+    if min(config.size) < 8:
+        raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
     if config.student.ema is not None and not 0 < config.student.ema < 1:
         raise InputError(f"student.ema is {config.student.ema}; it is a decay between 0 and 1, such as 0.999")
-    if config.clip is not None and config.clip <= 0:
-        raise InputError(f"clip is {config.clip}; it has to be above 0, or null for none")
-    if not config.validate_steps or min(config.validate_steps) < 1:
-        raise InputError(f"validate_steps is {list(config.validate_steps)}; it takes numbers of steps, such as [4]")
+    if optimizer.clip is not None and optimizer.clip <= 0:
+        raise InputError(f"optimizer.clip is {optimizer.clip}; it has to be above 0, or null for none")
+    if not records.steps or min(records.steps) < 1:
+        raise InputError(f"records.steps is {list(records.steps)}; it takes numbers of steps, such as [4]")
     if (config.distance == "lpips") != (config.lpips_weights is not None):
         raise InputError("distance: lpips and lpips_weights go together; without a file use distance: features")
     if config.data.kind != "builtin" and not config.data.path:

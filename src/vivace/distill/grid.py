@@ -31,14 +31,14 @@ def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, path: Path, 
     """Draw every prompt of the config with every number of steps, and write them as one PNG."""
     rows = []
     with sampling(pipe, student, slot=slot) as sampler, torch.no_grad():
-        for steps in config.validate_steps:
+        for steps in config.records.steps:
             made = sampler(
-                prompt=list(config.sample_prompts),
+                prompt=list(config.records.prompts),
                 num_inference_steps=steps,
                 guidance_scale=sampled_guidance(pipe, config),
                 width=config.size[0],
                 height=config.size[1],
-                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(config.sample_prompts))],
+                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(config.records.prompts))],
             )
             rows.append(made.images)
     width, height = rows[0][0].size

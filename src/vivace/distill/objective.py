@@ -55,7 +55,7 @@ class Objective:
     def start(self, item: Item, stage: Stage, generator: torch.Generator) -> Start:
         """Draw a level from the stage's mixture, noise and a guidance, each once for the batch."""
         config, z = self.config, item.z
-        odds = mixture(stage, kind=config.timesteps, variance=config.mode_variance)
+        odds = mixture(stage, kind=config.timesteps)
         index = int(torch.multinomial(odds.to(z.device), 1, generator=generator))
         low, high = stage.guidance
         guidance = low + (high - low) * float(torch.rand((), generator=generator, device=z.device))

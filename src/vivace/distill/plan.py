@@ -68,7 +68,7 @@ def teacher_calls(config: DistillConfig, stage: Stage) -> float:
     """How often the teacher is expected to be called in one batch's rollout."""
     if config.method == "consistency":
         return 1.0
-    odds = mixture(stage, kind=config.timesteps, variance=config.mode_variance)
+    odds = mixture(stage, kind=config.timesteps)
     return float((odds * (stage.steps - torch.arange(stage.steps))).sum())
 
 
@@ -89,14 +89,14 @@ def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
             rollout += seconds / calls / repeats
             rest += sum(parts) / repeats
     expected = teacher_calls(config, stage)
-    total = config.accumulate * (expected * rollout + rest)
-    pictures = config.batch * config.accumulate * training.accelerator.num_processes
+    total = config.optimizer.accumulate * (expected * rollout + rest)
+    pictures = config.batch * config.optimizer.accumulate * training.accelerator.num_processes
     return StagePlan(
         batches=stage.batches,
         steps=stage.steps,
         teacher_calls=expected,
         seconds=total,
-        rollout=config.accumulate * expected * rollout / total,
+        rollout=config.optimizer.accumulate * expected * rollout / total,
         pictures_per_second=pictures / total,
     )
 

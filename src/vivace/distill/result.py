@@ -36,7 +36,7 @@ def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: P
         denoiser: Any = student
         denoiser.save_pretrained(temporary / slot)
     save_scheduler(pipe.scheduler, temporary / "scheduler")
-    facts = {"steps": config.validate_steps[0], "guidance": sampled_guidance(pipe, config)}
+    facts = {"steps": config.records.steps[0], "guidance": sampled_guidance(pipe, config)}
     (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

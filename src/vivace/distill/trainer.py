@@ -29,7 +29,7 @@ from vivace.errors import InputError
 logger = logging.getLogger(__name__)
 
 # What may change between a run and its resumption, because no weight depends on it.
-FREE = frozenset({"output", "save_every", "keep", "sample_every", "sample_prompts", "validate_steps", "trackers"})
+FREE = frozenset({"output", "records"})
 FREE_DATA = frozenset({"workers", "cache"})
 
 
@@ -97,10 +97,10 @@ def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
 
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     try:
-        return Accelerator(log_with=list(config.trackers) or None, project_dir=output, **options)
+        return Accelerator(log_with=list(config.records.trackers) or None, project_dir=output, **options)
     except (ValueError, ImportError) as error:
         raise InputError(
-            f"trackers {list(config.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
+            f"trackers {list(config.records.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
         ) from error
 
 
@@ -128,9 +128,9 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
         accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
-        if config.sample_every and training.done % config.sample_every == 0 and config.sample_prompts:
+        if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
             _draw(training, output / "samples" / f"{training.done:08d}.png")
-        if training.done % config.save_every == 0 or training.done == config.batches:
+        if training.done % config.records.save_every == 0 or training.done == config.batches:
             saved = _save(training, output)
         if on_batch is not None:
             number = config.stages.index(stage)
@@ -178,7 +178,7 @@ def _save(training: Training, output: Path) -> Path:
             "data": data,
             "config": training.config.to_dict(),
         }
-        checkpoint.save(output, training.done, tensors=tensors, state=state, keep=training.config.keep)
+        checkpoint.save(output, training.done, tensors=tensors, state=state, keep=training.config.records.keep)
     accelerator.wait_for_everyone()
     return target
 

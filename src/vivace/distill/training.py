@@ -34,8 +34,8 @@ class Training:
         self.objective = actors.objective
         self.done = 0
         student = actors.student.to(accelerator.device)
-        options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.weight_decay}
-        optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.lr, **options)
+        options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.optimizer.weight_decay}
+        optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
         self.discriminator: Any = None
@@ -63,12 +63,12 @@ class Training:
         stage = self.stage
         sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
         self._warm_up()
-        for part in range(self.config.accumulate):
+        for part in range(self.config.optimizer.accumulate):
             generator, item = self.draw(part)
             # Only the last part's gradients have to meet those of other processes.
-            last = part + 1 == self.config.accumulate
+            last = part + 1 == self.config.optimizer.accumulate
             for name, loss in self.losses(item, stage, generator, last=last).items():
-                sums[name] += loss / self.config.accumulate
+                sums[name] += loss / self.config.optimizer.accumulate
         losses = self._reduced(sums)
         if all(map(math.isfinite, losses.values())):
             self._step(stage)
@@ -144,14 +144,14 @@ class Training:
 
     def _backward(self, loss: torch.Tensor) -> None:
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            self.accelerator.backward(loss / self.config.accumulate)
+            self.accelerator.backward(loss / self.config.optimizer.accumulate)
 
     def _synchronised(self, module: Any, last: bool) -> Any:
         return nullcontext() if last else self.accelerator.no_sync(module)
 
     def _step(self, stage: Stage) -> None:
-        if self.config.clip is not None:
-            self.accelerator.clip_grad_norm_(trainable(self.student).values(), self.config.clip)
+        if self.config.optimizer.clip is not None:
+            self.accelerator.clip_grad_norm_(trainable(self.student).values(), self.config.optimizer.clip)
         self.optimizer.step()
         if stage.adversarial > 0 and self.judge is not None:
             self.judge.step()
@@ -169,8 +169,8 @@ class Training:
                 optimizer.zero_grad()
 
     def _warm_up(self) -> None:
-        share = min(1.0, (self.done + 1) / self.config.warmup) if self.config.warmup else 1.0
-        for optimizer, lr in ((self.optimizer, self.config.lr), (self.judge, self.config.discriminator.lr)):
+        share = min(1.0, (self.done + 1) / self.config.optimizer.warmup) if self.config.optimizer.warmup else 1.0
+        for optimizer, lr in ((self.optimizer, self.config.optimizer.lr), (self.judge, self.config.discriminator.lr)):
             for group in optimizer.param_groups if optimizer is not None else ():
                 group["lr"] = share * lr
 
