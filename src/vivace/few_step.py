@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 FOLDER = "few_step"  # in a model's folder: its student, a result of `vivace distill`
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FACTS = "vivace.json"
-DENOISERS = ("transformer", "unet")
+# Where a denoiser is in a pipeline -> how its LoRA's two matrices are called.
+ENDS = {
+    "transformer": (".lora_A.weight", ".lora_B.weight"),
+    "unet": (".lora_down.weight", ".lora_up.weight"),
+}
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -52,9 +56,9 @@ def use_few_step(pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeli
 
     folder = Path(folder)
     facts(folder)
-    name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
+    name = next(name for name in ENDS if getattr(pipe, name, None) is not None)
     if (folder / WEIGHTS).is_file():
-        fold(getattr(pipe, name), folder / WEIGHTS, prefix=f"{name}.")
+        fold(getattr(pipe, name), folder / WEIGHTS, slot=name)
     else:
         denoiser: Any = type(getattr(pipe, name))
         old = getattr(pipe, name)
@@ -64,25 +68,32 @@ def use_few_step(pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeli
     return pipe
 
 
-def fold(denoiser: torch.nn.Module, path: Path, *, prefix: str) -> None:
+def fold(denoiser: torch.nn.Module, path: Path, *, slot: str) -> None:
     """Add the LoRA in `path` to a denoiser's weights: W + B A. Raises InputError where a layer of it is not there."""
     import torch
     from safetensors.torch import load_file
 
     checkpoint.header(path)
     weights: Mapping[str, torch.Tensor] = load_file(path)
-    modules = dict(denoiser.named_modules())
-    ends = (".lora_A.weight", ".lora_B.weight")
-    layers = {name.removesuffix(ends[0]) for name in weights if name.endswith(ends[0])}
+    modules = {key(name, slot=slot): module for name, module in denoiser.named_modules()}
+    down_end, up_end = ENDS[slot]
+    layers = [name.removesuffix(down_end) for name in weights if name.endswith(down_end)]
     for layer in layers:
-        module: Any = modules.get(layer.removeprefix(prefix))
-        down, up = (weights[layer + end] for end in ends)
-        if module is None or module.weight.shape[:2] != (up.shape[0], down.shape[1]):
-            raise InputError(
-                f"{path} does not fit this {type(denoiser).__name__}: it has no layer {layer} of that shape"
-            )
+        module: Any = modules.get(layer)
+        shape = (weights[layer + up_end].shape[0], weights[layer + down_end].shape[1])
+        if module is None or module.weight.shape[:2] != shape:
+            raise InputError(f"{path} does not fit this {type(denoiser).__name__}: it has no {layer} of shape {shape}")
     for layer in layers:
-        module = modules[layer.removeprefix(prefix)]
-        down, up = (weights[layer + end].to(module.weight.device, torch.float32) for end in ends)
-        added = torch.einsum("or...,ri...->oi...", up.flatten(1), down.flatten(1).unflatten(1, down.shape[1:]))
-        module.weight.data.add_(added.view_as(module.weight).to(module.weight.dtype))
+        weight: Any = modules[layer].weight
+        down, up = (weights[layer + end].to(weight.device, torch.float32) for end in (down_end, up_end))
+        added = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight.data.add_(added.to(weight.dtype))
+
+
+def key(module: str, *, slot: str) -> str:
+    """How a LoRA file calls a module of the denoiser in `slot`.
+
+    For UNets these are the names that kohya's trainer began with and ComfyUI, like stock diffusers, reads; for
+    transformers both read diffusers' own.
+    """
+    return "lora_unet_" + module.replace(".", "_") if slot == "unet" else f"{slot}.{module}"

@@ -100,7 +100,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_pat
 
     monkeypatch.setitem(losses.DISTANCES, "l2", sometimes)
     chosen = config(tmp_path, records=Records(save_every=2, **QUIET))
-    with pytest.raises(InputError, match=r"distillation loss of batch 4 is nan; the last good checkpoint is .*00000002"):
+    with pytest.raises(
+        InputError, match=r"distillation loss of batch 4 is nan; the last good checkpoint is .*00000002"
+    ):
         train(chosen, pipe=teacher())
     assert all(value.isfinite().all() for value in weights(tmp_path, 2).values())
 

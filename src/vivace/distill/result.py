@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,20 @@ from torch import nn
 
 from vivace.distill.config import DistillConfig
 from vivace.distill.student import lora_weights
-from vivace.few_step import FACTS, WEIGHTS
+from vivace.few_step import ENDS, FACTS, WEIGHTS, key
 from vivace.few_step_flow import save_scheduler
-
-FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: Path, *, slot: str) -> Path:
     """Write the student, the few-step scheduler's configuration and vivace.json into `folder`, replacing it as a whole.
 
-    A LoRA's keys are `transformer.<module>.lora_A.weight`: what `load_lora_weights` takes, and ComfyUI too. There is no
-    alpha, which both read as the rank, that is, strength 1.
+    A LoRA's keys are those that stock `load_lora_weights` and ComfyUI both read.
     """
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if config.student.kind == "lora":
-        weights = {f"{slot}.{name}": tensor.to(torch.float16) for name, tensor in lora_weights(student).items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(named(lora_weights(student), slot=slot), temporary / WEIGHTS, metadata={"format": "pt"})
     else:
         denoiser: Any = student
         denoiser.save_pretrained(temporary / slot)
@@ -41,6 +38,18 @@ def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
+
+
+def named(weights: Mapping[str, torch.Tensor], *, slot: str) -> dict[str, torch.Tensor]:
+    """A LoRA's weights in float16 under the names of its file; alpha, where the format has one, is the rank."""
+    found = {}
+    for name, tensor in weights.items():
+        module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        layer = key(module, slot=slot)
+        found[layer + ENDS[slot][side == "B"]] = tensor.to(torch.float16)
+        if slot == "unet":
+            found[f"{layer}.alpha"] = torch.tensor(float(tensor.shape[side == "B"]))
+    return found
 
 
 def sampled_guidance(pipe: Any, config: DistillConfig) -> float:
