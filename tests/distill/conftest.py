@@ -48,7 +48,7 @@ def config() -> Callable[..., DistillConfig]:
             "student": Student(rank=4),
             "records": Records(trackers=(), sample_every=0, save_every=100),
             "batch": 2,
-            "accelerate": "off",
+            "accelerate": None,
         }
         return DistillConfig(**own | fields)
 

@@ -96,7 +96,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     actors = Actors(pipe, family, recorder, objective, student, None, config)
     probe = actors.prepare(_blank(config))
     _check_item(config, probe, teacher)
-    if config.accelerate != "off":
+    if config.accelerate is not None:
         accelerate(pipe, config.accelerate)
     if any(stage.adversarial for stage in config.stages):
         return Actors(pipe, family, recorder, objective, student, _discriminator(objective, probe), config)

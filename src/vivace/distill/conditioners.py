@@ -122,6 +122,9 @@ def inputs_of(conditioners: Sequence[Conditioner], batch: Batch, setting: Settin
 
 def join(call: Call, conditioners: Sequence[Conditioner], batch: Batch, setting: Setting) -> Call:
     """The call with every conditioner that is not an argument joined to it. Raises InputError where one cannot be."""
+    if any(one.join == "concatenated" for one in conditioners):
+        # A text-to-image pipeline fills the channels that it knows nothing of with noise.
+        call = replace(call, beside=None)
     for one in conditioners:
         if one.join != "argument":
             value = source_of(one.source)(batch, setting, **one.options)
@@ -148,8 +151,11 @@ def _cross_attended(call: Call, value: torch.Tensor) -> Call:
     kwargs = dict(call.kwargs)
     text = kwargs["encoder_hidden_states"]
     tokens = (value if value.ndim == 3 else value[:, None]).to(text)
-    if tokens.shape[-1] != text.shape[-1]:
-        raise InputError(f"a condition of width {tokens.shape[-1]} cannot join text of width {text.shape[-1]}")
+    if tokens.ndim != 3 or tokens.shape[-1] != text.shape[-1]:
+        raise InputError(
+            f"a condition of shape {list(value.shape)} cannot join text as [B, T, {text.shape[-1]}]; "
+            "give tokens of that width"
+        )
     kwargs["encoder_hidden_states"] = torch.cat((text, tokens), dim=1)
     if (mask := kwargs.get("encoder_attention_mask")) is not None:
         kwargs["encoder_attention_mask"] = torch.cat((mask, mask.new_ones(tokens.shape[:2])), dim=1)

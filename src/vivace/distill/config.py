@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vivace.config import resolve
 from vivace.errors import InputError
 
 Distance = Literal["l2", "l1", "huber", "features", "lpips"]
@@ -192,8 +193,8 @@ class DistillConfig:
     """Of the forward passes; None: bfloat16 on a GPU, float32 on the CPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicas of the student, or FSDP2 shards of it."""
-    accelerate: str = "exact"
-    """Preset of `vivace.accelerate` for the teacher, or off."""
+    accelerate: str | None = "exact"
+    """Preset of `vivace.accelerate` for the teacher; None leaves it stock."""
     seed: int = 0
     """Draws everything that is random."""
 
@@ -231,6 +232,8 @@ def check(config: DistillConfig) -> None:
                 raise InputError(f"{where}{name} is {values[name]}; it has to be {bound} or more")
     if min(config.size) < 8:
         raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
+    if config.accelerate is not None:
+        resolve(config.accelerate)
     if config.student.ema is not None and not 0 < config.student.ema < 1:
         raise InputError(f"student.ema is {config.student.ema}; it is a decay between 0 and 1, such as 0.999")
     if optimizer.clip is not None and optimizer.clip <= 0:

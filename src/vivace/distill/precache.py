@@ -29,7 +29,7 @@ def write_cache(
     if config.data.kind == "cached":
         raise InputError("data.kind is cached already; give the shards or the folder that it is to be made of")
     folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(config, accelerate="off", records=Records(trackers=()))
+    config = dataclasses.replace(config, accelerate=None, records=Records(trackers=()))
     accelerator = make_accelerator(config, folder)
     training = make_training(config, accelerator, pipe=pipe)
     rank, world = accelerator.process_index, accelerator.num_processes
