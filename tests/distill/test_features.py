@@ -57,5 +57,5 @@ def test_tokens_become_a_map_of_the_pictures_shape():
 
 
 def test_a_block_that_is_not_there():
-    with pytest.raises(InputError, match="no block 'mid_block'; it has transformer_blocks.0, "):
+    with pytest.raises(InputError, match=r"no block \'mid_block\'; it has transformer_blocks\.0, "):
         Features(FAMILIES["sd3"].split(FAMILIES["sd3"].tiny().transformer), block="mid_block")

@@ -101,7 +101,7 @@ def test_the_scheduler_is_a_stock_one(made):
 
 
 def test_the_facts(made):
-    slot, family, _, folder, _ = made
+    _, family, _, folder, _ = made
     facts = json.loads((folder / "vivace.json").read_text())
     assert facts == {"steps": 4, "guidance": 3.0 if family.name == "flux" else 1.0}
 

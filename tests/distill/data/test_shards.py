@@ -71,8 +71,8 @@ def test_shards_by_url_are_fetched_once(server, tmp_path):
 
 
 def test_missing_and_other_files(tmp_path):
+    write(tmp_path / "0.tar", ["x.txt"])
     with pytest.raises(InputError, match=r"no shard .*1\.tar \(1 of 2 are missing\)"):
-        write(tmp_path / "0.tar", ["x.txt"])
         Shards(str(tmp_path / "{0..1}.tar"), cache=tmp_path)
     (tmp_path / "text.tar").write_text("not a tar file")
     with pytest.raises(InputError, match="not an uncompressed tar"):

@@ -182,6 +182,6 @@ def test_a_folder_of_pictures(tmp_path):
     assert sorted(captions(found, 2)) == ["caption of one", "caption of two"]
     with pytest.raises(InputError, match="no folder"):
         Folder(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no pictures"):
-        (tmp_path / "empty").mkdir()
         Folder(str(tmp_path / "empty"))
