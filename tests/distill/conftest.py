@@ -80,3 +80,9 @@ def actors_of(config: Callable[..., DistillConfig]) -> Callable[[str], Actors]:
 def actors(request: pytest.FixtureRequest, actors_of: Callable[[str], Actors]) -> Actors:
     """The actors of every backbone in turn."""
     return actors_of(request.param)
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request: pytest.FixtureRequest) -> tuple[Any, tuple[Conditioner, ...]]:
+    """A fresh tiny pipeline of every backbone in turn, and the conditioners it needs."""
+    return tiny_teacher(request.param), BACKBONES[request.param][2]

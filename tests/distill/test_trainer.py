@@ -144,3 +144,43 @@ def test_a_teacher_without_the_guidance_asked(config, tmp_path):
     with pytest.raises(InputError, match=r"teacher has no guidance, and stages ask for \[2\.0, 4\.0\]"):
         train(config(tmp_path), pipe=pipe)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_bfloat16_keeps_the_learnt_weights_in_float32(config, tmp_path, kind):
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),)
+    records = Records(trackers=(), sample_every=2, prompts=("a red ring",), steps=(2,))
+    chosen = config(tmp_path, stages=stages, precision="bfloat16", student=Student(kind=kind, rank=4), records=records)
+    before = teacher().to(torch.bfloat16)
+    result = train(chosen, pipe=before)
+    assert result.done == 2
+    learnt = weights(tmp_path, 2)
+    assert {value.dtype for value in learnt.values()} == {torch.float32}
+    assert (tmp_path / "samples" / "00000002.png").is_file()
+    assert next(before.transformer.parameters()).dtype == torch.bfloat16
+
+
+def test_an_accelerated_teacher_teaches_the_same(config, tmp_path):
+    """The fast lane's rollout, through the fused blocks of this family, moves the student as the stock one does."""
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0)),)
+    results = []
+    for name, preset in (("stock", None), ("fast", "exact")):
+        pipe = teacher()
+        train(config(tmp_path / name, stages=stages, accelerate=preset), pipe=pipe)
+        results.append(weights(tmp_path / name, 2))
+        assert (type(pipe.transformer).__dict__.get("vivace_acceleration") is not None) == (preset is not None)
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-5) for name in results[0])
+
+
+def test_every_backbone_trains_to_a_result(config, tmp_path, backbone):
+    pipe, conditioners = backbone
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),)
+    chosen = config(tmp_path, stages=stages, conditioners=conditioners, student=Student(rank=4, ema=0.9))
+    result = train(chosen, pipe=pipe)
+    assert result.folder is not None
+    assert {file.name for file in result.folder.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "scheduler",
+        "vivace.json",
+    }
+    assert all(result.losses[name] != 0 for name in ("distillation", "adversarial", "discriminator"))

@@ -206,6 +206,10 @@ class DistillConfig:
         """Optimizer steps in all."""
         return sum(stage.batches for stage in self.stages)
 
+    def computes_in(self, device: str) -> str:
+        """The precision of the forward passes on a kind of device ("cuda", "cpu")."""
+        return self.precision or ("bfloat16" if device == "cuda" else "float32")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for comparing."""
         return _plain(dataclasses.asdict(self))

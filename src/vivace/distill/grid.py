@@ -30,7 +30,11 @@ def sampling(pipe: Any, student: nn.Module, *, slot: str) -> Iterator[Any]:
 def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, path: Path, *, slot: str) -> Path:
     """Draw every prompt of the config with every number of steps, and write them as one PNG."""
     rows = []
-    with sampling(pipe, student, slot=slot) as sampler, torch.no_grad():
+    kind = pipe.device.type
+    bfloat16 = config.computes_in(kind) == "bfloat16"
+    # The student's weights are float32 where it is a whole denoiser, the pipeline's are not.
+    cast = torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+    with sampling(pipe, student, slot=slot) as sampler, torch.no_grad(), cast:
         for steps in config.records.steps:
             made = sampler(
                 prompt=list(config.records.prompts),

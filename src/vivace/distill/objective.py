@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from vivace.distill.call import Call
 from vivace.distill.config import DistillConfig, Stage
@@ -131,13 +132,8 @@ class Objective:
         """The student's adversarial loss; no gradient reaches the discriminator."""
         sigma, noise = self.disguise(picture, generator)
         seen = self.seen(self.view.noisy(picture, noise, sigma), sigma, self.told(item, start.guidance))
-        kept = [parameter.requires_grad for parameter in discriminator.parameters()]
-        discriminator.requires_grad_(False)
-        try:
-            return GAMES[self.config.discriminator.loss].generator(discriminator(seen).float())
-        finally:
-            for parameter, flag in zip(discriminator.parameters(), kept, strict=True):
-                parameter.requires_grad_(flag)
+        frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        return GAMES[self.config.discriminator.loss].generator(functional_call(discriminator, frozen, (seen,)))
 
     def telling(
         self,
@@ -153,7 +149,7 @@ class Objective:
         with torch.no_grad():
             call = self.told(item, start.guidance)
             seen = [self.seen(self.view.noisy(one, noise, sigma), sigma, call) for one in (real, fake)]
-        logits = discriminator(torch.cat(seen)).float()
+        logits = discriminator(torch.cat(seen))
         return GAMES[self.config.discriminator.loss].discriminator(*logits.chunk(2))
 
     def disguise(self, like: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

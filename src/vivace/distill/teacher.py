@@ -28,7 +28,7 @@ def load_teacher(config: DistillConfig, *, device: torch.device) -> Any:
         raise InputError(
             f"{name} takes {'no' if slot is None else 'a'} control model; check the keys pipeline and control"
         )
-    precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    precision = config.computes_in(device.type)
     components = {slot: _control(config.control, precision)} if slot and config.control else {}
     return load_source(source, dtype=precision, device=device, pipeline=chosen, **components)
 

@@ -90,8 +90,8 @@ def train(
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
     """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
-    precision = config.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
-    options: dict[str, Any] = {"mixed_precision": {"float32": "no", "bfloat16": "bf16"}[precision]}
+    # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
+    options: dict[str, Any] = {"mixed_precision": "no"}
     if config.parallel == "fsdp":
         from accelerate.utils import FullyShardedDataParallelPlugin
 

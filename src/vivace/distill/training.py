@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +33,7 @@ class Training:
         self.actors, self.supply, self.accelerator, self.config = actors, supply, accelerator, config
         self.objective = actors.objective
         self.done = 0
+        self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         student = actors.student.to(accelerator.device)
         options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.optimizer.weight_decay}
         optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
@@ -53,6 +54,15 @@ class Training:
     def stage(self) -> Stage:
         """The stage of the next batch."""
         return self.config.stages[stage_at(self.config.stages, self.done)]
+
+    def cast(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's call in the precision of the forward passes; its own weights are float32."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return module(*args, **kwargs)
+
+        return call
 
     def batch(self) -> dict[str, float]:
         """One optimizer step of the student, and of the discriminator where the stage has one; the mean losses.
@@ -95,7 +105,7 @@ class Training:
         """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher."""
         adversary_asks = stage.adversarial > 0 and self.config.discriminator.real == "teacher"
         if stage.distillation > 0 or adversary_asks:
-            return self.objective.target(item, start, self.plain)
+            return self.objective.target(item, start, self.cast(self.plain))
         return item.z
 
     def updates(
@@ -111,12 +121,13 @@ class Training:
         """The student's losses and then the discriminator's, with their gradients."""
         objective = self.objective
         parts: dict[str, tuple[float, torch.Tensor]] = {}
-        with self._synchronised(self.student, last), self.accelerator.autocast():
-            picture = objective.predict(self.student, start, item)
+        student, plain = self.cast(self.student), self.cast(self.plain)
+        with self._synchronised(self.student, last):
+            picture = objective.predict(student, start, item)
             if stage.distillation:
                 parts["distillation"] = (stage.distillation, objective.distance(picture, target, item, start))
             if stage.matching:
-                parts["matching"] = (stage.matching, objective.matching(picture, item, stage, self.plain, generator))
+                parts["matching"] = (stage.matching, objective.matching(picture, item, stage, plain, generator))
             if stage.adversarial and self.discriminator is not None:
                 judge = self.accelerator.unwrap_model(self.discriminator)
                 parts["adversarial"] = (stage.adversarial, objective.fooling(judge, picture, item, start, generator))
@@ -137,14 +148,13 @@ class Training:
         *,
         last: bool,
     ) -> float:
-        with self._synchronised(self.discriminator, last), self.accelerator.autocast():
+        with self._synchronised(self.discriminator, last):
             loss = self.objective.telling(self.discriminator, real, fake, item, start, generator)
             self._backward(loss)
         return float(loss.detach())
 
     def _backward(self, loss: torch.Tensor) -> None:
-        with torch.autocast(self.accelerator.device.type, enabled=False):
-            self.accelerator.backward(loss / self.config.optimizer.accumulate)
+        self.accelerator.backward(loss / self.config.optimizer.accumulate)
 
     def _synchronised(self, module: Any, last: bool) -> Any:
         return nullcontext() if last else self.accelerator.no_sync(module)
