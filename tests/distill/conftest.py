@@ -16,6 +16,7 @@ from vivace.families import FAMILIES
 EDGES = Conditioner(join="argument", argument="image", source="edges")
 # name -> family, pipeline class, conditioners: one for each backbone that has a ready config
 BACKBONES: dict[str, tuple[str, str | None, tuple[Conditioner, ...]]] = {
+    "builtin": ("sd3", None, ()),
     "sd15": ("sd", None, ()),
     "sdxl": ("sdxl", None, ()),
     "pixart": ("pixart", "PixArtAlphaPipeline", ()),
@@ -29,7 +30,31 @@ BACKBONES: dict[str, tuple[str, str | None, tuple[Conditioner, ...]]] = {
 def tiny_teacher(backbone: str) -> Any:
     """A fresh tiny pipeline of a backbone."""
     family, pipeline, _ = BACKBONES[backbone]
-    return FAMILIES[family].tiny(pipeline)
+    pipe = FAMILIES[family].tiny(pipeline)
+    if backbone == "builtin":
+        pipe.register_modules(**builtin_parts())
+    return pipe
+
+
+def builtin_parts() -> dict[str, Any]:
+    """A transformer and an autoencoder of the built-in model's classes and channels, smaller."""
+    from diffusers import AutoencoderTiny, SD3Transformer2DModel
+
+    from vivace.families.sd3 import TINY
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        latent_channels=8,
+        num_encoder_blocks=(0, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+        scaling_factor=0.7,
+        shift_factor=0.1,
+    )
+    plain = {**TINY, "dual_attention_layers": ()}
+    transformer = SD3Transformer2DModel(**plain, in_channels=8, out_channels=8)
+    return {"vae": vae.eval(), "transformer": transformer.eval()}
 
 
 @pytest.fixture(scope="session")
