@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace import conditioning, inputs, picture, video
+from vivace import conditioning, few_step, inputs, picture, video
 from vivace.config import Config, preset_name
 from vivace.errors import InputError, first_line
 from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
@@ -131,6 +131,8 @@ def check(job: Job) -> tuple[Source, list[Path], conditioning.Pictures]:
     """
     check_values(job)
     source = find(job.model, variant=job.variant)
+    if job.few_step:
+        source = few_step.source_of(source)
     check_family(job, source)
     media = source.family.media if source.family else "image"
     if media == "video":
@@ -193,6 +195,8 @@ def _load(ready: Ready) -> DiffusionPipeline:
     pipe = load_source(
         source, dtype=ready.dtype, device=ready.device, variant=job.variant, pipeline=ready.pipeline, **components
     )
+    if job.few_step and source.path is not None:
+        few_step.use_few_step(pipe, source.path / few_step.FOLDER)
     conditioning.adapt(pipe, job)
     if job.scheduler:
         use_scheduler(pipe, job.scheduler, prediction=source.prediction)
@@ -275,6 +279,7 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
         },
         **({"lora": [f"{lora.path}:{lora.weight:g}" for lora in job.loras]} if job.loras else {}),
         **({"controlnet": job.controlnet} if job.controlnet else {}),
+        **({"few_step": True} if job.few_step else {}),
         **(_accelerated(job.config) if job.config else {}),
         "vivace": __version__,
     }

@@ -58,6 +58,7 @@ class Job:
     negative: str | None = None
     scheduler: str | None = None
     cache: str | None = None  # a step cache's spelling: firstblock:threshold=0.1
+    few_step: bool = False  # with the model's few-step student
     dtype: str | None = None
     device: str | None = None
     loras: tuple[Lora, ...] = ()
@@ -107,6 +108,8 @@ def check_values(job: Job) -> None:
             raise InputError(f"{flag(name)} needs {flag(other)} too")
     if any(not prompt.strip() for prompt in job.prompts):
         raise InputError("an empty prompt; say what to draw")
+    if job.few_step and job.scheduler:
+        raise InputError("--few-step brings its own scheduler; leave --scheduler out")
     taken = sorted(RESERVED & job.call_kwargs.keys())
     if taken:
         raise InputError(f"--call-kwargs cannot set {', '.join(taken)}: vivace decides these")

@@ -40,6 +40,9 @@ def generate(
     cache: Annotated[
         str | None, typer.Option(metavar="POLICY[:k=v,...]", help="A step cache: firstblock:threshold=0.1, or a file.")
     ] = None,
+    few_step: Annotated[
+        bool, typer.Option("--few-step", help="The model's few-step student: as quick as it gets.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:weight]", help="A LoRA; repeatable.")] = None,
@@ -87,6 +90,7 @@ def generate(
         negative=negative,
         scheduler=scheduler,
         cache=cache,
+        few_step=few_step,
         dtype=dtype,
         device=device,
         loras=tuple(read_lora(text) for text in lora or ()),

@@ -1,0 +1,117 @@
+"""`vivace distill`: a few-step student of any conditional diffusion model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vivace.distill.plan import Plan
+    from vivace.distill.trainer import Progress
+
+GIB = 2**30
+
+
+def distill(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a ready one: builtin, sdxl, ...")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, in place of the config's.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key: student.rank=16; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure plan, memory and time; write nothing.")] = False,
+    precache: Annotated[
+        Path | None, typer.Option(help="Only write latents and prompt embeddings of the data to this folder.")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="With --precache: how many batches.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Distil a model to a few steps. A stopped training goes on when it is started again."""
+    from vivace.distill.reading import read_config
+
+    fields = {"output": str(output)} if output else {}
+    chosen = read_config(config, assignments=tuple(assignments or ()), **fields)
+
+    from vivace.cli.generate import quiet
+
+    with quiet():
+        if dry_run:
+            from vivace.distill.plan import make_plan
+
+            plan = make_plan(chosen)
+            print(json.dumps(plan.to_dict())) if as_json else _print_plan(plan)
+        elif precache is not None:
+            from vivace.distill.precache import write_cache
+
+            with _bar(batches, "writing") as tell:
+                count = write_cache(chosen, precache, batches=batches, on_batch=lambda done: tell(done, ""))
+            print(f"{precache}: {count} batches; train on them with --set data.kind=cached --set data.path={precache}")
+        else:
+            _train(chosen, as_json=as_json)
+
+
+def _train(config: Any, *, as_json: bool) -> None:
+    from vivace.distill.trainer import train
+
+    with _bar(config.batches, "training") as tell:
+
+        def on_batch(progress: Progress) -> None:
+            shown = " ".join(f"{name[:4]} {value:.3g}" for name, value in progress.losses.items() if value)
+            tell(progress.done, f"stage {progress.stage + 1} {shown}")
+
+        result = train(config, on_batch=on_batch)
+    if as_json:
+        print(json.dumps({**vars(result), "folder": str(result.folder or ""), "checkpoint": str(result.checkpoint)}))
+        return
+    if result.skipped:
+        print("left out: " + ", ".join(f"{count} with {reason}" for reason, count in result.skipped.items()))
+    if result.stopped:
+        print(f"stopped after {result.done} of {config.batches} batches; {result.checkpoint} goes on from there")
+    else:
+        print(f"{result.folder}  ({result.done} batches)")
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "batches", "K", "teacher calls", "s a batch", "rollout", "pictures/s", "hours")
+    for number, stage in enumerate(plan.stages, start=1):
+        row = [stage.batches, stage.steps, f"{stage.teacher_calls:.1f}", f"{stage.seconds:.3g}", f"{stage.rollout:.0%}"]
+        row += [f"{stage.pictures_per_second:.3g}", f"{stage.batches * stage.seconds / 3600:.2f}"]
+        table.add_row(str(number), *map(str, row))
+    console = Console()
+    console.print(table)
+    for name, size in plan.memory.items():
+        console.print(f"{name:40} {size / GIB:8.3f} GiB")
+    if plan.peak is not None:
+        console.print(f"{'most that was allocated':40} {plan.peak / GIB:8.3f} GiB")
+    count = f"{plan.processes} x " if plan.processes > 1 else ""
+    console.print(f"in all {plan.hours:.2f} hours on {count}{plan.device}, without samples and checkpoints")
+
+
+@contextmanager
+def _bar(total: int, name: str) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with the time left, where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(name, total=total)
+
+        def tell(done: int, text: str) -> None:
+            progress.update(task, completed=done, description=f"{name} {text}".strip())
+
+        yield tell

@@ -1,0 +1,148 @@
+"""Who takes part: the teacher's pipeline, the student, the discriminator, and what turns a batch into an item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vivace.accelerate import accelerate
+from vivace.distill import conditioners
+from vivace.distill.call import Recorder
+from vivace.distill.config import DistillConfig
+from vivace.distill.data.sample import Batch
+from vivace.distill.discriminator import make_discriminator
+from vivace.distill.features import Features
+from vivace.distill.levels import levels_of
+from vivace.distill.objective import Item, Objective
+from vivace.distill.student import make_student
+from vivace.distill.view import View
+from vivace.errors import InputError
+from vivace.family import Family, UnknownFamilyError, family_of
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Everything that a batch meets."""
+
+    pipe: Any
+    family: Family
+    recorder: Recorder
+    objective: Objective
+    student: nn.Module
+    discriminator: nn.Module | None
+    config: DistillConfig
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen denoiser."""
+        return self.objective.teacher
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, *, seed: int = 0) -> Item:
+        """A batch's latents, and what its pipeline tells the denoiser of it."""
+        batch = _on(batch, self.pipe.device)
+        setting = conditioners.Setting(self.pipe, self.encode, torch.Generator().manual_seed(seed))
+        chosen = self.config.conditioners
+        inputs = conditioners.inputs_of(chosen, batch, setting)
+        call = self.recorder.record(batch.captions, size=batch.size, negative=self.config.negative, **inputs)
+        return Item(self.encode(batch.pixels), conditioners.join(call, chosen, batch, setting))
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] as the denoiser's latents, float32."""
+        vae = self.pipe.vae
+        out = vae.encode(pixels.to(vae.device, vae.dtype))
+        z = (out.latents if hasattr(out, "latents") else out.latent_dist.mode()).float()
+        return (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def make_actors(config: DistillConfig, pipe: Any) -> Actors:
+    """The actors around a teacher pipeline on its device. Raises InputError where `config` asks what it cannot do."""
+    try:
+        family = family_of(pipe)
+    except UnknownFamilyError as error:
+        raise InputError(f"distillation needs a family: {error}") from error
+    if len(family.denoisers) != 1 or family.media != "image" or getattr(pipe, "vae", None) is None:
+        raise InputError(f"{family.title} cannot be distilled: it takes one denoiser and a VAE that make pictures")
+    if any(side % family.multiple for side in config.size):
+        raise InputError(
+            f"size {list(config.size)} cannot be made: {family.title} needs multiples of {family.multiple}"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    teacher: Any = getattr(pipe, family.denoisers[0])
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    # Before the teacher is accelerated: the student's own modules stay stock.
+    student = make_student(teacher, config.student, seed=config.seed)
+    split = family.split(teacher)
+    recompute = config.student.gradient_checkpointing
+    channels = pipe.vae.config.latent_channels
+    prediction, levels = levels_of(pipe.scheduler)
+    view = View(prediction, levels, channels, getattr(pipe, "controlnet", None))
+    features = Features(split, block=config.discriminator.block, recompute=recompute)
+    perceptual = None
+    if config.lpips_weights is not None:
+        from vivace.distill.lpips import decoded_distance
+
+        perceptual = decoded_distance(pipe.vae, Path(config.lpips_weights))
+    objective = Objective(config, view, teacher, features, _tokens, perceptual)
+    recorder = Recorder(pipe, family=family, channels=channels)
+    actors = Actors(pipe, family, recorder, objective, student, None, config)
+    probe = actors.prepare(_blank(config))
+    _check_item(config, probe, teacher)
+    if config.accelerate is not None:
+        accelerate(pipe, config.accelerate)
+    if any(stage.adversarial for stage in config.stages):
+        return Actors(pipe, family, recorder, objective, student, _discriminator(objective, probe), config)
+    return actors
+
+
+def _tokens(z: torch.Tensor) -> int:
+    """Tokens of a transformer with 2 x 2 patches, which is how flow schedules count a picture's size."""
+    return z.shape[2] * z.shape[3] // 4
+
+
+def _blank(config: DistillConfig) -> Batch:
+    """A batch of one grey picture."""
+    width, height = config.size
+    grey = torch.zeros(1, 3, height, width)
+    keys = [one.options.get("key") or "control" for one in config.conditioners if one.source in ("extra", "embedding")]
+    return Batch(grey, ("",), dict.fromkeys(keys, grey))
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    extras: Mapping[str, torch.Tensor] = {name: value.to(device) for name, value in batch.extras.items()}
+    return Batch(batch.pixels.to(device), batch.captions, extras)
+
+
+def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
+    """Raise InputError for guidance that the teacher has not, and for channels that its denoiser does not take."""
+    call = item.call
+    guided = call.halves or call.kwargs.get("guidance") is not None
+    asked = [stage.guidance for stage in config.stages if max(stage.guidance) > 1]
+    if asked and not guided:
+        raise InputError(
+            f"the teacher has no guidance, and stages ask for {list(asked[0])}; give [1, 1], or its base model"
+        )
+    given = item.z.shape[1] * (4 if call.packed else 1)
+    given += 0 if call.beside is None else call.beside.shape[2 if call.packed else 1]
+    if given != teacher.config.in_channels:
+        raise InputError(
+            f"the denoiser takes {teacher.config.in_channels} channels and gets {given}; check conditioners"
+        )
+
+
+@torch.no_grad()
+def _discriminator(objective: Objective, probe: Item) -> nn.Module:
+    sigma = torch.full((1,), objective.view.levels.at(500.0), dtype=torch.float64)
+    seen = objective.seen(probe.z, sigma, probe.call.guided_half())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(objective.config.seed)
+        made = make_discriminator(seen.shape[1], min(seen.shape[2:]), width=objective.config.discriminator.width)
+    return made.to(seen.device)

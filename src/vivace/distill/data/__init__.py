@@ -1,0 +1,45 @@
+"""Training data: every kind is an endless iterator with `state()` and `load(state)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from vivace.distill.config import DistillConfig
+    from vivace.distill.data.sample import Batch
+    from vivace.distill.objective import Item
+
+
+class Supply(Protocol):
+    """An endless supply of batches, or of items that are ready."""
+
+    def __next__(self) -> Batch | Item: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int = 1, device: str = "cpu") -> Supply:
+    """The data that `config` names, for one of `world` processes. Raises InputError where it is not there."""
+    data = config.data
+    path = data.path or ""
+    if data.kind == "builtin":
+        from vivace.distill.data.world import World
+
+        return World(batch=config.batch, seed=config.seed, rank=rank, side=config.size[0], device=device)
+    if data.kind == "cached":
+        from vivace.distill.data.cached import Cached
+
+        return Cached(path, seed=config.seed, rank=rank, world=world, device=device)
+    from vivace.distill.data.folder import Folder
+    from vivace.distill.data.sample import bucket_sizes
+    from vivace.distill.data.shards import Shards
+    from vivace.distill.data.stream import Stream
+
+    cache = Path(data.cache or Path(config.output) / "shards").expanduser()
+    source = Folder(path) if data.kind == "folder" else Shards(path, cache=cache)
+    sizes = bucket_sizes(config.size, data.ratios, multiple=multiple)
+    return Stream(source, data, sizes=sizes, batch=config.batch, seed=config.seed, rank=rank, world=world)

@@ -1,0 +1,91 @@
+"""Batches whose latents and prompt embeddings were computed beforehand: one safetensors file a batch."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vivace.distill.call import Call
+from vivace.distill.objective import Item
+from vivace.errors import InputError
+
+FIELDS = ("sample", "halves", "time_scale", "packed")
+
+
+def write_item(item: Item, path: Path) -> None:
+    """Write an item: its tensors, and how they hang together as JSON in the file's header."""
+    tensors: dict[str, torch.Tensor] = {"z": item.z.cpu().contiguous()}
+    call = item.call
+    tree = {name: _strip(getattr(call, name), f"call.{name}", tensors) for name in ("kwargs", "beside", "control")}
+    about = {**{name: getattr(call, name) for name in FIELDS}, **tree}
+    save_file(tensors, path, metadata={"call": json.dumps(about)})
+
+
+def read_item(path: Path, *, device: str | torch.device = "cpu") -> Item:
+    """The item in a file that `write_item` wrote. Raises InputError for any other."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {})["call"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tree = {name: _hang(about[name], tensors) for name in ("kwargs", "beside", "control")}
+        return Item(tensors["z"], Call(**{name: about[name] for name in FIELDS}, **tree))
+    # safetensors' own error is none of OSError's or ValueError's.
+    except Exception as error:
+        raise InputError(f"{path} is not a batch that `vivace distill --precache` wrote; write it again") from error
+
+
+def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` with every tensor moved to `tensors` and its name in its place."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"map": {key: _strip(one, f"{name}.{key}", tensors) for key, one in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list": [_strip(one, f"{name}.{index}", tensors) for index, one in enumerate(value)]}
+    return value
+
+
+def _hang(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `_strip`."""
+    if not isinstance(value, Mapping):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "list" in value:
+        return [_hang(one, tensors) for one in value["list"]]
+    return {key: _hang(one, tensors) for key, one in value["map"].items()}
+
+
+class Cached:
+    """Endless items out of a folder of such files, in an order of each epoch's own."""
+
+    def __init__(self, folder: str, *, seed: int, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
+        self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))[rank::world]
+        if not self.files:
+            raise InputError(f"{folder} holds no batch for process {rank}; write some with vivace distill --precache")
+        self.seed, self.device = seed, device
+        self.epoch, self.position = 0, 0
+
+    def __next__(self) -> Item:
+        if self.position == len(self.files):
+            self.epoch, self.position = self.epoch + 1, 0
+        order = list(range(len(self.files)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        self.position += 1
+        return read_item(self.files[order[self.position - 1]], device=self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,43 @@
+"""A folder of pictures, each with its caption beside it: `frog.jpg` with `frog.txt` or `frog.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from vivace.distill.data.sample import PICTURES, Place, Refused
+from vivace.errors import InputError
+
+
+class Folder:
+    """The pictures below a folder; every folder with pictures counts as one shard."""
+
+    def __init__(self, path: str) -> None:
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise InputError(f"no folder {self.root}; check data.path")
+        self.found: dict[str, list[Place]] = {}
+        for file in sorted(self.root.rglob("*")):
+            # Further pictures of a sample have a second name, as in a shard: frog.control.png
+            if file.suffix.lower().removeprefix(".") in PICTURES and "." not in file.stem:
+                shard = str(file.parent.relative_to(self.root))
+                self.found.setdefault(shard, []).append(Place(shard, file.stem))
+        if not self.found:
+            raise InputError(f"{self.root} holds no pictures ({', '.join(PICTURES)}); check data.path")
+
+    def shards(self) -> list[str]:
+        """The folders with pictures."""
+        return list(self.found)
+
+    def places(self, shard: str) -> list[Place]:
+        """The pictures of a folder."""
+        return self.found[shard]
+
+    def read(self, place: Place) -> Mapping[str, bytes]:
+        """A sample's files by extension. Raises Refused."""
+        folder = self.root / place.shard
+        try:
+            files = [file for file in folder.iterdir() if file.name.partition(".")[0] == place.name and file.is_file()]
+            return {file.name.partition(".")[2].lower(): file.read_bytes() for file in files}
+        except OSError as error:
+            raise Refused("a file that cannot be read", broken=True) from error

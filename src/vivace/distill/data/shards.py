@@ -1,0 +1,122 @@
+"""Webdataset tar shards, local or by URL: samples are the members that share a name up to the first dot."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote
+
+from vivace.distill.data.sample import Place, Refused
+from vivace.errors import InputError
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BLOCK = 1 << 20
+
+
+class Shards:
+    """Random access to the samples of tar shards. Only headers are read until a sample is asked for."""
+
+    def __init__(self, pattern: str, *, cache: Path) -> None:
+        self.cache = cache
+        self.names = expand(pattern)
+        local = [name for name in self.names if not _remote(name)]
+        missing = [name for name in local if not Path(name).is_file()]
+        if missing:
+            raise InputError(
+                f"no shard {missing[0]} ({len(missing)} of {len(self.names)} are missing); check data.path"
+            )
+        # Weakly sized: an index is some hundred bytes a sample.
+        self._index = lru_cache(maxsize=64)(self._read_index)
+
+    def shards(self) -> list[str]:
+        """The shards' names."""
+        return self.names
+
+    def places(self, shard: str) -> list[Place]:
+        """The samples of a shard, in its order."""
+        return [Place(shard, name) for name in self._index(shard)]
+
+    def read(self, place: Place) -> Mapping[str, bytes]:
+        """A sample's members by extension. Raises Refused."""
+        members = self._index(place.shard).get(place.name, {})
+        try:
+            with self.path(place.shard).open("rb") as file:
+                return {extension: _slice(file.fileno(), *span) for extension, span in members.items()}
+        except OSError as error:
+            raise Refused("a shard that cannot be read", broken=True) from error
+
+    def path(self, shard: str) -> Path:
+        """Where the shard is on this machine; one by URL is fetched first. Raises InputError."""
+        if not _remote(shard):
+            return Path(shard)
+        target = self.cache / quote(shard, safe="")
+        if not target.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            # Renamed when complete: a shard that is there is whole.
+            handle, temporary = tempfile.mkstemp(dir=self.cache)
+            try:
+                with os.fdopen(handle, "wb") as file, urllib.request.urlopen(shard, timeout=60) as remote:
+                    shutil.copyfileobj(remote, file, BLOCK)
+                os.replace(temporary, target)
+            except OSError as error:
+                Path(temporary).unlink(missing_ok=True)
+                raise InputError(
+                    f"shard {shard} cannot be fetched ({error}); check data.path and the network"
+                ) from error
+        return target
+
+    def _read_index(self, shard: str) -> dict[str, dict[str, tuple[int, int]]]:
+        """Name -> extension -> offset and length, of the regular files in a shard."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        path = self.path(shard)
+        try:
+            # Uncompressed only: a sample is read from its place in the file.
+            with tarfile.open(path, "r:") as tar:
+                while (member := tar.next()) is not None:
+                    folder, _, file = member.name.rpartition("/")
+                    name, dot, extension = file.partition(".")
+                    if member.isreg() and dot:
+                        key = f"{folder}/{name}" if folder else name
+                        found.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+        except tarfile.ReadError as error:
+            if not found:
+                raise InputError(f"{path} is not an uncompressed tar file ({error}); give webdataset shards") from error
+        return found
+
+
+def expand(pattern: str) -> list[str]:
+    """`a-{000..127}.tar` as 128 names; a folder as its .tar files. Raises InputError."""
+    match = RANGE.search(pattern)
+    if match:
+        first, last = match.groups()
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise InputError(f"the range {match.group()} in data.path is empty; write it from low to high")
+        names = (
+            pattern[: match.start()] + str(number).zfill(len(first)) + pattern[match.end() :] for number in numbers
+        )
+        return [one for name in names for one in expand(name)]
+    if _remote(pattern):
+        return [pattern]
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(str(one) for one in path.glob("*.tar"))
+        if not found:
+            raise InputError(f"{path} holds no .tar files; give webdataset shards, or data.kind: folder for pictures")
+        return found
+    return [str(path)]
+
+
+def _remote(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _slice(descriptor: int, offset: int, length: int) -> bytes:
+    return os.pread(descriptor, length, offset)

@@ -1,0 +1,169 @@
+"""One batch of Flash Diffusion (arXiv 2406.02347): where it starts, what the teacher makes of it, and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from vivace.distill.call import Call
+from vivace.distill.config import DistillConfig, Stage
+from vivace.distill.features import Features
+from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching
+from vivace.distill.solver import rollout, solver_of
+from vivace.distill.stages import mixture
+from vivace.distill.view import View, with_guidance
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Latents and what the denoiser is told of them."""
+
+    z: torch.Tensor  # [B, C, H, W] float32
+    call: Call
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a batch starts on the teacher's grid."""
+
+    x: torch.Tensor  # [B, C, H, W] the noisy latents
+    grid: torch.Tensor  # [n + 1] float64, from the start's level down to 0
+    guidance: float
+
+    def sigma(self) -> torch.Tensor:
+        """The level, once a sample: [B] float64."""
+        return self.grid[0].expand(len(self.x))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The losses of a student beside a frozen teacher. All randomness comes from the generators handed in."""
+
+    config: DistillConfig
+    view: View
+    teacher: nn.Module
+    features: Features
+    tokens: Callable[[torch.Tensor], int]  # how many tokens a transformer makes of such latents
+    perceptual: Distance | None = None  # LPIPS of decoded latents
+
+    def start(self, item: Item, stage: Stage, generator: torch.Generator) -> Start:
+        """Draw a level from the stage's mixture, noise and a guidance, each once for the batch."""
+        config, z = self.config, item.z
+        odds = mixture(stage, kind=config.timesteps)
+        index = int(torch.multinomial(odds.to(z.device), 1, generator=generator))
+        low, high = stage.guidance
+        guidance = low + (high - low) * float(torch.rand((), generator=generator, device=z.device))
+        noise = self.noise(z, generator)
+        grid = self.view.levels.grid(stage.steps, tokens=self.tokens(z))[index:]
+        # A sampler starts from noise alone, also where the noisiest level keeps a trace of the picture.
+        x = noise if index == 0 else self.view.noisy(z, noise, grid[0].expand(len(z)))
+        return Start(x, grid, guidance)
+
+    @staticmethod
+    def noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Gaussian noise in the shape of `like`."""
+        return torch.randn(like.shape, generator=generator, device=like.device)
+
+    @torch.no_grad()
+    def target(self, item: Item, start: Start, student: Callable[..., Any]) -> torch.Tensor:
+        """What the student is to predict from `start`: [B, C, H, W].
+
+        With `flash` the end of the teacher's guided solver; with `consistency` the student's own prediction one solver
+        step further on.
+        """
+        one_step = self.config.method == "consistency"
+
+        def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.view.guided(self.teacher, x, sigma, item.call, guidance=start.guidance)
+
+        grid = start.grid[:2] if one_step else start.grid
+        solver = "euler" if one_step else solver_of(self.config.solver, self.view.levels)
+        end = rollout(start.x, grid, denoised, levels=self.view.levels, solver=solver)
+        if not one_step or grid[-1] == 0:
+            return end
+        return self.predict(student, Start(end, start.grid[1:], start.guidance), item)
+
+    def predict(self, student: Callable[..., Any], start: Start, item: Item) -> torch.Tensor:
+        """The student's picture from `start` in one evaluation: [B, C, H, W]."""
+        picture = self.view.denoised(student, start.x, start.sigma(), self.told(item, start.guidance))
+        return self.view.boundary(start.x, picture, start.sigma())
+
+    def told(self, item: Item, guidance: float) -> Call:
+        """What the student hears: the guided half, and the guidance where the model embeds it."""
+        return with_guidance(item.call.guided_half(), guidance)
+
+    def distance(self, student: torch.Tensor, teacher: torch.Tensor, item: Item, start: Start) -> torch.Tensor:
+        """The distillation loss."""
+        kind = self.config.distance
+        if kind == "features":
+            levels = torch.full((len(student),), self.view.levels.at(10.0), dtype=torch.float64)
+            seen = [self.seen(picture, levels, self.told(item, start.guidance)) for picture in (student, teacher)]
+            return feature_distance(seen[0], seen[1].detach())
+        if kind == "lpips":
+            assert self.perceptual is not None
+            return self.perceptual(student, teacher)
+        return DISTANCES[kind](student, teacher)
+
+    def matching(
+        self, picture: torch.Tensor, item: Item, stage: Stage, student: Callable[..., Any], generator: torch.Generator
+    ) -> torch.Tensor:
+        """The distribution matching loss; the student's own view stands in for a network of the fakes."""
+        with torch.no_grad():
+            low, high = stage.guidance
+            device = picture.device
+            guidance = low + (high - low) * float(torch.rand((), generator=generator, device=device))
+            times = 1000 * torch.rand(len(picture), generator=generator, device=device)
+            sigma = self.levels_at(times.tolist(), picture)
+            x = self.view.noisy(picture.detach(), self.noise(picture, generator), sigma)
+            real = self.view.guided(self.teacher, x, sigma, item.call, guidance=guidance)
+            fake = self.view.denoised(student, x, sigma, self.told(item, guidance))
+        return matching(picture, real, fake)
+
+    def fooling(
+        self, discriminator: nn.Module, picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The student's adversarial loss; no gradient reaches the discriminator."""
+        sigma, noise = self.disguise(picture, generator)
+        seen = self.seen(self.view.noisy(picture, noise, sigma), sigma, self.told(item, start.guidance))
+        frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        return GAMES[self.config.discriminator.loss].generator(functional_call(discriminator, frozen, (seen,)))
+
+    def telling(
+        self,
+        discriminator: Callable[..., torch.Tensor],
+        real: torch.Tensor,
+        fake: torch.Tensor,
+        item: Item,
+        start: Start,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """The discriminator's loss on real and fake latents under the same noise; no gradient reaches the student."""
+        sigma, noise = self.disguise(fake, generator)
+        with torch.no_grad():
+            call = self.told(item, start.guidance)
+            seen = [self.seen(self.view.noisy(one, noise, sigma), sigma, call) for one in (real, fake)]
+        logits = discriminator(torch.cat(seen))
+        return GAMES[self.config.discriminator.loss].discriminator(*logits.chunk(2))
+
+    def disguise(self, like: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels [B] out of the discriminator's times, and noise."""
+        times = self.config.discriminator.times
+        chosen = torch.randint(len(times), (len(like),), generator=generator, device=like.device)
+        return self.levels_at([times[index] for index in chosen.tolist()], like), self.noise(like, generator)
+
+    def levels_at(self, times: Sequence[float], z: torch.Tensor) -> torch.Tensor:
+        """The levels of times between 0 and 1000: [B] float64."""
+        tokens = self.tokens(z)
+        return torch.tensor([self.view.levels.at(time, tokens=tokens) for time in times], dtype=torch.float64)
+
+    def seen(self, x: torch.Tensor, sigma: torch.Tensor, call: Call) -> torch.Tensor:
+        """The teacher's features of x at `sigma`: [B, C, h, w]."""
+        found = self.features(sides=(x.shape[2], x.shape[3]), **self.view.arguments(x, sigma, call))
+        return found.float()

@@ -1,0 +1,135 @@
+"""What a distillation would take, measured: one batch of every stage is run, and nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vivace.distill.config import DistillConfig, Stage
+from vivace.distill.stages import mixture
+from vivace.distill.student import trainable
+from vivace.distill.trainer import make_accelerator, make_training
+from vivace.distill.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage as measured."""
+
+    batches: int
+    steps: int  # K
+    teacher_calls: float  # expected for a batch, each with both halves
+    seconds: float  # for a batch
+    rollout: float  # its share of that
+    pictures_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training takes on this machine."""
+
+    stages: tuple[StagePlan, ...]
+    memory: dict[str, int]  # bytes by what holds them
+    peak: int | None  # bytes allocated at most on the GPU; None on the CPU
+    device: str
+    processes: int
+
+    @property
+    def hours(self) -> float:
+        """Of all stages, without samples and checkpoints."""
+        return sum(stage.batches * stage.seconds for stage in self.stages) / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "hours": self.hours}
+
+
+def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> Plan:
+    """Measure a training: one warm-up batch of each stage, then `repeats` that count. Raises InputError as `train`."""
+    accelerator = make_accelerator(config, Path(config.output))
+    training = make_training(config, accelerator, pipe=pipe)
+    cuda = accelerator.device.type == "cuda"
+    stages = tuple(_measure(training, stage, repeats=repeats) for stage in config.stages)
+    return Plan(
+        stages=stages,
+        memory=memory(training),
+        peak=torch.cuda.max_memory_allocated() if cuda else None,
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        processes=accelerator.num_processes,
+    )
+
+
+def teacher_calls(config: DistillConfig, stage: Stage) -> float:
+    """How often the teacher is expected to be called in one batch's rollout."""
+    if config.method == "consistency":
+        return 1.0
+    odds = mixture(stage, kind=config.timesteps)
+    return float((odds * (stage.steps - torch.arange(stage.steps))).sum())
+
+
+def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
+    config = training.config
+    rollout = rest = 0.0
+    for number in range(repeats + 1):
+        parts = []
+        start_draw = _now(training)
+        generator, item = training.draw()
+        parts.append(_now(training) - start_draw)
+        start = training.objective.start(item, stage, generator)
+        seconds, target = _timed(training, lambda: training.target(item, start, stage))  # noqa: B023
+        calls = 1 if config.method == "consistency" else len(start.grid) - 1
+        parts.append(_timed(training, lambda: training.updates(item, start, target, stage, generator))[0])  # noqa: B023
+        training.forget()
+        if number:
+            rollout += seconds / calls / repeats
+            rest += sum(parts) / repeats
+    expected = teacher_calls(config, stage)
+    total = config.optimizer.accumulate * (expected * rollout + rest)
+    pictures = config.batch * config.optimizer.accumulate * training.accelerator.num_processes
+    return StagePlan(
+        batches=stage.batches,
+        steps=stage.steps,
+        teacher_calls=expected,
+        seconds=total,
+        rollout=config.optimizer.accumulate * expected * rollout / total,
+        pictures_per_second=pictures / total,
+    )
+
+
+def _timed(training: Training, work: Callable[[], Any]) -> tuple[float, Any]:
+    start = _now(training)
+    found = work()
+    return _now(training) - start, found
+
+
+def _now(training: Training) -> float:
+    if training.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(training: Training) -> dict[str, int]:
+    """Bytes of what stays in memory: the pipeline's weights, what is trained, and its optimizers."""
+    pipe = training.actors.pipe
+    parts = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module)}
+    found = {name: _bytes(part.parameters()) for name, part in parts.items()}
+    learnt = list(trainable(training.student).values())
+    own = _bytes(learnt)
+    if training.config.student.kind == "full":
+        own = _bytes(training.student.parameters())
+    found["student"] = own
+    found["its gradients and AdamW's moments"] = 3 * sum(4 * one.numel() for one in learnt)
+    if training.mean is not None:
+        found["running mean"] = sum(4 * one.numel() for one in learnt)
+    if training.discriminator is not None:
+        found["discriminator, with the same"] = 4 * _bytes(training.discriminator.parameters())
+    return found
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(one.numel() * one.element_size() for one in parameters)

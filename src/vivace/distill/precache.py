@@ -1,0 +1,48 @@
+"""Latents and prompt embeddings, computed once and kept on disk: training then runs neither VAE nor text encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vivace.distill.config import DistillConfig, Records
+from vivace.distill.data.cached import write_item
+from vivace.distill.trainer import make_accelerator, make_training
+from vivace.errors import InputError
+
+
+def write_cache(
+    config: DistillConfig,
+    folder: Path,
+    *,
+    batches: int,
+    pipe: Any = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> int:
+    """Write `batches` batches of the config's data to `folder`; returns how many lie there.
+
+    Every process writes its share. What is there already is kept, and written past. Raises InputError.
+    """
+    if config.data.kind == "cached":
+        raise InputError("data.kind is cached already; give the shards or the folder that it is to be made of")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(config, accelerate=None, records=Records(trackers=()))
+    accelerator = make_accelerator(config, folder)
+    training = make_training(config, accelerator, pipe=pipe)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for number in range(rank, batches, world):
+        path = folder / f"{number:08d}.safetensors"
+        # Drawn also where it is there, so that the others come out as they would have.
+        item = training.draw()[1]
+        training.done += 1
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            write_item(item, temporary)
+            os.replace(temporary, path)
+        if on_batch is not None:
+            on_batch(number + 1)
+    accelerator.wait_for_everyone()
+    return len(list(folder.glob("*.safetensors")))

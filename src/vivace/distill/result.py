@@ -1,0 +1,59 @@
+"""What a distillation leaves: a LoRA that stock diffusers and ComfyUI read, or a denoiser; and its scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vivace.distill.config import DistillConfig
+from vivace.distill.student import lora_weights
+from vivace.few_step import ENDS, FACTS, WEIGHTS, key
+from vivace.few_step_flow import save_scheduler
+
+
+def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: Path, *, slot: str) -> Path:
+    """Write the student, the few-step scheduler's configuration and vivace.json into `folder`, replacing it as a whole.
+
+    A LoRA's keys are those that stock `load_lora_weights` and ComfyUI both read.
+    """
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if config.student.kind == "lora":
+        save_file(named(lora_weights(student), slot=slot), temporary / WEIGHTS, metadata={"format": "pt"})
+    else:
+        denoiser: Any = student
+        denoiser.save_pretrained(temporary / slot)
+    save_scheduler(pipe.scheduler, temporary / "scheduler")
+    facts = {"steps": config.records.steps[0], "guidance": sampled_guidance(pipe, config)}
+    (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def named(weights: Mapping[str, torch.Tensor], *, slot: str) -> dict[str, torch.Tensor]:
+    """A LoRA's weights in float16 under the names of its file; alpha, where the format has one, is the rank."""
+    found = {}
+    for name, tensor in weights.items():
+        module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        layer = key(module, slot=slot)
+        found[layer + ENDS[slot][side == "B"]] = tensor.to(torch.float16)
+        if slot == "unet":
+            found[f"{layer}.alpha"] = torch.tensor(float(tensor.shape[side == "B"]))
+    return found
+
+
+def sampled_guidance(pipe: Any, config: DistillConfig) -> float:
+    """The guidance to call the pipeline with: 1, or where the model embeds it what the student was told."""
+    if not getattr(pipe.components.get("transformer"), "config", {}).get("guidance_embeds"):
+        return 1.0
+    return config.guidance if config.guidance is not None else sum(config.stages[-1].guidance) / 2

@@ -1,0 +1,248 @@
+"""`train`: the loop around the batches, with its checkpoints, logs, grids and ways to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from vivace.distill import checkpoint
+from vivace.distill.actors import make_actors
+from vivace.distill.config import DistillConfig
+from vivace.distill.data import supply_of
+from vivace.distill.grid import draw_grid
+from vivace.distill.result import write_result
+from vivace.distill.teacher import load_teacher
+from vivace.distill.training import Training
+from vivace.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What may change between a run and its resumption, because no weight depends on it.
+FREE = frozenset({"output", "records"})
+FREE_DATA = frozenset({"workers", "cache"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a training stands after a batch."""
+
+    done: int
+    batches: int
+    stage: int
+    losses: Mapping[str, float]
+    seconds: float  # of this batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training did."""
+
+    done: int
+    stopped: bool  # by a signal, before its end
+    folder: Path | None  # the result; None where it was stopped
+    checkpoint: Path
+    losses: Mapping[str, float]
+    skipped: Mapping[str, int]  # samples left out, by reason
+
+
+def train(
+    config: DistillConfig,
+    *,
+    pipe: Any = None,
+    resume: bool = True,
+    on_batch: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Distil as `config` says; the result lies in `output`/result.
+
+    `pipe` is a teacher pipeline at hand, in place of loading `config.teacher`. With `resume` it goes on from the newest
+    whole checkpoint in `output`. SIGTERM and SIGINT end it after the batch that runs, with a checkpoint. Raises
+    InputError for what cannot be done, and for a loss that is not finite: the last good checkpoint then stays.
+    """
+    output = Path(config.output).expanduser()
+    accelerator = make_accelerator(config, output)
+    found = checkpoint.latest(output) if resume else None
+    if found is None and checkpoint.checkpoints(output):
+        raise InputError(f"{output} holds checkpoints of another run; resume it, or give another output")
+    training = make_training(config, accelerator, pipe=pipe)
+    if found is not None:
+        _resume(training, found)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(output)
+    accelerator.init_trackers("logs")
+    try:
+        with _signals() as stop:
+            return _loop(training, output, stop=stop, on_batch=on_batch)
+    finally:
+        accelerator.end_training()
+
+
+def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
+    """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
+    # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
+    options: dict[str, Any] = {"mixed_precision": "no"}
+    if config.parallel == "fsdp":
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    try:
+        return Accelerator(log_with=list(config.records.trackers) or None, project_dir=output, **options)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"trackers {list(config.records.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
+        ) from error
+
+
+def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any = None) -> Training:
+    """A training at its beginning. Raises InputError for what `config` asks and the teacher cannot do."""
+    pipe = load_teacher(config, device=accelerator.device) if pipe is None else pipe.to(accelerator.device)
+    actors = make_actors(config, pipe)
+    supply = supply_of(
+        config,
+        multiple=actors.family.multiple,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=str(accelerator.device),
+    )
+    return Training(actors, supply, accelerator)
+
+
+def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
+    config, accelerator = training.config, training.accelerator
+    losses: Mapping[str, float] = {}
+    saved = output / f"{checkpoint.PREFIX}{training.done:08d}"
+    while training.done < config.batches and not _stopping(training, stop):
+        stage, start = training.stage, time.perf_counter()
+        losses = training.batch()
+        _check_finite(losses, training.done, output)
+        seconds = time.perf_counter() - start
+        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
+        if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
+            _draw(training, output / "samples" / f"{training.done:08d}.png")
+        if training.done % config.records.save_every == 0 or training.done == config.batches:
+            saved = _save(training, output)
+        if on_batch is not None:
+            number = config.stages.index(stage)
+            on_batch(Progress(done=training.done, batches=config.batches, stage=number, losses=losses, seconds=seconds))
+    stopped = training.done < config.batches
+    if stopped:
+        saved = _save(training, output)
+    folder = None if stopped else _finish(training, output)
+    skipped = getattr(training.supply, "skipped", {})
+    return Result(
+        done=training.done, stopped=stopped, folder=folder, checkpoint=saved, losses=losses, skipped=dict(skipped)
+    )
+
+
+def _check_finite(losses: Mapping[str, float], done: int, output: Path) -> None:
+    wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+    if wrong:
+        good = checkpoint.latest(output)
+        left = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+        raise InputError(
+            f"the {wrong[0]} loss of batch {done + 1} is {losses[wrong[0]]}; {left}; lower lr or its weight"
+        )
+
+
+def _stopping(training: Training, stop: list[int]) -> bool:
+    """Whether any process was told to stop: all have to end after the same batch."""
+    if training.accelerator.num_processes == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=training.accelerator.device)
+    told: Any = training.accelerator.reduce(flag, reduction="sum")
+    return bool(told.item())
+
+
+def _save(training: Training, output: Path) -> Path:
+    """A checkpoint, written by the first process."""
+    accelerator = training.accelerator
+    tensors = training.tensors()
+    data = gather_object([training.supply.state()])
+    target = output / f"{checkpoint.PREFIX}{training.done:08d}"
+    if accelerator.is_main_process:
+        state = {
+            "done": training.done,
+            "stage": training.config.stages.index(training.stage),
+            "processes": accelerator.num_processes,
+            "data": data,
+            "config": training.config.to_dict(),
+        }
+        checkpoint.save(output, training.done, tensors=tensors, state=state, keep=training.config.records.keep)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def _resume(training: Training, path: Path) -> None:
+    tensors, state = checkpoint.load(path)
+    changed = differences(state["config"], training.config.to_dict())
+    if changed:
+        raise InputError(f"{path} was made with another config: {'; '.join(changed)}; put it back, or another output")
+    count = training.accelerator.num_processes
+    if state["processes"] != count:
+        raise InputError(f"{path} was made by {state['processes']} processes, and this is {count}; start as many")
+    training.load(tensors, done=state["done"])
+    training.supply.load(state["data"][training.accelerator.process_index])
+    logger.info("resumed from %s", path)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str = "") -> list[str]:
+    """What of two configs differs, as `key: before -> now`, less what may change."""
+    free = {"": FREE, "data.": FREE_DATA}.get(where, frozenset())
+    found = []
+    for name in sorted({*before, *now} - free):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, where=f"{where}{name}.")
+        elif one != other:
+            found.append(f"{where}{name}: {one} -> {other}")
+    return found
+
+
+def _draw(training: Training, path: Path) -> None:
+    actors = training.actors
+    # Weights that are sharded are gathered for a forward; every process takes part.
+    with training.mean.inside(training.plain) if training.mean else nullcontext():
+        if training.accelerator.is_main_process:
+            draw_grid(actors.pipe, training.plain, training.config, path, slot=actors.family.denoisers[0])
+
+
+def _finish(training: Training, output: Path) -> Path:
+    actors = training.actors
+    with training.mean.inside(training.plain) if training.mean else nullcontext():
+        if training.accelerator.is_main_process:
+            slot = actors.family.denoisers[0]
+            write_result(training.plain, actors.pipe, training.config, output / "result", slot=slot)
+    training.accelerator.wait_for_everyone()
+    return output / "result"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that fills when SIGTERM or SIGINT comes; outside the main thread nothing can be caught."""
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+
+    before = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:
+        logger.warning("signals are not caught outside the main thread; stop by ending the process")
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

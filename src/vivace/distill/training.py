@@ -1,0 +1,216 @@
+"""The state of a training and one batch of it; `trainer.py` has the loop around it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vivace.distill.actors import Actors
+from vivace.distill.config import Stage
+from vivace.distill.data import Supply
+from vivace.distill.discriminator import clamp
+from vivace.distill.losses import GAMES
+from vivace.distill.objective import Item, Start
+from vivace.distill.stages import stage_at
+from vivace.distill.student import Mean, trainable
+from vivace.distill.weights import load_moments, load_weights, moments_of, weights_of, whole
+
+LOSSES = ("distillation", "matching", "adversarial", "discriminator")
+
+
+class Training:
+    """Student, discriminator and their optimizers, the running mean, the data, and how many batches are done."""
+
+    def __init__(self, actors: Actors, supply: Supply, accelerator: Accelerator) -> None:
+        config = actors.config
+        self.actors, self.supply, self.accelerator, self.config = actors, supply, accelerator, config
+        self.objective = actors.objective
+        self.done = 0
+        self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
+        student = actors.student.to(accelerator.device)
+        options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.optimizer.weight_decay}
+        optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
+        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
+        self.discriminator: Any = None
+        self.judge: Any = None
+        if actors.discriminator is not None:
+            judge = torch.optim.AdamW(actors.discriminator.parameters(), lr=config.discriminator.lr, **options)
+            self.discriminator, self.judge = accelerator.prepare(actors.discriminator, judge)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The student without what several processes wrap it in: for calls without a gradient."""
+        return self.accelerator.unwrap_model(self.student)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next batch."""
+        return self.config.stages[stage_at(self.config.stages, self.done)]
+
+    def cast(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's call in the precision of the forward passes; its own weights are float32."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return module(*args, **kwargs)
+
+        return call
+
+    def batch(self) -> dict[str, float]:
+        """One optimizer step of the student, and of the discriminator where the stage has one; the mean losses.
+
+        Everything random comes from a generator that this batch seeds from (seed, process, batch), so no generator's
+        state has to be kept. Weights are left as they were where a loss is not finite.
+        """
+        stage = self.stage
+        sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
+        self._warm_up()
+        for part in range(self.config.optimizer.accumulate):
+            generator, item = self.draw(part)
+            # Only the last part's gradients have to meet those of other processes.
+            last = part + 1 == self.config.optimizer.accumulate
+            for name, loss in self.losses(item, stage, generator, last=last).items():
+                sums[name] += loss / self.config.optimizer.accumulate
+        losses = self._reduced(sums)
+        if all(map(math.isfinite, losses.values())):
+            self._step(stage)
+        self.forget()
+        return losses
+
+    def draw(self, part: int = 0) -> tuple[torch.Generator, Item]:
+        """The generator and the item of part `part` of the next batch."""
+        device = self.accelerator.device
+        seed = random.Random(f"{self.config.seed}/{self.accelerator.process_index}/{self.done}/{part}").getrandbits(63)
+        # Also torch's own generator, for whatever a pipeline or a conditioner draws from it.
+        torch.manual_seed(seed)
+        found = next(self.supply)
+        item = found if isinstance(found, Item) else self.actors.prepare(found, seed=seed)
+        return torch.Generator(device).manual_seed(seed), item
+
+    def losses(self, item: Item, stage: Stage, generator: torch.Generator, *, last: bool) -> dict[str, float]:
+        """Both updates' losses on one item, with their gradients added up; one rollout serves both."""
+        start = self.objective.start(item, stage, generator)
+        target = self.target(item, start, stage)
+        return self.updates(item, start, target, stage, generator, last=last)
+
+    def target(self, item: Item, start: Start, stage: Stage) -> torch.Tensor:
+        """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher."""
+        adversary_asks = stage.adversarial > 0 and self.config.discriminator.real == "teacher"
+        if stage.distillation > 0 or adversary_asks:
+            return self.objective.target(item, start, self.cast(self.plain))
+        return item.z
+
+    def updates(
+        self,
+        item: Item,
+        start: Start,
+        target: torch.Tensor,
+        stage: Stage,
+        generator: torch.Generator,
+        *,
+        last: bool = True,
+    ) -> dict[str, float]:
+        """The student's losses and then the discriminator's, with their gradients."""
+        objective = self.objective
+        parts: dict[str, tuple[float, torch.Tensor]] = {}
+        student, plain = self.cast(self.student), self.cast(self.plain)
+        with self._synchronised(self.student, last):
+            picture = objective.predict(student, start, item)
+            if stage.distillation:
+                parts["distillation"] = (stage.distillation, objective.distance(picture, target, item, start))
+            if stage.matching:
+                parts["matching"] = (stage.matching, objective.matching(picture, item, stage, plain, generator))
+            if stage.adversarial and self.discriminator is not None:
+                judge = self.accelerator.unwrap_model(self.discriminator)
+                parts["adversarial"] = (stage.adversarial, objective.fooling(judge, picture, item, start, generator))
+            self._backward(torch.stack([weight * loss for weight, loss in parts.values()]).sum())
+        found = {name: float(loss.detach()) for name, (_, loss) in parts.items()}
+        if stage.adversarial:
+            real = target if self.config.discriminator.real == "teacher" else item.z
+            found["discriminator"] = self._judge(real, picture.detach(), item, start, generator, last=last)
+        return found
+
+    def _judge(
+        self,
+        real: torch.Tensor,
+        fake: torch.Tensor,
+        item: Item,
+        start: Start,
+        generator: torch.Generator,
+        *,
+        last: bool,
+    ) -> float:
+        with self._synchronised(self.discriminator, last):
+            loss = self.objective.telling(self.discriminator, real, fake, item, start, generator)
+            self._backward(loss)
+        return float(loss.detach())
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss / self.config.optimizer.accumulate)
+
+    def _synchronised(self, module: Any, last: bool) -> Any:
+        return nullcontext() if last else self.accelerator.no_sync(module)
+
+    def _step(self, stage: Stage) -> None:
+        if self.config.optimizer.clip is not None:
+            self.accelerator.clip_grad_norm_(trainable(self.student).values(), self.config.optimizer.clip)
+        self.optimizer.step()
+        if stage.adversarial > 0 and self.judge is not None:
+            self.judge.step()
+            largest = GAMES[self.config.discriminator.loss].clip
+            if largest is not None:
+                clamp(self.discriminator, largest)
+        if self.mean is not None:
+            self.mean.update(self.plain, batch=self.done)
+        self.done += 1
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for optimizer in (self.optimizer, self.judge):
+            if optimizer is not None:
+                optimizer.zero_grad()
+
+    def _warm_up(self) -> None:
+        share = min(1.0, (self.done + 1) / self.config.optimizer.warmup) if self.config.optimizer.warmup else 1.0
+        for optimizer, lr in ((self.optimizer, self.config.optimizer.lr), (self.judge, self.config.discriminator.lr)):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = share * lr
+
+    def _reduced(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The mean over processes; what is not finite in one is not finite in all."""
+        vector = torch.tensor([sums[name] for name in LOSSES], device=self.accelerator.device)
+        mean: Any = self.accelerator.reduce(vector, reduction="mean")
+        return dict(zip(LOSSES, mean.tolist(), strict=True))
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything learnt, for a checkpoint. Every process has to call it."""
+        found = {}
+        for name, (module, optimizer) in self._learners().items():
+            found[name] = weights_of(module)
+            found[f"{name}-moments"] = moments_of(module, optimizer)
+        if self.mean is not None:
+            found["mean"] = {name: whole(tensor) for name, tensor in self.mean.weights.items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], *, done: int) -> None:
+        """Go on from a checkpoint's tensors, after `done` batches."""
+        for name, (module, optimizer) in self._learners().items():
+            load_weights(module, tensors[name])
+            load_moments(module, optimizer, tensors[f"{name}-moments"])
+        if self.mean is not None:
+            self.mean.load(tensors["mean"])
+        self.done = done
+
+    def _learners(self) -> dict[str, tuple[nn.Module, Any]]:
+        learners = {"student": (self.plain, self.optimizer)}
+        if self.discriminator is not None:
+            learners["discriminator"] = (self.accelerator.unwrap_model(self.discriminator), self.judge)
+        return learners

@@ -1,0 +1,73 @@
+"""Trained weights and AdamW's moments as plain tensors by name, whole also where FSDP2 holds shards of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vivace.distill.student import trainable
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained weights. Every process has to call it."""
+    return {name: whole(parameter) for name, parameter in trainable(module).items()}
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put `weights_of` back. KeyError where a name is missing."""
+    for name, parameter in trainable(module).items():
+        parameter.copy_(like(weights[name], parameter))
+
+
+def moments_of(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """AdamW's state, as `name/moment`; empty before its first step. Every process has to call it."""
+    states = _states(optimizer)
+    found = {}
+    for name, parameter in trainable(module).items():
+        for moment, value in states.get(parameter, {}).items():
+            found[f"{name}/{moment}"] = whole(value)
+    return found
+
+
+def load_moments(module: nn.Module, optimizer: Any, moments: Mapping[str, torch.Tensor]) -> None:
+    """Put `moments_of` back."""
+    states = _states(optimizer)
+    states.clear()
+    for name, parameter in trainable(module).items():
+        if f"{name}/step" not in moments:
+            continue
+        own = {moment: moments[f"{name}/{moment}"] for moment in MOMENTS}
+        # The count stays on the CPU, where AdamW puts it.
+        states[parameter] = {
+            moment: value.clone() if moment == "step" else like(value, parameter).clone()
+            for moment, value in own.items()
+        }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, of which this process may hold a shard."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return (tensor if gather is None else gather()).detach()
+
+
+def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value` on the parameter's device, and sharded as the parameter is."""
+    value = value.to(parameter.device)
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = parameter
+    return distribute_tensor(value, mesh, placed.placements)
+
+
+def _states(optimizer: Any) -> Any:
+    """The optimizer's own state, by parameter, under whatever accelerate wraps it in."""
+    return getattr(optimizer, "optimizer", optimizer).state

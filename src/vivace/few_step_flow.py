@@ -1,0 +1,64 @@
+"""The schedulers that few-step students are sampled with."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+
+class FewStepFlow(FlowMatchEulerDiscreteScheduler):
+    """Stochastic Euler for flow models, on the few-step grid and reproducible.
+
+    Each step goes to the predicted picture and back up: x' = (1 - sigma') x0 + sigma' n. Two things differ from stock
+    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), whose configuration this one has. The steps are 1, 3/4,
+    1/2, 1/4 of the path (shifted as the configuration says) and not 1, 2/3, 1/3, 0.001. And n follows from the noise
+    that the sample began with, once for every picture: SD3's and FLUX's pipelines hand their generator to no scheduler,
+    so that a seed would not name a picture, nor a picture be the same in another batch.
+    """
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
+        """As stock; without `sigmas` or `timesteps` the few-step grid."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if num_inference_steps is not None and not {"sigmas", "timesteps"} & given.keys():
+            given["sigmas"] = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        self._generators: list[torch.Generator] | None = None
+        super().set_timesteps(num_inference_steps, device=device, **given)
+
+    def step(
+        self, model_output: Any, timestep: Any, sample: Any, *args: Any, generator: Any = None, **kwargs: Any
+    ) -> Any:
+        """As stock, with the sample's own noise where no generator is given."""
+        if generator is None:
+            if self._generators is None:
+                self._generators = [_generator_of(one) for one in sample]
+            generator = self._generators
+        return super().step(model_output, timestep, sample, *args, generator=generator, **kwargs)
+
+
+def _generator_of(noise: torch.Tensor) -> torch.Generator:
+    """A generator that the first values of `noise` seed."""
+    values = noise.flatten()[:256].to("cpu", torch.float32).numpy()
+    seed = int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:7], "little")
+    return torch.Generator().manual_seed(seed)
+
+
+def few_step_scheduler(scheduler: Any) -> Any:
+    """The few-step scheduler for the noise schedule of `scheduler`: LCM's, or `FewStepFlow` for a flow model."""
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("FlowMatch") or isinstance(scheduler, FewStepFlow):
+        return FewStepFlow.from_config(config, stochastic_sampling=True)
+    # With every training step as an original step, N steps begin at the same times that a K-step teacher's modes have.
+    own = {"original_inference_steps": config["num_train_timesteps"], "clip_sample": False, "thresholding": False}
+    return LCMScheduler.from_config(config, **own)
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """Write the few-step scheduler for `scheduler` as a stock class's configuration."""
+    made: Any = few_step_scheduler(scheduler)
+    if isinstance(made, FewStepFlow):
+        made = FlowMatchEulerDiscreteScheduler.from_config(made.config, stochastic_sampling=True)
+    made.save_config(folder)

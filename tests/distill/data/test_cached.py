@@ -1,0 +1,66 @@
+"""Items on disk: what comes back is what was written, and training on them is training."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vivace.distill import Data, Records, train
+from vivace.distill.data.cached import Cached, read_item, write_item
+from vivace.distill.precache import write_cache
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+
+
+def flat(value, name=""):
+    """Every leaf of nested values, by path."""
+    if isinstance(value, dict):
+        return {key: leaf for part, one in value.items() for key, leaf in flat(one, f"{name}.{part}").items()}
+    if isinstance(value, list | tuple):
+        return {key: leaf for part, one in enumerate(value) for key, leaf in flat(one, f"{name}.{part}").items()}
+    return {name: value}
+
+
+def test_an_item_comes_back(actors, batch, tmp_path):
+    item = actors.prepare(batch)
+    write_item(item, tmp_path / "item")
+    found = read_item(tmp_path / "item")
+    before, after = (flat({"z": one.z, **vars(one.call)}) for one in (item, found))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, after[name]), name
+            assert value.dtype == after[name].dtype
+        else:
+            assert value == after[name], name
+
+
+def test_what_is_no_item_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match="not a batch that `vivace distill --precache` wrote"):
+        read_item(tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="holds no batch for process 0"):
+        Cached(str(tmp_path / "none"), seed=0)
+
+
+def test_a_training_on_a_cache(config, tmp_path):
+    own = config(tmp_path / "run", records=Records(trackers=(), sample_every=0))
+    told = []
+    count = write_cache(own, tmp_path / "cache", batches=3, pipe=FAMILIES["sd3"].tiny(), on_batch=told.append)
+    assert (count, told) == (3, [1, 2, 3])
+    cached = dataclasses.replace(own, data=Data(kind="cached", path=str(tmp_path / "cache")))
+    result = train(cached, pipe=FAMILIES["sd3"].tiny())
+    assert result.done == 10
+    assert result.losses["distillation"] > 0
+
+
+def test_epochs_have_every_file_once_and_resume(config, actors_of, batch, tmp_path):
+    item = actors_of("sd3").prepare(batch)
+    for number in range(4):
+        write_item(dataclasses.replace(item, z=item.z * 0 + number), tmp_path / f"{number}.safetensors")
+    cached = Cached(str(tmp_path), seed=3)
+    drawn = [int(next(cached).z.flatten()[0]) for _ in range(8)]
+    assert sorted(drawn[:4]) == sorted(drawn[4:]) == [0, 1, 2, 3]
+    again = Cached(str(tmp_path), seed=3)
+    again.load({"epoch": 0, "position": 3})
+    assert [int(next(again).z.flatten()[0]) for _ in range(5)] == drawn[3:]

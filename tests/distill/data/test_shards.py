@@ -1,0 +1,86 @@
+"""Shard patterns, shards by URL, and files that are no shards."""
+
+import http.server
+import io
+import tarfile
+import threading
+from functools import partial
+
+import pytest
+
+from vivace.distill.data.shards import Shards, expand
+from vivace.errors import InputError
+
+
+def write(path, names):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = 3
+            tar.addfile(entry, io.BytesIO(b"abc"))
+    return path
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder served over HTTP: the folder and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+def test_ranges():
+    assert expand("https://x/{008..011}.tar") == [f"https://x/{n}.tar" for n in ("008", "009", "010", "011")]
+    assert len(expand("https://x/{0..1}/{00..09}.tar")) == 20
+    with pytest.raises(InputError, match=r"\{9\.\.3\} in data\.path is empty"):
+        expand("a-{9..3}.tar")
+
+
+def test_a_folder_of_shards(tmp_path):
+    for name in ("b.tar", "a.tar", "c.txt"):
+        write(tmp_path / name, ["x.txt"])
+    assert expand(str(tmp_path)) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"holds no \.tar files"):
+        expand(str(tmp_path / "none"))
+
+
+def test_members_are_grouped_up_to_the_first_dot(tmp_path):
+    path = write(tmp_path / "a.tar", ["d/x.jpg", "d/x.seg.png", "y.JPG", "no_extension"])
+    source = Shards(str(path), cache=tmp_path)
+    assert [place.name for place in source.places(str(path))] == ["d/x", "y"]
+    first, second = source.places(str(path))
+    assert source.read(first) == {"jpg": b"abc", "seg.png": b"abc"}
+    assert source.read(second) == {"jpg": b"abc"}
+
+
+def test_shards_by_url_are_fetched_once(server, tmp_path):
+    folder, address = server
+    write(folder / "0.tar", ["x.txt"])
+    source = Shards(f"{address}/{{0..1}}.tar", cache=tmp_path / "cache")
+    (place,) = source.places(f"{address}/0.tar")
+    (folder / "0.tar").unlink()
+    assert source.read(place) == {"txt": b"abc"}
+    with pytest.raises(InputError, match="cannot be fetched"):
+        source.places(f"{address}/1.tar")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_missing_and_other_files(tmp_path):
+    write(tmp_path / "0.tar", ["x.txt"])
+    with pytest.raises(InputError, match=r"no shard .*1\.tar \(1 of 2 are missing\)"):
+        Shards(str(tmp_path / "{0..1}.tar"), cache=tmp_path)
+    (tmp_path / "text.tar").write_text("not a tar file")
+    with pytest.raises(InputError, match="not an uncompressed tar"):
+        Shards(str(tmp_path / "text.tar"), cache=tmp_path).places(str(tmp_path / "text.tar"))
+
+
+def test_a_shard_that_is_cut_gives_what_it_has(tmp_path):
+    path = write(tmp_path / "a.tar", ["x.txt", "y.txt", "z.txt"])
+    path.write_bytes(path.read_bytes()[: 3 * 512])  # x, and y's header
+    source = Shards(str(path), cache=tmp_path)
+    assert source.read(source.places(str(path))[0]) == {"txt": b"abc"}

@@ -1,0 +1,51 @@
+"""Values that cannot be are refused before any model is read."""
+
+import pytest
+
+from vivace.distill import Data, DistillConfig, Stage
+from vivace.errors import InputError
+
+GOOD = {"output": "out", "stages": (Stage(batches=1),), "data": Data(kind="builtin")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"steps": 30}, r"stages\[0\]\.steps is 30, which does not divide into 4 modes; the nearest that does is 32"),
+        ({"steps": 2}, "the nearest that does is 4"),
+        ({"batches": 0}, "both have to be 1 or more"),
+        ({"guidance": (7.0, 3.0)}, r"guidance is \[7\.0, 3\.0\]; it takes \[least, most\]"),
+        ({"modes": (0.0, 0.0)}, "not all 0"),
+        ({"modes": (0.5, -0.5)}, "weights of 0 or more"),
+        ({"matching": -1.0}, "negative weight"),
+        ({"distillation": 0.0}, "weighs nothing"),
+    ],
+)
+def test_stages(stage, said):
+    with pytest.raises(InputError, match=said):
+        DistillConfig(**{**GOOD, "stages": (Stage(**{"batches": 1, **stage}),)})
+
+
+def test_steps_need_not_divide_where_modes_are_not_used():
+    DistillConfig(**{**GOOD, "stages": (Stage(batches=1, steps=30),)}, timesteps="uniform")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stages": ()}, "stages is empty"),
+        ({"accelerate": "exakt"}, "unknown preset 'exakt'; the nearest is 'exact'"),
+        ({"batch": 0}, "batch is 0; it has to be 1 or more"),
+        ({"size": (0, 64)}, "size is"),
+        ({"distance": "lpips"}, "lpips_weights go together"),
+        ({"data": Data(kind="shards")}, r"data\.path is missing"),
+        ({"data": Data(kind="builtin", ratios=())}, r"data\.ratios"),
+    ],
+)
+def test_fields(fields, said):
+    with pytest.raises(InputError, match=said):
+        DistillConfig(**{**GOOD, **fields})
+
+
+def test_batches_are_those_of_all_stages():
+    assert DistillConfig(**{**GOOD, "stages": (Stage(batches=3), Stage(batches=4))}).batches == 7

@@ -1,0 +1,202 @@
+"""Training as a whole: resumption to the bit, stops, and what is refused."""
+
+import dataclasses
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vivace.distill import Optimizer, Records, Stage, Student, checkpoint, train
+from vivace.distill.trainer import differences
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+
+QUIET = {"trackers": (), "sample_every": 0}
+
+
+def teacher():
+    return FAMILIES["sd3"].tiny()
+
+
+def weights(folder, number, name="student"):
+    return load_file(folder / f"step-{number:08d}" / f"{name}.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def ten(config, tmp_path_factory):
+    """Ten batches in one go, with a checkpoint at five: the config and the folder."""
+    folder = tmp_path_factory.mktemp("ten")
+    records = Records(save_every=5, **QUIET)
+    student = Student(rank=4, ema=0.9)
+    chosen = config(folder, records=records, student=student, optimizer=Optimizer(lr=1e-3, accumulate=2, warmup=3))
+    train(chosen, pipe=teacher())
+    return chosen, folder
+
+
+def test_ten_batches_equal_five_and_five(ten, tmp_path):
+    chosen, folder = ten
+    half = dataclasses.replace(chosen, output=str(tmp_path))
+    stop_at = 5
+
+    def stop(progress):
+        if progress.done == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = train(half, pipe=teacher(), on_batch=stop)
+    assert first.stopped
+    assert (first.done, first.folder) == (5, None)
+    assert first.checkpoint.is_dir()
+    second = train(half, pipe=teacher())
+    assert (second.done, second.stopped) == (10, False)
+    for name in ("student", "student-moments", "discriminator", "discriminator-moments", "mean"):
+        assert same(weights(folder, 10, name), weights(tmp_path, 10, name)), name
+    assert not same(weights(folder, 5), weights(folder, 10))
+
+
+def test_twenty_kills_while_saving_change_nothing(tmp_path):
+    """A training that was killed with SIGKILL in the middle of its saves ends as one that never was."""
+    script = Path(__file__).parent / "kill_while_saving.py"
+    killed = subprocess.run([sys.executable, script, tmp_path / "killed"], capture_output=True, text=True, check=True)
+    assert int(killed.stdout) > 5  # how often a save was under way
+    plan = runpy.run_path(str(script))
+    train(plan["config"](tmp_path / "whole"), pipe=teacher())
+    for name in ("student", "student-moments", "mean"):
+        assert same(weights(tmp_path / "killed", 40, name), weights(tmp_path / "whole", 40, name)), name
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["result", "step-00000039", "step-00000040"]
+
+
+def test_the_state_says_where_it_stands(ten):
+    chosen, folder = ten
+    _, state = checkpoint.load(folder / "step-00000005")
+    assert (state["done"], state["stage"], state["processes"]) == (5, 1, 1)
+    assert state["data"] == [{"number": 10}]  # two parts a batch
+    assert state["config"] == chosen.to_dict()
+
+
+def test_training_learns(config, tmp_path):
+    stages = (Stage(batches=25, steps=4, guidance=(3.0, 3.0), modes=(0, 0, 0, 1.0)),)
+    losses = []
+    chosen = config(tmp_path, stages=stages, optimizer=Optimizer(lr=5e-3), records=Records(save_every=100, **QUIET))
+    train(chosen, pipe=teacher(), on_batch=lambda progress: losses.append(progress.losses["distillation"]))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_another_config_is_refused_with_what_differs(ten):
+    chosen, folder = ten
+    other = dataclasses.replace(chosen, optimizer=dataclasses.replace(chosen.optimizer, lr=1e-4), batch=3)
+    with pytest.raises(InputError, match=r"batch: 2 -> 3; optimizer\.lr: 0\.001 -> 0\.0001"):
+        train(other, pipe=teacher())
+    assert checkpoint.latest(folder) == folder / "step-00000010"
+
+
+def test_what_no_weight_depends_on_may_differ(config):
+    one = config("a", records=Records(save_every=5, **QUIET))
+    other = config("b", records=Records(save_every=7, keep=9, **QUIET))
+    assert differences(one.to_dict(), other.to_dict()) == []
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_path, monkeypatch):
+    from vivace.distill import losses
+
+    count = []
+
+    def sometimes(a, b):
+        count.append(1)
+        return (a - b).square().mean() * (float("nan") if len(count) == 4 else 1.0)
+
+    monkeypatch.setitem(losses.DISTANCES, "l2", sometimes)
+    chosen = config(tmp_path, records=Records(save_every=2, **QUIET))
+    with pytest.raises(
+        InputError, match=r"distillation loss of batch 4 is nan; the last good checkpoint is .*00000002"
+    ):
+        train(chosen, pipe=teacher())
+    assert all(value.isfinite().all() for value in weights(tmp_path, 2).values())
+
+
+def test_a_result_and_a_log_are_written(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0)),)
+    records = Records(prompts=("a red ring", "a blue star"), sample_every=1, steps=(2, 1))
+    result = train(config(tmp_path, stages=stages, records=records), pipe=teacher())
+    assert result.folder is not None
+    assert (result.folder / "pytorch_lora_weights.safetensors").is_file()
+    assert list((tmp_path / "logs").glob("events*"))
+    from PIL import Image
+
+    with Image.open(tmp_path / "samples" / "00000002.png") as grid:
+        assert grid.size == (2 * 64, 2 * 64)
+
+
+def test_a_finished_training_does_nothing_more(ten):
+    chosen, folder = ten
+    before = weights(folder, 10)
+    result = train(chosen, pipe=teacher())
+    assert (result.done, result.stopped) == (10, False)
+    assert same(before, weights(folder, 10))
+
+
+def test_resume_off_does_not_overwrite(ten):
+    with pytest.raises(InputError, match="holds checkpoints of another run"):
+        train(ten[0], pipe=teacher(), resume=False)
+
+
+def test_a_teacher_without_the_guidance_asked(config, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    from vivace.families import flux
+
+    pipe = FAMILIES["flux"].tiny()
+    pipe.register_modules(transformer=FluxTransformer2DModel(**{**flux.TINY, "guidance_embeds": False}))
+    with pytest.raises(InputError, match=r"teacher has no guidance, and stages ask for \[2\.0, 4\.0\]"):
+        train(config(tmp_path), pipe=pipe)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_bfloat16_keeps_the_learnt_weights_in_float32(config, tmp_path, kind):
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),)
+    records = Records(trackers=(), sample_every=2, prompts=("a red ring",), steps=(2,))
+    chosen = config(tmp_path, stages=stages, precision="bfloat16", student=Student(kind=kind, rank=4), records=records)
+    before = teacher().to(torch.bfloat16)
+    result = train(chosen, pipe=before)
+    assert result.done == 2
+    learnt = weights(tmp_path, 2)
+    assert {value.dtype for value in learnt.values()} == {torch.float32}
+    assert (tmp_path / "samples" / "00000002.png").is_file()
+    assert next(before.transformer.parameters()).dtype == torch.bfloat16
+
+
+def test_an_accelerated_teacher_teaches_the_same(config, tmp_path):
+    """The fast lane's rollout, through the fused blocks of this family, moves the student as the stock one does."""
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0)),)
+    results = []
+    for name, preset in (("stock", None), ("fast", "exact")):
+        pipe = teacher()
+        train(config(tmp_path / name, stages=stages, accelerate=preset), pipe=pipe)
+        results.append(weights(tmp_path / name, 2))
+        assert (type(pipe.transformer).__dict__.get("vivace_acceleration") is not None) == (preset is not None)
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-5) for name in results[0])
+
+
+def test_every_backbone_trains_to_a_result(config, tmp_path, backbone):
+    pipe, conditioners = backbone
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),)
+    chosen = config(tmp_path, stages=stages, conditioners=conditioners, student=Student(rank=4, ema=0.9))
+    result = train(chosen, pipe=pipe)
+    assert result.folder is not None
+    assert {file.name for file in result.folder.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "scheduler",
+        "vivace.json",
+    }
+    assert all(result.losses[name] != 0 for name in ("distillation", "adversarial", "discriminator"))
