@@ -286,4 +286,5 @@ QWEN_IMAGE = Family(
     inputs=inputs,
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
+    listed=frozenset({"img_shapes"}),
 )
