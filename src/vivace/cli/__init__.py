@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from vivace.cli import doctor, eval, families, generate, info
+from vivace.cli import doctor, eval, families, generate, info, serve
 from vivace.errors import InputError
 
-VERBS = (generate.generate, info.info, eval.eval, families.families, doctor.doctor)
+VERBS = (generate.generate, serve.serve, info.info, eval.eval, families.families, doctor.doctor)
 
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 

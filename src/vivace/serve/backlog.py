@@ -39,13 +39,13 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, entry: Entry, *, retry_after: Callable[[], float]) -> None:
+    def put(self, entry: Entry, *, full: Callable[[], Busy]) -> None:
         """Raises Busy when it is full, Unavailable when it is closed."""
         with self._changed:
             if self._closed:
                 raise Unavailable("the engine is closing")
             if len(self._waiting) >= self.most:
-                raise Busy(f"{self.most} requests are waiting; try again later", retry_after=retry_after())
+                raise full()
             self._waiting.append(entry)
             self._waiting.sort(key=lambda one: (-one.job.request.priority, one.order))
             self._changed.notify()

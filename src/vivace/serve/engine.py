@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,13 @@ class Engine:
         batch: int = 16,
         memory: int | None = None,
         stale: float = 300.0,
-        watch: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
         self.memory, self.stale = memory, stale
-        self._batch, self._watch = batch, watch
+        self._batch = batch
+        self._on_batch: Callable[[Batch], None] = lambda batch: None
+        self._on_job: Callable[[Job], None] = lambda job: None
         self._backlog = Backlog(queue)
         self._workers: dict[torch.device, Worker] = {}
         self._running: set[Job] = set()
@@ -88,6 +90,16 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def observe(self, *, batch: Callable[[Batch], None], job: Callable[[Job], None]) -> None:
+        """Have every module call and every finished job told from now on, in the threads where they happen."""
+        self._on_batch, self._on_job = batch, job
+        for worker in self._workers.values():
+            worker.watch = batch
+
+    @property
+    def most_queued(self) -> int:
+        return self._backlog.most
+
     @property
     def queued(self) -> int:
         """Requests that wait to begin."""
@@ -108,8 +120,12 @@ class Engine:
         if hasattr(prepared.pipeline, "set_pag_applied_layers"):
             mode = replace(mode, alone=job.id)
         job.withdraw = self._withdraw
-        self._backlog.put(Entry(job=job, prepared=prepared, model=model, mode=mode), retry_after=self._wait_estimate)
+        self._backlog.put(Entry(job=job, prepared=prepared, model=model, mode=mode), full=self.busy)
         return job
+
+    def busy(self) -> Busy:
+        """What a full queue answers."""
+        return Busy(f"{self._backlog.most} requests are waiting; try again later", retry_after=self._wait_estimate())
 
     def model(self, alias: str | None) -> Model:
         """The model of an alias; None: the default one. Raises UnknownModelError."""
@@ -142,12 +158,17 @@ class Engine:
         reasons = [
             (self._closing, "it is draining"),
             (self._loading > 0, "a model is being loaded"),
-            (any(worker.dead for worker in self._workers.values()), "the device is lost"),
+            (self.lost, "the device is lost"),
             (any(worker.stale(self.stale) for worker in self._workers.values()), "the device does not answer"),
             (self._lost >= LOST_TO_MEMORY, "requests run out of memory"),
         ]
         reason = next((text for holds, text in reasons if holds), "")
         return Health(ready=not reason, reason=reason)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a device is gone for good; only a new process gets it back."""
+        return any(worker.dead for worker in self._workers.values())
 
     def drain(self) -> None:
         """Take no more requests; those that wait fail, those that run go on."""
@@ -200,6 +221,8 @@ class Engine:
                 self._running.discard(job)
                 self._lost = self._lost + 1 if isinstance(error, OutOfMemory) else 0
         job.finish(result, error=error)
+        with suppress(Exception):  # a counter that fails is no reason to lose a thread
+            self._on_job(job)
 
     def _draw(self, entry: Entry) -> Result:
         job, model = entry.job, entry.model
@@ -221,7 +244,7 @@ class Engine:
     def _worker(self, model: Model) -> Worker:
         with self._lock:
             if model.device not in self._workers:
-                worker = self._workers[model.device] = Worker(model.device, most=self._batch, watch=self._watch)
+                worker = self._workers[model.device] = Worker(model.device, most=self._batch, watch=self._on_batch)
                 worker.sizes = _sizes
             return self._workers[model.device]
 

@@ -82,6 +82,11 @@ class Model:
         return Mode(preset=preset, loras=tuple(sorted(request.lora.items())))
 
     @property
+    def media(self) -> str:
+        """image or video."""
+        return self.source.family.media if self.source.family else "image"
+
+    @property
     def preset(self) -> str:
         """The preset in force, by name."""
         acceleration = acceleration_of(self.pipe) if self.pipe is not None else None

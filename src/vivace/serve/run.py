@@ -136,16 +136,11 @@ class Run:
             "lora": dict(request.lora) or None,
             "negative": request.negative,
             "strength": request.strength,
-            "frames": len(pictures) if self.media == "video" else None,
-            "fps": (request.fps or call.get("fps") or FPS) if self.media == "video" else None,
+            "frames": len(pictures) if self.model.media == "video" else None,
+            "fps": (request.fps or call.get("fps") or FPS) if self.model.media == "video" else None,
             "deterministic": request.deterministic or None,
         }
         return {name: value for name, value in found.items() if value is not None}
-
-    @property
-    def media(self) -> str:
-        family = self.model.source.family
-        return family.media if family else "image"
 
 
 def _denoisers(model: Model) -> set[torch.nn.Module]:

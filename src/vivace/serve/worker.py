@@ -57,7 +57,8 @@ class Worker:
         self.sizes: Callable[[torch.nn.Module, int], int] = lambda module, size: size
         self.busy_since: float | None = None
         self.dead: BaseException | None = None  # the device's fatal error
-        self._gather, self._longest, self._watch = gather, longest, watch
+        self.watch = watch
+        self._gather, self._longest = gather, longest
         self._pending: list[Call] = []
         self._group: list[Call] = []  # what is computed now
         self._peers: dict[Job, Hashable] = {}  # running job -> the key of its last call
@@ -262,7 +263,7 @@ class Worker:
                 self._seconds.popitem(last=False)
         kind = f"{type(calls[0].module).__name__}.{calls[0].method}"
         with suppress(Exception):  # a counter that fails is no reason to lose a picture
-            self._watch(Batch(kind=kind, size=len(calls), seconds=seconds))
+            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds))
 
     def _fail(self, calls: list[Call], error: BaseException) -> None:
         for call in calls:
