@@ -19,7 +19,7 @@ SIDE = 64
 
 
 class Gate:
-    """A real module with a door that a test can shut: stands in front of `module`'s calls. While `open` is cleared they wait; `failing` is raised instead of them."""
+    """A door in front of a real module's calls: while it is shut they wait; `failing` is raised in their stead."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.open = threading.Event()

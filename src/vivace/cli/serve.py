@@ -41,9 +41,7 @@ def serve(
         raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[serve]'") from error
     from vivace.serve import Engine, Spec
 
-    settings = Settings(
-        host=host, port=port, api_key=api_key, folder=folder, allowed_hosts=tuple(allowed_host or ())
-    )
+    settings = Settings(host=host, port=port, api_key=api_key, folder=folder, allowed_hosts=tuple(allowed_host or ()))
     loras = {alias: Path(path).expanduser() for alias, path in map(_pair, lora or ())}
     specs = {
         alias: Spec(source=source, preset=preset, loras=loras, dtype=dtype, device=device)

@@ -122,7 +122,7 @@ def test_models(client):
         ({"extra_body": {"stepz": 3}}, "stepz", "unknown field"),
         ({"size": "64"}, "size", "pattern"),
         ({"size": "60x64"}, "size", "nearest is 64x64"),
-        ({"n": 11}, None, "the most is 10"),
+        ({"n": 11}, "n", "the most is 10"),
         ({"extra_body": {"steps": 151}}, "steps", "the most is 150"),
         ({"extra_body": {"seed": -1}}, "seed", "greater than or equal to 0"),
         ({"extra_body": {"guidance_scale": 1e9}}, "guidance_scale", "less than or equal"),
@@ -132,11 +132,11 @@ def test_models(client):
         ({"quality": "best"}, "quality", "no quality 'best'"),
         ({"prompt": ""}, "prompt", "at least 1"),
         ({"prompt": "x" * 8001}, "prompt", "the most is 8000"),
-        ({"size": "16384x16384"}, None, "more than"),
+        ({"size": "16384x16384"}, "size", "more than"),
         ({"model": "clip"}, "model", "makes no image"),
         ({"extra_body": {"image_url": "http://127.0.0.1/"}}, "image_url", "unknown field"),
         ({"extra_body": {"output_path": "/tmp/x"}}, "output_path", "unknown field"),
-        ({"stream": True, "n": 2}, None, "one picture"),
+        ({"stream": True, "n": 2}, "n", "one picture"),
     ],
 )
 def test_wrong_requests_are_400_and_named(client, fields, param, said):

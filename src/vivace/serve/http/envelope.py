@@ -77,8 +77,10 @@ def api_error(error: BaseException) -> ApiError:
 def wrong_fields(problems: list[Any]) -> ApiError:
     """The answer for values that a schema refuses: the first one, named."""
     first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(place) or None
+    param = ".".join(str(part) for part in first["loc"]) or None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return ApiError(400, str(cause), code="invalid_value", param=cause.field)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {param!r}", code="unknown_field", param=param)
     if first["type"] == "missing":
@@ -93,7 +95,8 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            return wrong_fields(list(error.errors())).response()
+            # FastAPI puts "query" or "path" in front of the name.
+            return wrong_fields([{**one, "loc": one["loc"][1:]} for one in error.errors()]).response()
         if isinstance(error, HTTPException):
             words = {404: "no such route", 405: "no such method here"}
             text = words.get(error.status_code, "the request cannot be read")

@@ -104,6 +104,7 @@ def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
     steps = order.steps or engine.models[alias].source.defaults.get("steps") or 28
     first = order.request(
         **fields,
+        model=alias,
         quality=order.preset,
         queue_seconds=settings.queue_seconds,
         run_seconds=settings.run_seconds,
@@ -113,7 +114,7 @@ def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
     try:
         for number in range(order.n):
             seed = None if first.seed is None else (first.seed + number) % SEED_SPACE
-            jobs.append(engine.submit(replace(first, model=alias, seed=seed)))
+            jobs.append(engine.submit(replace(first, seed=seed)))
     except Exception:
         for job in jobs:
             job.cancel()

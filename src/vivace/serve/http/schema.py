@@ -51,9 +51,9 @@ class Order(BaseModel):
     def _short(cls, value: str | None, info: ValidationInfo) -> str | None:
         limit = _settings(info).most_prompt
         if value is not None and len(value) > limit:
-            raise ValueError(f"it has {len(value)} characters, the most is {limit}")
+            raise FieldError(info.field_name or "prompt", f"it has {len(value)} characters, the most is {limit}")
         if value is not None and "\x00" in value:
-            raise ValueError("it holds a NUL character")
+            raise FieldError(info.field_name or "prompt", "it holds a NUL character")
         return value
 
     @field_validator("steps")
@@ -61,7 +61,7 @@ class Order(BaseModel):
     def _few(cls, value: int | None, info: ValidationInfo) -> int | None:
         limit = _settings(info).most_steps
         if value is not None and value > limit:
-            raise ValueError(f"it is {value}, the most is {limit}")
+            raise FieldError("steps", f"steps is {value}, the most is {limit}")
         return value
 
     @property
@@ -76,16 +76,16 @@ class Order(BaseModel):
         """The engine's request, with `fields` added."""
         return Request(
             prompt=self.prompt,
-            model=self.model,
             negative=self.negative_prompt,
             size=self.pixels,
             steps=self.steps,
             guidance=self.guidance_scale,
             true_cfg=self.true_cfg_scale,
+            seed=self.seed,
             scheduler=self.scheduler,
             lora=self.lora,
             deterministic=self.deterministic,
-            **{"seed": self.seed, **fields},
+            **fields,
         )
 
 
@@ -106,13 +106,13 @@ class ImageOrder(Order):
     def _fits(self, info: ValidationInfo) -> ImageOrder:
         settings = _settings(info)
         if self.n > settings.most_pictures:
-            raise ValueError(f"n is {self.n}, the most is {settings.most_pictures}")
+            raise FieldError("n", f"n is {self.n}, the most is {settings.most_pictures}")
         if self.stream and self.n != 1:
-            raise ValueError("a stream has one picture; leave n at 1")
+            raise FieldError("n", "a stream has one picture; leave n at 1")
         if self.partial_images and not self.stream:
-            raise ValueError("partial_images needs stream=true")
+            raise FieldError("partial_images", "partial_images needs stream=true")
         if self.stream and self.response_format != "b64_json":
-            raise ValueError("a stream carries b64_json; leave response_format at that")
+            raise FieldError("response_format", "a stream carries b64_json; leave response_format at that")
         check_pixels(self.pixels, settings.most_pixels, count=self.n)
         return self
 
@@ -140,9 +140,9 @@ class VideoOrder(Order):
     def _fits(self, info: ValidationInfo) -> VideoOrder:
         settings = _settings(info)
         if self.frames is not None and self.seconds is not None:
-            raise ValueError("seconds and frames were both given; give one")
+            raise FieldError("seconds", "seconds and frames were both given; give one")
         if self.frames is not None and self.frames > settings.most_frames:
-            raise ValueError(f"frames is {self.frames}, the most is {settings.most_frames}")
+            raise FieldError("frames", f"frames is {self.frames}, the most is {settings.most_frames}")
         check_pixels(self.pixels, settings.most_video_pixels, count=self.frames or 1)
         return self
 
@@ -159,10 +159,11 @@ def preset(quality: str) -> str | None:
 
 
 def check_pixels(size: tuple[int, int] | None, most: int, *, count: int = 1) -> None:
-    """Raises ValueError for `count` pictures or frames that are more pixels than one request may want."""
+    """Raises FieldError for `count` pictures or frames that are more pixels than one request may want."""
     if size is not None and size[0] * size[1] * count > most:
         times = f", {count} times," if count > 1 else ""
-        raise ValueError(f"{size[0]}x{size[1]} pixels{times} is more than the {most} that one request may want")
+        text = f"{size[0]}x{size[1]} pixels{times} is more than the {most} that one request may want"
+        raise FieldError("size", text)
 
 
 def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tuple[str, ...]) -> Any:
@@ -192,7 +193,7 @@ def read(kind: type[Any], fields: Any, settings: Settings) -> Any:
     try:
         return kind.model_validate(fields, context=settings)
     except ValidationError as error:
-        raise wrong_fields(list(error.errors(include_url=False, include_context=False))) from None
+        raise wrong_fields(list(error.errors(include_url=False))) from None
 
 
 def _settings(info: ValidationInfo) -> Settings:

@@ -144,10 +144,7 @@ def _frames(order: VideoOrder, server: Server) -> int | None:
             code="invalid_value",
             param="seconds" if order.seconds else "frames",
         )
-    try:
-        check_pixels(order.pixels, server.settings.most_video_pixels, count=frames or 1)
-    except ValueError as error:
-        raise ApiError(400, str(error), code="invalid_value", param="size") from None
+    check_pixels(order.pixels, server.settings.most_video_pixels, count=frames or 1)
     return frames
 
 
