@@ -178,7 +178,8 @@ def _outcome(job) -> str:
     return "done"
 
 
-def test_a_thousand_mixed_requests(pipe, start, order):
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+def test_many_mixed_requests(pipe, start, order, count):
     engine = start(pipe, threads=8, queue=32)
     first = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
     chance = random.Random(0)
@@ -193,8 +194,8 @@ def test_a_thousand_mixed_requests(pipe, start, order):
                 assert job.result().effective["seed"] == seed
 
     before = None
-    for number in range(1000):
-        if number == 300:  # by then everything is built that stays
+    for number in range(count):
+        if number == count // 4:  # by then everything is built that stays
             settle(0)
             before = _held()
         if chance.random() < 0.1:
@@ -211,9 +212,9 @@ def test_a_thousand_mixed_requests(pipe, start, order):
             jobs[chance.randrange(len(jobs))][0].cancel()
         settle(24)
     settle(0)
-    assert len(outcomes) > 700
-    assert outcomes.count("done") > 500
-    assert outcomes.count("cancelled") > 50
+    assert len(outcomes) > 0.7 * count
+    assert outcomes.count("done") > 0.5 * count
+    assert outcomes.count("cancelled") > 0.05 * count
     assert outcomes.count("failed") == 0
     assert engine.running == engine.queued == 0
     assert before is not None
