@@ -119,6 +119,8 @@ class Family:
     media: Literal["image", "video"] = "image"
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
     single_file: bool = False  # diffusers reads its original-layout checkpoint
+    shared: frozenset[str] = frozenset()  # arguments of the denoiser's call that have no batch dimension
+    listed: frozenset[str] = frozenset()  # arguments of it that are lists with one entry for each picture
 
     def full(
         self,

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Resu
         size=size,
         frames=count,
         applied=applied,
-        cache=_cached(pipe) if job.cache else {},
+        cache=_cached(pipe) if job.config and job.config.cache else {},
         timings={name: round(value, 3) for name, value in timings.items()},
         report=_report(pipe) if job.config else None,
     )
@@ -200,10 +200,6 @@ def _load(ready: Ready) -> DiffusionPipeline:
     conditioning.adapt(pipe, job)
     if job.scheduler:
         use_scheduler(pipe, job.scheduler, prediction=source.prediction)
-    if job.cache:
-        from vivace.accelerate import accelerate
-
-        accelerate(pipe, cache=job.cache)
     accepted = inputs.arguments(ready.pipeline)
     longest = ready.call.get("max_sequence_length")
     if longest is None and "max_sequence_length" in accepted:
@@ -268,7 +264,6 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
         "model": job.model,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.components["scheduler"]).__name__,
-        **({"cache": job.cache} if job.cache else {}),
         "dtype": str(ready.dtype).removeprefix("torch."),
         "device": str(ready.device),
         **{name: value for name, value in plain.items() if not _holds_pictures(value)},
@@ -286,9 +281,13 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _accelerated(config: Config) -> dict[str, Any]:
-    """The preset's name; a Config that is no preset's, field by field."""
-    name = preset_name(config)
-    return {"preset": name, **({"config": asdict(config)} if name == "custom" else {})}
+    """The preset's name, or a Config that is no preset's, field by field; the cache as the command line spells it."""
+    from vivace.cache import spell
+
+    name = preset_name(replace(config, cache=None))
+    fields = {} if name != "custom" else {"config": {k: v for k, v in vars(config).items() if k != "cache"}}
+    return {"preset": name, **fields, **({"cache": spell(config.cache)} if config.cache else {})}
+
 
 
 def _holds_pictures(value: object) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vivace import checkpoint
-from vivace.cache import parse
 from vivace.config import Config
 from vivace.errors import InputError
 from vivace.load import Source
@@ -57,7 +56,6 @@ class Job:
     count: int = 1
     negative: str | None = None
     scheduler: str | None = None
-    cache: str | None = None  # a step cache's spelling: firstblock:threshold=0.1
     few_step: bool = False  # with the model's few-step student
     dtype: str | None = None
     device: str | None = None
@@ -77,7 +75,6 @@ class Job:
 
 def check_values(job: Job) -> None:
     """Check a job by itself. Raises InputError for the first thing that cannot be."""
-    parse(job.cache or "none")
     least = {
         "steps": 1,
         "count": 1,

@@ -59,6 +59,16 @@ def open_request(*, scheduler: Any = None, times: Sequence[float] = ()) -> Itera
         request.memo.clear()
 
 
+@contextmanager
+def within(request: Request | None) -> Iterator[None]:
+    """Be in a request that another thread opened, for the length of a `with` block; None: in no request."""
+    token = _CURRENT.set(request)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
 def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callable[[], None]], Any]) -> None:
     """Give `pipe` a class whose `__call__` opens and closes a Request; `members` are added to that class.
 

@@ -13,13 +13,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from vivace.cli import (
-    bench, calibrate, distill, doctor, eval, families, generate, info, merge, plan, quantize, tune
+    bench, calibrate, distill, doctor, eval, families, generate, info, merge, plan, quantize, serve, tune
 )  # fmt: skip
 from vivace.errors import InputError
 
 VERBS = (
-    generate.generate, info.info, quantize.quantize, merge.merge, distill.distill, eval.eval, calibrate.calibrate,
-    tune.tune, families.families, plan.plan, bench.bench, doctor.doctor,
+    generate.generate, serve.serve, info.info, quantize.quantize, merge.merge, distill.distill, eval.eval,
+    calibrate.calibrate, tune.tune, families.families, plan.plan, bench.bench, doctor.doctor,
 )  # fmt: skip
 
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)

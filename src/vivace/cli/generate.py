@@ -89,7 +89,6 @@ def generate(
         count=count,
         negative=negative,
         scheduler=scheduler,
-        cache=cache,
         few_step=few_step,
         dtype=dtype,
         device=device,
@@ -102,7 +101,7 @@ def generate(
         controlnet_scale=controlnet_scale,
         ip_adapter=ip_adapter,
         variant=variant,
-        config=read_config(preset, fields or ()),
+        config=read_config(preset, fields or (), cache=cache),
         call_kwargs=read_call_kwargs(call_kwargs) if call_kwargs else {},
         overwrite=overwrite,
     )
@@ -139,11 +138,12 @@ def read_lora(text: str) -> Lora:
         raise InputError(f"--lora {text!r}: {weight!r} is not a number; write it like style.safetensors:0.8") from error
 
 
-def read_config(preset: str | None, fields: Sequence[str]) -> Config | None:
-    """The Config that `--preset` and `--set` ask for; None without either. Raises InputError."""
+def read_config(preset: str | None, fields: Sequence[str], *, cache: str | None = None) -> Config | None:
+    """The Config that `--preset`, `--set` and `--cache` ask for; None without any. Raises InputError."""
     from vivace.config import parse_fields, resolve
 
-    return resolve(preset, **parse_fields(fields)) if preset or fields else None
+    wanted = parse_fields(fields) | ({"cache": cache} if cache else {})
+    return resolve(preset, **wanted) if preset or wanted else None
 
 
 def read_call_kwargs(text: str) -> dict[str, Any]:

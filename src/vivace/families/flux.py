@@ -277,4 +277,5 @@ FLUX = Family(
     multiple=16,
     takes=frozenset({"prompt", "negative", "guidance", "true_cfg", "image", "mask", "strength", "control"}),
     single_file=True,
+    shared=frozenset({"img_ids", "txt_ids"}),
 )

@@ -379,4 +379,5 @@ FLUX2 = Family(
     inputs=inputs,
     multiple=16,
     takes=frozenset({"prompt", "guidance", "image", "mask", "strength"}),
+    shared=frozenset({"img_ids", "txt_ids"}),
 )

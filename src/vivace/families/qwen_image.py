@@ -296,4 +296,5 @@ QWEN_IMAGE = Family(
     signal=signal,
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
+    listed=frozenset({"img_shapes"}),
 )

@@ -130,4 +130,5 @@ WAN_VACE = Family(
     multiple=16,
     media="video",
     takes=frozenset({"prompt", "negative", "guidance", "control", "mask"}),
+    shared=frozenset({"control_hidden_states_scale"}),
 )

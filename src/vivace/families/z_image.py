@@ -235,4 +235,5 @@ Z_IMAGE = Family(
     inputs=inputs,
     multiple=16,
     takes=frozenset({"prompt", "negative", "guidance", "image", "mask", "strength", "control"}),
+    listed=frozenset({"x", "cap_feats"}),
 )

@@ -1,0 +1,103 @@
+"""The backlog: jobs that wait for a thread, bounded, the most urgent first."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vivace.serve.failures import Busy, DeadlineExceeded, Unavailable
+from vivace.serve.job import Job
+from vivace.serve.model import Mode, Model
+from vivace.serve.prepare import Prepared
+
+
+@dataclass(eq=False, kw_only=True)
+class Entry:
+    """A waiting job and what it needs."""
+
+    job: Job
+    prepared: Prepared
+    model: Model
+    mode: Mode
+    order: int = field(default_factory=itertools.count().__next__)
+
+
+class Backlog:
+    """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
+    its model's mode holds back later ones of the same model, so that no mode starves another."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._waiting: list[Entry] = []
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, entry: Entry, *, full: Callable[[], Busy]) -> None:
+        """Raises Busy when it is full, Unavailable when it is closed."""
+        with self._changed:
+            if self._closed:
+                raise Unavailable("the engine is closing")
+            if len(self._waiting) >= self.most:
+                raise full()
+            self._waiting.append(entry)
+            self._waiting.sort(key=lambda one: (-one.job.request.priority, one.order))
+            self._changed.notify()
+
+    def take(self) -> Entry | None:
+        """The next job that can begin, its model reserved; waits for one. None when the backlog is closed and empty."""
+        with self._changed:
+            while True:
+                entry = self._next()
+                if entry is not None:
+                    self._waiting.remove(entry)
+                    return entry
+                if self._closed and not self._waiting:
+                    return None
+                self._changed.wait()
+
+    def wake(self) -> None:
+        """A model became free."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def remove(self, job: Job) -> bool:
+        """Take a waiting job out; False where it does not wait."""
+        with self._changed:
+            found = [entry for entry in self._waiting if entry.job is job]
+            self._waiting = [entry for entry in self._waiting if entry.job is not job]
+            return bool(found)
+
+    def expire(self) -> None:
+        """End the jobs that waited too long."""
+        now = time.monotonic()
+        with self._changed:
+            for entry in list(self._waiting):
+                limit = entry.job.request.queue_seconds
+                if limit is not None and now - entry.job.created > limit:
+                    self._waiting.remove(entry)
+                    entry.job.finish(error=DeadlineExceeded(f"it waited longer than {limit:g} s"))
+
+    def close(self) -> list[Job]:
+        """Take no more; the jobs that waited."""
+        with self._changed:
+            self._closed = True
+            left, self._waiting = [entry.job for entry in self._waiting], []
+            self._changed.notify_all()
+            return left
+
+    def _next(self) -> Entry | None:
+        held: set[Any] = set()
+        for entry in self._waiting:
+            if entry.model in held:
+                continue
+            if entry.model.reserve(entry.mode):
+                return entry
+            held.add(entry.model)
+        return None

@@ -1,0 +1,295 @@
+"""The engine: takes requests, runs each in a thread on its model's stock pipeline, batches what they compute.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vivace.errors import InputError
+from vivace.serve.backlog import Backlog, Entry
+from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable, UnknownModelError
+from vivace.serve.job import Job, Result
+from vivace.serve.model import Model, Spec
+from vivace.serve.prepare import prepare
+from vivace.serve.request import Request
+from vivace.serve.run import Run
+from vivace.serve.worker import Batch, Worker, out_of_memory
+
+logger = logging.getLogger(__name__)
+
+LOST_TO_MEMORY = 3  # requests in a row that run out of memory before the engine counts as unwell
+
+CLOCK = 0.1  # seconds between two looks at who waited too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Whether requests can be taken, and if not, why."""
+
+    ready: bool
+    reason: str  # "" when ready
+
+
+class Engine:
+    """Runs requests on one or several models.
+
+    `models` maps an alias to what `vivace.load` takes, to a pipeline, or to a Spec; the first alias is the default.
+    `threads` requests run at a time and `queue` more may wait. `batch` requests at most share a call. `memory` is the
+    most bytes of weights that stay loaded. `stale` is how many seconds a single call may take before the engine counts
+    as unwell. Raises InputError for a model that cannot be one.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any] | None = None,
+        *,
+        queue: int = 64,
+        threads: int = 16,
+        batch: int = 16,
+        memory: int | None = None,
+        stale: float = 300.0,
+    ) -> None:
+        given = models or {"builtin": "builtin"}
+        self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
+        self.memory, self.stale = memory, stale
+        self._batch = batch
+        self._on_batch: Callable[[Batch], None] = lambda batch: None
+        self._on_job: Callable[[Job], None] = lambda job: None
+        self._backlog = Backlog(queue)
+        self._workers: dict[torch.device, Worker] = {}
+        self._running: set[Job] = set()
+        self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
+        self._lost = 0  # requests in a row that ran out of memory
+        self._loading = 0
+        self._closing = False
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"vivace-request-{i}", daemon=True) for i in range(threads)
+        ]
+        self._threads.append(threading.Thread(target=self._watch_deadlines, name="vivace-clock", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def observe(self, *, batch: Callable[[Batch], None], job: Callable[[Job], None]) -> None:
+        """Have every module call and every finished job told from now on, in the threads where they happen."""
+        self._on_batch, self._on_job = batch, job
+        for worker in self._workers.values():
+            worker.watch = batch
+
+    @property
+    def most_queued(self) -> int:
+        return self._backlog.most
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait to begin."""
+        return len(self._backlog)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(self, request: Request) -> Job:
+        """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable."""
+        model = self.model(request.model)
+        prepared = prepare(request, model.source)
+        mode = model.mode_of(request)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        job = Job(request, model=model.alias, seed=seed)
+        # Such pipelines put attention processors into the shared denoiser while they run.
+        if hasattr(prepared.pipeline, "set_pag_applied_layers"):
+            mode = replace(mode, alone=job.id)
+        job.withdraw = self._withdraw
+        self._backlog.put(Entry(job=job, prepared=prepared, model=model, mode=mode), full=self.busy)
+        return job
+
+    def busy(self) -> Busy:
+        """What a full queue answers."""
+        return Busy(f"{self._backlog.most} requests are waiting; try again later", retry_after=self._wait_estimate())
+
+    def model(self, alias: str | None) -> Model:
+        """The model of an alias; None: the default one. Raises UnknownModelError."""
+        if alias is None:
+            return next(iter(self.models.values()))
+        if alias not in self.models:
+            raise UnknownModelError("model", f"no model {alias!r}; there are {', '.join(self.models)}")
+        return self.models[alias]
+
+    def load(self, *aliases: str) -> None:
+        """Load models now rather than at their first request; none named: all. Raises InputError."""
+        with self._lock:
+            self._loading += 1
+        try:
+            for model in [self.model(alias) for alias in aliases or self.models]:
+                mode = model.mode_of(Request())
+                while not model.reserve(mode):
+                    time.sleep(0.05)
+                try:
+                    model.ready(mode, room=lambda: self._make_room(model))  # noqa: B023 -- called at once
+                finally:
+                    model.leave()
+                    self._backlog.wake()
+        finally:
+            with self._lock:
+                self._loading -= 1
+
+    def health(self) -> Health:
+        """Whether requests can be taken now."""
+        reasons = [
+            (self._closing, "it is draining"),
+            (self._loading > 0, "a model is being loaded"),
+            (self.lost, "the device is lost"),
+            (any(worker.stale(self.stale) for worker in self._workers.values()), "the device does not answer"),
+            (self._lost >= LOST_TO_MEMORY, "requests run out of memory"),
+        ]
+        reason = next((text for holds, text in reasons if holds), "")
+        return Health(ready=not reason, reason=reason)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a device is gone for good; only a new process gets it back."""
+        return any(worker.dead for worker in self._workers.values())
+
+    def drain(self) -> None:
+        """Take no more requests; those that wait fail, those that run go on."""
+        with self._lock:
+            self._closing = True
+        for job in self._backlog.close():
+            job.finish(error=Unavailable("the engine is closing"))
+
+    def close(self, *, grace: float = 0.0, timeout: float = 10.0) -> None:
+        """Drain, give running requests `grace` seconds, cancel the rest, end the threads."""
+        self.drain()
+        end = time.monotonic() + grace
+        while self._running and time.monotonic() < end:
+            time.sleep(0.02)
+        for job in list(self._running):
+            job.cancel(Unavailable("the engine is closing"))
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout)
+        for worker in self._workers.values():
+            worker.close(timeout)
+        for model in self.models.values():
+            model.unload()
+
+    def _serve(self) -> None:
+        while (entry := self._backlog.take()) is not None:
+            self._one(entry)
+            # The entry would hold its pictures until the next one comes.
+            del entry
+
+    def _watch_deadlines(self) -> None:
+        while not self._closed.wait(CLOCK):
+            self._backlog.expire()
+
+    def _one(self, entry: Entry) -> None:
+        job, model = entry.job, entry.model
+        with self._lock:
+            self._running.add(job)
+        result, error = None, None
+        try:
+            result = self._draw(entry)
+        except BaseException as caught:
+            error = _public(caught)
+        finally:
+            model.leave()
+            if model.pipe is not None:
+                self._worker(model).leave(job)
+            self._backlog.wake()
+            with self._lock:
+                self._running.discard(job)
+                self._lost = self._lost + 1 if isinstance(error, OutOfMemory) else 0
+        job.finish(result, error=error)
+        with suppress(Exception):  # a counter that fails is no reason to lose a thread
+            self._on_job(job)
+
+    def _draw(self, entry: Entry) -> Result:
+        job, model = entry.job, entry.model
+        job.begin()
+        job.check()
+        model.ready(entry.mode, room=lambda: self._make_room(model))
+        started = time.monotonic()
+        result = Run(job, entry.prepared, model=model, worker=self._worker(model))()
+        self._recent.append(time.monotonic() - started)
+        return result
+
+    def _withdraw(self, job: Job) -> None:
+        if self._backlog.remove(job):
+            job.finish(error=job.stop)
+            return
+        for worker in list(self._workers.values()):
+            worker.withdraw(job)
+
+    def _worker(self, model: Model) -> Worker:
+        with self._lock:
+            if model.device not in self._workers:
+                worker = self._workers[model.device] = Worker(model.device, most=self._batch, watch=self._on_batch)
+                worker.sizes = _sizes
+            return self._workers[model.device]
+
+    def _make_room(self, coming: Model) -> None:
+        """Unload idle models, the least recently used first, until the coming one fits the memory."""
+        if self.memory is None:
+            return
+        idle = sorted((model for model in self.models.values() if model is not coming), key=lambda model: model.used)
+        for model in idle:
+            if sum(one.nbytes for one in self.models.values()) + coming.expected_bytes <= self.memory:
+                return
+            model.unload()
+
+    def _wait_estimate(self) -> float:
+        """Seconds until the queue has moved, from what requests took lately."""
+        usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
+        return max(1.0, usual * len(self._backlog) / (len(self._threads) - 1))
+
+
+def _spec(what: Any) -> Spec:
+    return what if isinstance(what, Spec) else Spec(source=str(what) if isinstance(what, Path) else what)
+
+
+def _sizes(module: torch.nn.Module, size: int) -> int:
+    """How many of `size` waiting requests go into one call: a graph is recorded for 1, 2, 4, 8, ... of them."""
+    return 1 << (size.bit_length() - 1) if _graphed(module) else size
+
+
+def _graphed(module: torch.nn.Module) -> bool:
+    from vivace.accelerate import acceleration_of
+    from vivace.graph import Graphs
+
+    acceleration = acceleration_of(module)
+    lanes = acceleration.target.lanes.values() if acceleration else ()
+    return any(lane.denoiser is module and isinstance(lane.run, Graphs) for lane in lanes)
+
+
+def _public(error: BaseException) -> BaseException:
+    """What the waiting side gets to see: a Failure or an InputError, never the inside."""
+    if isinstance(error, InputError | Failure):
+        return error
+    if out_of_memory(error):
+        return OutOfMemory("the device has too little memory for it")
+    logger.error("a request failed", exc_info=error)
+    return Failure("the request failed inside; the log says why")
+
+
+__all__ = ["Busy", "Engine", "Health", "InputError"]

@@ -1,0 +1,1 @@
+"""The HTTP side: the OpenAI image and video routes over an engine. Needs the `[serve]` extra."""

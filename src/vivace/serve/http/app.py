@@ -1,0 +1,75 @@
+"""The application: the routes behind the guard, over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from vivace.errors import InputError
+from vivace.serve.engine import Engine
+from vivace.serve.http import envelope, images, status, videos
+from vivace.serve.http.gauges import Gauges
+from vivace.serve.http.guard import Guard
+from vivace.serve.http.links import Links
+from vivace.serve.http.server import Server
+from vivace.serve.http.settings import Settings
+from vivace.serve.http.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+SWEEP = 60.0  # seconds between two looks for videos that are over their time
+
+
+def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
+    """The ASGI application. It draws one small picture with each model at start, unless `warm` is off.
+
+    It does not close the engine: who made it does.
+    """
+    settings = settings or Settings()
+    gauges = Gauges()
+    server = Server(
+        engine=engine,
+        settings=settings,
+        gauges=gauges,
+        links=Links(seconds=settings.link_seconds, most_bytes=settings.link_bytes),
+        shelf=Shelf(settings.folder, seconds=settings.video_seconds, most_bytes=settings.video_bytes),
+    )
+    engine.observe(batch=gauges.batch, job=gauges.job)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(_sweep(server))]
+        if warm:
+            tasks.append(asyncio.create_task(_warm(engine)))
+        try:
+            yield
+        finally:
+            await server.close(tasks)
+
+    # No pages of its own: they would load scripts from elsewhere.
+    app = FastAPI(
+        title="Vivace", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+    )
+    app.state.server = server
+    envelope.install(app)
+    for part in (images, videos, status):
+        app.include_router(part.router)
+    app.add_middleware(Guard, settings=settings, signed=server.links.signed, full=server.full, count=gauges.http)
+    return app
+
+
+async def _warm(engine: Engine) -> None:
+    try:
+        await asyncio.to_thread(engine.load)
+    except InputError as error:
+        logger.error("a model cannot be loaded: %s", error)
+
+
+async def _sweep(server: Server) -> None:
+    while True:
+        await asyncio.to_thread(server.shelf.sweep)
+        await asyncio.sleep(SWEEP)

@@ -1,0 +1,107 @@
+"""Errors as the OpenAI API words them: `{"error": {"message", "type", "param", "code"}}`, on every route."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from vivace.errors import InputError
+from vivace.serve.failures import Busy, Failure, FieldError, UnknownModelError
+
+logger = logging.getLogger(__name__)
+
+STATUS = {
+    "queue_full": 429,
+    "cancelled": 499,
+    "deadline_exceeded": 504,
+    "out_of_memory": 507,
+    "unavailable": 503,
+    "failed": 500,
+}
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+# A request's field in Python -> the field in the API.
+FIELDS = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative": "negative_prompt", "images": "image"}
+
+
+class ApiError(Exception):
+    """An answer with this status and envelope."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The answer for any error. What is not ours to tell becomes a plain 500; the log has the rest."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownModelError):
+        return ApiError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, FieldError):
+        return ApiError(400, str(error), code="invalid_value", param=FIELDS.get(error.field, error.field))
+    if isinstance(error, InputError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code=error.code, headers={"Retry-After": str(math.ceil(error.retry_after))})
+    if isinstance(error, Failure):
+        headers = {"Retry-After": "5"} if error.code == "unavailable" else None
+        return ApiError(STATUS[error.code], str(error), code=error.code, headers=headers)
+    logger.error("unexpected", exc_info=error)
+    return ApiError(500, "an error inside the server; its log says more", code="internal_error")
+
+
+def wrong_fields(problems: list[Any]) -> ApiError:
+    """The answer for values that a schema refuses: the first one, named."""
+    first = problems[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return ApiError(400, str(cause), code="invalid_value", param=cause.field)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {param!r}", code="unknown_field", param=param)
+    if first["type"] == "missing":
+        return ApiError(400, f"the field {param!r} is missing", code="missing_field", param=param)
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    return ApiError(400, f"{param or 'the request'}: {first['msg']}", code="invalid_value", param=param)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of `app` come out in the envelope."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            # FastAPI puts "query" or "path" in front of the name.
+            return wrong_fields([{**one, "loc": one["loc"][1:]} for one in error.errors()]).response()
+        if isinstance(error, HTTPException):
+            words = {404: "no such route", 405: "no such method here"}
+            text = words.get(error.status_code, "the request cannot be read")
+            return ApiError(error.status_code, text, headers=error.headers).response()
+        return api_error(error).response()
+
+    for kind in (RequestValidationError, HTTPException, ApiError, InputError, Failure, Exception):
+        app.add_exception_handler(kind, answer)

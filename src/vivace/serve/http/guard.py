@@ -1,0 +1,142 @@
+"""The door: who may ask, from where, and how much may come in. Plain ASGI, so that nothing is read before it agrees."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vivace.serve.http.envelope import ApiError
+from vivace.serve.http.settings import Settings, loopback
+
+logger = logging.getLogger("vivace.serve.access")
+
+OPEN = ("/livez", "/readyz")
+"""The routes that need no key."""
+
+
+class Guard:
+    """Checks every request before a route sees it, gives it an id, and logs what came of it.
+
+    `signed` says whether a path and query carry a valid signature of ours, which stands in for the key. `full` says
+    whether the queue is full, so that a body which would only be thrown away is not read.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        settings: Settings,
+        signed: Callable[[str, str], bool],
+        full: Callable[[], ApiError | None],
+        count: Callable[[str, int, float], None],
+    ) -> None:
+        self.app, self.settings, self.signed, self.full, self.count = app, settings, signed, full, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, started, status = secrets.token_hex(8), time.monotonic(), 499
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"cache-control", b"no-store"),
+                ]
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self.app(scope, self._counted(scope, receive), answer)
+        except ApiError as error:
+            await error.response()(scope, receive, answer)
+        finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.count(f"{scope['method']} {route}", status, seconds)
+            facts = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            logger.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4)}})
+
+    def _check(self, scope: Scope) -> None:
+        """Raise ApiError for a request that may not pass."""
+        headers, path = Headers(scope=scope), scope["path"]
+        self._check_origin(headers)
+        if path not in OPEN and not self.signed(path, scope["query_string"].decode("latin-1")):
+            self._check_key(headers)
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A page of another site can send a form or plain text without asking; a body that says JSON it cannot.
+        if kind and kind not in ("application/json", "multipart/form-data"):
+            raise ApiError(415, "the body has to be application/json or multipart/form-data", code="unsupported_type")
+        try:
+            length = int(headers.get("content-length", "0"))
+        except ValueError:
+            raise ApiError(400, "the content length is not a number", code="invalid_header") from None
+        if length > self._room(kind):
+            raise self._too_large(kind)
+        if (refusal := self.full()) is not None:
+            raise refusal
+
+    def _check_key(self, headers: Headers) -> None:
+        key = self.settings.api_key
+        if key is None:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # As bytes, because compare_digest refuses text beyond ASCII.
+        same = hmac.compare_digest(given.strip().encode(), key.encode())
+        if scheme.lower() != "bearer" or not same:
+            raise ApiError(
+                401, "the API key is missing or wrong", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse requests that a page of another site makes through a browser, DNS rebinding included."""
+        host = _name(headers.get("host", ""))
+        known = {self.settings.host, *self.settings.allowed_hosts}
+        local = loopback(self.settings.host)
+        if (local or self.settings.allowed_hosts) and not (host in known or (local and loopback(host))):
+            raise ApiError(421, "this server does not go by that name", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+            raise ApiError(403, "requests from pages of other sites are refused", code="wrong_origin")
+
+    def _room(self, kind: str) -> int:
+        return self.settings.most_bytes if kind == "multipart/form-data" else self.settings.most_body
+
+    def _too_large(self, kind: str) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._room(kind)} bytes", code="body_too_large")
+
+    def _counted(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, with the bytes counted as they come: a length may be missing or a lie."""
+        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        left: Any = self._room(kind)
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise self._too_large(kind)
+            return message
+
+        return counted
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return urlsplit(f"//{host}").hostname or ""

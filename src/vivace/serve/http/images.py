@@ -1,0 +1,194 @@
+"""POST /v1/images/generations and /v1/images/edits."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
+from vivace.serve.http.server import Server, read_json, server_of, while_connected
+from vivace.serve.http.uploads import pictures
+from vivace.serve.job import Job, Preview, Progress, Result
+
+router = APIRouter()
+
+FILES = ("image", "image[]", "mask")
+SEED_SPACE = 2**63
+
+
+def _body(kind: type[Any], media_type: str, files: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The request body of a route's own description."""
+    schema = kind.model_json_schema()
+    if files:
+        schema["properties"] |= files
+        schema["required"] = [*schema.get("required", []), "image"]
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+BINARY = {"type": "string", "format": "binary"}
+
+
+@router.post("/v1/images/generations", openapi_extra=_body(ImageOrder, "application/json"))
+async def generations(request: Request) -> Response:
+    """Pictures from a prompt."""
+    server = server_of(request)
+    order: ImageOrder = read(ImageOrder, await read_json(request), server.settings)
+    return await _answer(request, order, name="image_generation")
+
+
+@router.post(
+    "/v1/images/edits", openapi_extra=_body(EditOrder, "multipart/form-data", {"image": BINARY, "mask": BINARY})
+)
+async def edits(request: Request) -> Response:
+    """Pictures from a prompt and other pictures; what is transparent in the mask is painted anew."""
+    server = server_of(request)
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise ApiError(415, "the body has to be multipart/form-data", code="unsupported_type")
+    most = server.settings.most_files
+    async with request.form(max_files=most, max_fields=64, max_part_size=server.settings.most_body) as form:
+        order: EditOrder = from_form(EditOrder, form, server.settings, files=FILES)
+        images = await pictures(form, "image", "image[]", settings=server.settings)
+        masks = await pictures(form, "mask", settings=server.settings)
+    if not images:
+        raise ApiError(400, "the field 'image' is missing", code="missing_field", param="image")
+    if len(masks) > 1:
+        raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
+    fields: dict[str, Any] = {"images": tuple(image.convert("RGB") for image in images), "strength": order.strength}
+    if masks:
+        fields["mask"] = _mask(masks[0], images[0])
+    return await _answer(request, order, name="image_edit", **fields)
+
+
+def _mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """White where it is painted anew: where OpenAI's masks are transparent; a mask without transparency is as it is."""
+    if mask.size != image.size:
+        raise ApiError(400, "the mask is not of the image's size", code="invalid_image", param="mask")
+    if mask.mode == "RGBA":
+        return mask.getchannel("A").point([255 - value for value in range(256)])
+    return mask.convert("L")
+
+
+async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
+    server = server_of(request)
+    jobs = _submit(server, order, **fields)
+    if order.stream:
+        return StreamingResponse(_events(jobs[0], order, name=name), media_type="text/event-stream")
+    try:
+        results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
+        data = [await asyncio.to_thread(_entry, server, order, result) for result in results]
+    finally:
+        for job in jobs:
+            job.cancel()
+    return JSONResponse(_envelope(order, results) | {"data": data})
+
+
+async def _result(job: Job) -> Result:
+    return await job
+
+
+def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
+    """The jobs of an order, one a picture; none where not all of them find room."""
+    settings, engine = server.settings, server.engine
+    alias = server.alias(order.model, media="image")
+    steps = order.steps or engine.models[alias].source.defaults.get("steps") or 28
+    first = order.request(
+        **fields,
+        model=alias,
+        quality=order.preset,
+        queue_seconds=settings.queue_seconds,
+        run_seconds=settings.run_seconds,
+        preview_every=-(-steps // (order.partial_images + 1)) if order.partial_images else 0,
+    )
+    jobs: list[Job] = []
+    try:
+        for number in range(order.n):
+            seed = None if first.seed is None else (first.seed + number) % SEED_SPACE
+            jobs.append(engine.submit(replace(first, seed=seed)))
+    except Exception:
+        for job in jobs:
+            job.cancel()
+        raise
+    return jobs
+
+
+def _entry(server: Server, order: ImageOrder, result: Result) -> dict[str, Any]:
+    """One picture of the answer."""
+    raw = encode(result.pictures[0], order)
+    entry: dict[str, Any] = {"seed": result.effective["seed"]}
+    if order.response_format == "url":
+        entry["url"] = server.links.add(raw, media_type=f"image/{order.output_format}")
+    else:
+        entry["b64_json"] = base64.b64encode(raw).decode("ascii")
+    return entry
+
+
+def encode(picture: Image.Image, order: ImageOrder) -> bytes:
+    """A picture in the format an order names."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {} if order.output_format == "png" else {"quality": max(1, order.output_compression)}
+    picture.convert("RGB").save(buffer, format=order.output_format.upper(), **options)
+    return buffer.getvalue()
+
+
+def _envelope(order: ImageOrder, results: Sequence[Result]) -> dict[str, Any]:
+    """What was done, for all pictures of an answer."""
+    effective = dict(results[0].effective)
+    width, height = effective.pop("size")
+    return {
+        "created": int(time.time()),
+        "background": "opaque",
+        "output_format": order.output_format,
+        "quality": order.quality,
+        "size": f"{width}x{height}",
+        **effective,
+        "timings": {name: max(one.timings[name] for one in results) for name in results[0].timings},
+        "calls": dict(results[0].calls),
+    }
+
+
+async def _events(job: Job, order: ImageOrder, *, name: str) -> AsyncIterator[str]:
+    """The server-sent events of one picture."""
+    index = 0
+    try:
+        async for event in job:
+            if isinstance(event, Progress):
+                yield f": step {event.step} of {event.total}\n\n"
+            if isinstance(event, Preview) and index < order.partial_images:
+                raw = await asyncio.to_thread(encode, event.picture, order)
+                facts = _streamed(order, raw, size=event.picture.size)
+                yield _sse(f"{name}.partial_image", facts | {"partial_image_index": index})
+                index += 1
+        result = await job
+        raw = await asyncio.to_thread(encode, result.pictures[0], order)
+        facts = _envelope(order, [result]) | _streamed(order, raw, size=result.pictures[0].size)
+        yield _sse(f"{name}.completed", facts)
+    except Exception as error:
+        yield _sse("error", api_error(error).body)
+    finally:
+        job.cancel()
+
+
+def _streamed(order: ImageOrder, raw: bytes, *, size: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "b64_json": base64.b64encode(raw).decode("ascii"),
+        "created_at": int(time.time()),
+        "background": "opaque",
+        "output_format": order.output_format,
+        "quality": order.quality,
+        "size": f"{size[0]}x{size[1]}",
+    }
+
+
+def _sse(name: str, facts: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps({'type': name} | facts)}\n\n"

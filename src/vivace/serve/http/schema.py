@@ -1,0 +1,200 @@
+"""What the routes take: strict, unknown fields refused, limits from the settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from starlette.datastructures import FormData, UploadFile
+
+from vivace.config import PRESETS
+from vivace.serve.failures import FieldError
+from vivace.serve.http.envelope import ApiError, wrong_fields
+from vivace.serve.http.settings import Settings
+from vivace.serve.request import Request
+
+SIZE = r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$"
+MOST_LORAS = 8
+
+# OpenAI's words for quality -> presets, best first; the first one that exists is taken.
+QUALITIES = {
+    "high": ("exact",),
+    "hd": ("exact",),
+    "medium": ("balanced", "exact"),
+    "low": ("fast", "balanced", "exact"),
+}
+SERVERS_OWN = ("auto", "standard")
+
+
+class Order(BaseModel):
+    """What pictures and videos are both asked for with. Fields beyond OpenAI's are top level too."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, max_length=100_000)
+    model: str | None = Field(None, max_length=200)
+    size: str | None = Field(None, pattern=SIZE)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    steps: int | None = Field(None, ge=1, le=10_000)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    true_cfg_scale: float | None = Field(None, ge=0, le=100)
+    negative_prompt: str | None = Field(None, max_length=100_000)
+    scheduler: str | None = Field(None, max_length=100)
+    lora: dict[str, float] = Field(default_factory=dict, max_length=MOST_LORAS)
+    deterministic: bool = False
+    user: str | None = Field(None, max_length=1000)
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _short(cls, value: str | None, info: ValidationInfo) -> str | None:
+        limit = _settings(info).most_prompt
+        if value is not None and len(value) > limit:
+            raise FieldError(info.field_name or "prompt", f"it has {len(value)} characters, the most is {limit}")
+        if value is not None and "\x00" in value:
+            raise FieldError(info.field_name or "prompt", "it holds a NUL character")
+        return value
+
+    @field_validator("steps")
+    @classmethod
+    def _few(cls, value: int | None, info: ValidationInfo) -> int | None:
+        limit = _settings(info).most_steps
+        if value is not None and value > limit:
+            raise FieldError("steps", f"steps is {value}, the most is {limit}")
+        return value
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height; None: the model's own."""
+        if self.size is None or self.size == "auto":
+            return None
+        width, _, height = self.size.partition("x")
+        return int(width), int(height)
+
+    def request(self, **fields: Any) -> Request:
+        """The engine's request, with `fields` added."""
+        return Request(
+            prompt=self.prompt,
+            negative=self.negative_prompt,
+            size=self.pixels,
+            steps=self.steps,
+            guidance=self.guidance_scale,
+            true_cfg=self.true_cfg_scale,
+            seed=self.seed,
+            scheduler=self.scheduler,
+            lora=self.lora,
+            deterministic=self.deterministic,
+            **fields,
+        )
+
+
+class ImageOrder(Order):
+    """POST /v1/images/generations."""
+
+    n: int = Field(1, ge=1, le=100)
+    quality: str = Field("auto", max_length=100)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(90, ge=0, le=100)
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto"] = "auto"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _fits(self, info: ValidationInfo) -> ImageOrder:
+        settings = _settings(info)
+        if self.n > settings.most_pictures:
+            raise FieldError("n", f"n is {self.n}, the most is {settings.most_pictures}")
+        if self.stream and self.n != 1:
+            raise FieldError("n", "a stream has one picture; leave n at 1")
+        if self.partial_images and not self.stream:
+            raise FieldError("partial_images", "partial_images needs stream=true")
+        if self.stream and self.response_format != "b64_json":
+            raise FieldError("response_format", "a stream carries b64_json; leave response_format at that")
+        check_pixels(self.pixels, settings.most_pixels, count=self.n)
+        return self
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that `quality` names; None: the model's own. Raises FieldError."""
+        return preset(self.quality)
+
+
+class EditOrder(ImageOrder):
+    """The fields of POST /v1/images/edits, besides its files."""
+
+    strength: float | None = Field(None, gt=0, le=1)
+
+
+class VideoOrder(Order):
+    """POST /v1/videos, besides its file."""
+
+    seconds: str | None = Field(None, pattern=r"^[0-9]{1,3}$")
+    frames: int | None = Field(None, ge=1, le=100_000)
+    fps: int | None = Field(None, ge=1, le=120)
+    quality: str = Field("auto", max_length=100)
+
+    @model_validator(mode="after")
+    def _fits(self, info: ValidationInfo) -> VideoOrder:
+        settings = _settings(info)
+        if self.frames is not None and self.seconds is not None:
+            raise FieldError("seconds", "seconds and frames were both given; give one")
+        if self.frames is not None and self.frames > settings.most_frames:
+            raise FieldError("frames", f"frames is {self.frames}, the most is {settings.most_frames}")
+        check_pixels(self.pixels, settings.most_video_pixels, count=self.frames or 1)
+        return self
+
+
+def preset(quality: str) -> str | None:
+    """The preset that a `quality` names; None: the model's own. Raises FieldError."""
+    if quality in SERVERS_OWN:
+        return None
+    for name in QUALITIES.get(quality, (quality,)):
+        if name in PRESETS:
+            return name
+    words = ", ".join(dict.fromkeys((*PRESETS, *QUALITIES, *SERVERS_OWN)))
+    raise FieldError("quality", f"no quality {quality!r}; there are {words}")
+
+
+def check_pixels(size: tuple[int, int] | None, most: int, *, count: int = 1) -> None:
+    """Raises FieldError for `count` pictures or frames that are more pixels than one request may want."""
+    if size is not None and size[0] * size[1] * count > most:
+        times = f", {count} times," if count > 1 else ""
+        text = f"{size[0]}x{size[1]} pixels{times} is more than the {most} that one request may want"
+        raise FieldError("size", text)
+
+
+def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tuple[str, ...]) -> Any:
+    """An order from a form's text fields, in which `files` name the fields that hold files. Raises ApiError."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name not in files:
+                raise ApiError(400, f"unknown field {name!r}", code="unknown_field", param=name)
+        elif name in fields:
+            raise ApiError(400, f"the field {name!r} was given twice", code="invalid_value", param=name)
+        elif (inner := re.fullmatch(r"lora\[([^\]]{1,100})\]", name)) is not None:
+            # How the openai client spells a mapping in a form.
+            fields.setdefault("lora", {})[inner[1]] = value
+        else:
+            fields[name] = value
+    if isinstance(fields.get("lora"), str):
+        try:
+            fields["lora"] = json.loads(fields["lora"])
+        except ValueError:
+            raise ApiError(400, "lora is not a JSON object", code="invalid_value", param="lora") from None
+    return read(kind, fields, settings)
+
+
+def read(kind: type[Any], fields: Any, settings: Settings) -> Any:
+    """An order of that kind. Raises ApiError that names the wrong field."""
+    try:
+        return kind.model_validate(fields, context=settings)
+    except ValidationError as error:
+        raise wrong_fields(list(error.errors(include_url=False))) from None
+
+
+def _settings(info: ValidationInfo) -> Settings:
+    return info.context if isinstance(info.context, Settings) else Settings()

@@ -1,0 +1,105 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from vivace.serve.engine import Engine
+from vivace.serve.failures import UnknownModelError
+from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.gauges import Gauges
+from vivace.serve.http.links import Links
+from vivace.serve.http.settings import Settings
+from vivace.serve.http.shelf import Shelf
+from vivace.serve.job import Job
+
+Answer = TypeVar("Answer")
+
+LOOK = 0.1  # seconds between two looks at whether the client is still there
+
+
+@dataclass(kw_only=True)
+class Server:
+    """An engine with everything around it that a request may need."""
+
+    engine: Engine
+    settings: Settings
+    gauges: Gauges
+    links: Links
+    shelf: Shelf
+    _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
+
+    def full(self) -> ApiError | None:
+        """What a request gets at the door while the queue has no room."""
+        return api_error(self.engine.busy()) if self.engine.queued >= self.engine.most_queued else None
+
+    def follow(self, name: str, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        """Have `work` keep a video job's record until it is over."""
+        task = asyncio.create_task(work)
+        self._followed[name] = (job, task)
+        task.add_done_callback(lambda task: self._followed.pop(name, None))
+
+    def unfollow(self, name: str) -> None:
+        """End a video job, if it is not over."""
+        job, task = self._followed.pop(name, (None, None))
+        if job is not None and task is not None:
+            task.cancel()
+            job.cancel()
+
+    async def close(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        """Let go of everything but the engine."""
+        followed = [task for _, task in self._followed.values()]
+        await asyncio.wait(followed, timeout=self.settings.drain_seconds) if followed else None
+        for task in (*tasks, *followed):
+            task.cancel()
+        await asyncio.gather(*tasks, *followed, return_exceptions=True)
+        self.shelf.close()
+
+    def alias(self, asked: str | None, *, media: str) -> str:
+        """The alias asked for, or the first of this kind. Raises ApiError or UnknownModelError."""
+        kinds = {alias: model.media for alias, model in self.engine.models.items()}
+        if asked is None:
+            asked = next((alias for alias, kind in kinds.items() if kind == media), None)
+            if asked is None:
+                raise ApiError(404, f"no model here makes a {media}", code="model_not_found", param="model")
+        if asked not in kinds:
+            raise UnknownModelError("model", f"no model {asked[:100]!r}; there are {', '.join(kinds)}")
+        if kinds[asked] != media:
+            raise ApiError(400, f"{asked} makes no {media}", code="invalid_value", param="model")
+        return asked
+
+
+def server_of(request: Request) -> Server:
+    return request.app.state.server
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises ApiError."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body has to be application/json", code="unsupported_type")
+    try:
+        found = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    return found
+
+
+async def while_connected(request: Request, work: Awaitable[Answer]) -> Answer:
+    """The answer of `work`, which is cancelled when the client goes away. Raises ApiError then."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK)
+            if not task.done() and await request.is_disconnected():
+                raise ApiError(499, "the client went away", code="cancelled")
+        return task.result()
+    finally:
+        task.cancel()

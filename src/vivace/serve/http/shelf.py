@@ -1,0 +1,134 @@
+"""Video jobs on disk: a state file and a video a job, written whole or not at all, so that a crash loses no truth."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOST = {"code": "server_restarted", "message": "the server ended while it worked on this; ask again"}
+
+
+class Shelf:
+    """Keeps the records of video jobs, as the API shows them, and their files, for `seconds` and within `most_bytes`.
+
+    What a former process left unfinished is marked as failed. Without a folder everything goes with the process.
+    """
+
+    def __init__(self, folder: Path | None, *, seconds: float, most_bytes: int) -> None:
+        self._own = folder is None
+        self.folder = Path(tempfile.mkdtemp(prefix="vivace-")) if folder is None else folder
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._seconds, self._most = seconds, most_bytes
+        self._records: dict[str, dict[str, Any]] = {}
+        self._lock = threading.RLock()
+        self._recover()
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Remember a job as it is now, on disk first. Raises OSError, and then nothing has changed."""
+        text = json.dumps(record, sort_keys=True)
+        with self._lock:
+            with self.whole(self._state(record["id"])) as part:
+                part.write_text(text, "utf-8")
+            self._records[record["id"]] = record
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Remember it in memory alone: progress, and truths that the disk has no room for."""
+        with self._lock:
+            self._records[record["id"]] = record
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        with self._lock:
+            return self._records.get(name)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every record, the newest first."""
+        with self._lock:
+            return sorted(self._records.values(), key=lambda one: (one["created_at"], one["id"]), reverse=True)
+
+    def video(self, name: str) -> Path:
+        """Where a job's video is, or would be."""
+        return self.folder / f"{name}.mp4"
+
+    def delete(self, name: str) -> bool:
+        """Forget a job and its file; False where there was none."""
+        with self._lock:
+            if self._records.pop(name, None) is None:
+                return False
+            self._state(name).unlink(missing_ok=True)
+            self.video(name).unlink(missing_ok=True)
+            return True
+
+    def sweep(self) -> None:
+        """Delete what is over its time, then the oldest finished ones until the quota holds."""
+        now = time.time()
+        with self._lock:
+            for record in self.all():
+                if record.get("expires_at") and record["expires_at"] <= now:
+                    self.delete(record["id"])
+            finished = [one for one in reversed(self.all()) if one["status"] in ("completed", "failed")]
+            for record in finished:
+                if self.nbytes <= self._most:
+                    break
+                self.delete(record["id"])
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything in the folder."""
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+
+    @property
+    def expiry(self) -> int:
+        """When something that is finished now will be deleted, as a Unix time."""
+        return int(time.time() + self._seconds)
+
+    def close(self) -> None:
+        if self._own:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def whole(self, path: Path) -> Iterator[Path]:
+        """A temporary name beside `path`, which takes its place when the block ends. Raises OSError."""
+        part = path.with_name(f".{path.stem}.part{path.suffix}")
+        try:
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _state(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _recover(self) -> None:
+        for part in self.folder.glob(".*.part.*"):
+            part.unlink(missing_ok=True)
+        for path in self.folder.glob("video_*.json"):
+            try:
+                record = json.loads(path.read_text("utf-8"))
+                known = record["id"] == path.stem and {"status", "created_at"} <= record.keys()
+            except (OSError, ValueError, KeyError, TypeError):
+                known = False
+            if not known:
+                logger.warning("%s is no record of a video job; left alone", path.name)
+                continue
+            lost = record["status"] in ("queued", "in_progress")
+            gone = record["status"] == "completed" and not self.video(record["id"]).is_file()
+            self._records[record["id"]] = record
+            if lost or gone:
+                record = record | {"status": "failed", "error": LOST, "expires_at": self.expiry}
+                with contextlib.suppress(OSError):
+                    self.put(record)
+                self.note(record)
+        self.sweep()

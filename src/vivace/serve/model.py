@@ -1,0 +1,234 @@
+"""One model behind an alias: loaded when first used, in one mode (preset and LoRAs) at a time, unloaded when idle."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.checkpoint import header
+from vivace.config import PRESETS, Config, preset_name
+from vivace.errors import first_line
+from vivace.family import UnknownFamilyError, family_of
+from vivace.load import Source, find, load_source
+from vivace.passes.target import device_of
+from vivace.serve.call import Axes
+from vivace.serve.failures import FieldError
+from vivace.serve.request import Request
+from vivace.serve.sketch import Sketch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What an alias stands for."""
+
+    source: Any = "builtin"  # as `vivace.load` takes it, or a pipeline
+    preset: str | Config | None = "exact"  # for requests that ask for no quality; None: the pipeline as it is
+    loras: Mapping[str, Path] = field(default_factory=dict)  # alias -> file
+    dtype: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is common to all requests that run on a model at the same time."""
+
+    preset: Any  # a name, a Config, or None: as it is
+    loras: tuple[tuple[str, float], ...] = ()
+    alone: Hashable = None  # set: nobody else runs
+
+
+class Model:
+    """A model and who uses it. `reserve` and `leave` go in pairs; after `ready`, `pipe` is there in between."""
+
+    def __init__(self, alias: str, spec: Spec) -> None:
+        self.alias = alias
+        self.spec = spec
+        self.source = _source(alias, spec)
+        self.pipe: Any = None if isinstance(spec.source, str | Path) else spec.source
+        self.lock = threading.RLock()  # for its tokenizers
+        self.used = time.monotonic()
+        self.active = 0
+        self.load_seconds: float | None = None
+        self.sketch = Sketch()
+        self._gate = threading.Lock()  # held for moments
+        self._setup = threading.Lock()  # held while it loads
+        self._mode: Mode | None = None  # of those who use it now
+        self._applied = Mode(preset=None)
+        self._classes: dict[type, Any] = {}  # the same components as another pipeline class
+        self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
+        for path in spec.loras.values():
+            header(Path(path))
+
+    def mode_of(self, request: Request) -> Mode:
+        """The mode a request needs. Raises FieldError for an unknown preset or LoRA."""
+        for name in request.lora:
+            if name not in self.spec.loras:
+                known = ", ".join(self.spec.loras) or "none"
+                raise FieldError("lora", f"no LoRA {name!r} is registered for {self.alias} (registered: {known})")
+        if request.quality is not None and request.quality not in PRESETS:
+            raise FieldError("quality", f"no preset {request.quality!r}; there are {', '.join(PRESETS)}")
+        preset = request.quality or self.spec.preset
+        return Mode(preset=preset, loras=tuple(sorted(request.lora.items())))
+
+    @property
+    def media(self) -> str:
+        """image or video."""
+        return self.source.family.media if self.source.family else "image"
+
+    @property
+    def preset(self) -> str:
+        """The preset in force, by name."""
+        acceleration = acceleration_of(self.pipe) if self.pipe is not None else None
+        return preset_name(acceleration.target.config) if acceleration else "stock"
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights on the device; 0 while it is not loaded."""
+        parts = self.pipe.components.values() if self.pipe is not None else ()
+        return sum(p.nbytes for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters())
+
+    @property
+    def expected_bytes(self) -> int:
+        """Of its weight files: about what it takes once loaded."""
+        path = self.source.path
+        if path is None:
+            return 0
+        files = [path] if path.is_file() else path.rglob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def axes(self) -> Axes:
+        family = self.source.family
+        return Axes(shared=family.shared, listed=family.listed) if family else Axes()
+
+    def reserve(self, mode: Mode) -> bool:
+        """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
+        with self._gate:
+            if self.active and (self._mode != mode or mode.alone is not None):
+                return False
+            self._mode = mode
+            self.active += 1
+            return True
+
+    def ready(self, mode: Mode, *, room: Callable[[], None] = lambda: None) -> None:
+        """Load the model and bring it into the reserved mode, unless it is. Raises InputError.
+
+        `room` is called before weights are loaded.
+        """
+        with self._setup:
+            self._load(room)
+            if self._applied != mode:
+                self._apply(mode)
+        self.used = time.monotonic()
+
+    def leave(self) -> None:
+        """End what `reserve` began."""
+        with self._gate:
+            self.active -= 1
+
+    def unload(self) -> bool:
+        """Drop the weights, where they can be loaded again and nobody uses them; whether that was done."""
+        with self._gate:
+            if self.active or self.pipe is None or self.pipe is self.spec.source:
+                return False
+            restore(self.pipe)
+            self.pipe = None
+            self._classes.clear()
+            self._applied = Mode(preset=None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.info("unloaded %s", self.alias)
+        return True
+
+    def as_class(self, pipeline: type[Any]) -> Any:
+        """The loaded pipeline, or one of another class around the same components."""
+        if type(self.pipe).__name__ == pipeline.__name__:
+            return self.pipe
+        with self.lock:
+            if pipeline not in self._classes:
+                named = inspect.signature(pipeline.__init__).parameters
+                parts = {name: part for name, part in self.pipe.components.items() if name in named}
+                self._classes[pipeline] = pipeline(**parts)
+            return self._classes[pipeline]
+
+    def _load(self, room: Callable[[], None]) -> None:
+        if self.pipe is not None:
+            return
+        room()
+        started = time.monotonic()
+        self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+        vae = getattr(self.pipe, "vae", None)
+        # The pipeline would cast it to and fro around each decode, under the hands of other requests.
+        if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            vae.to(torch.float32)
+        self.load_seconds = time.monotonic() - started
+        logger.info("loaded %s in %.1f s", self.alias, self.load_seconds)
+
+    def _apply(self, mode: Mode) -> None:
+        """Bring the pipeline into a mode. A failure leaves it in none, so that the next request starts over."""
+        before, self._applied = self._applied, Mode(preset=None, alone="changing")
+        if before.loras != mode.loras:
+            self._adapt(mode)
+        if mode.preset is not None:
+            accelerate(self.pipe, mode.preset)
+        self._applied = mode
+
+    def _adapt(self, mode: Mode) -> None:
+        """Exactly the LoRAs of the mode, none of an earlier one. Raises FieldError for one that does not fit."""
+        if not hasattr(self.pipe, "load_lora_weights"):
+            raise FieldError("lora", f"{type(self.pipe).__name__} takes no LoRA")
+        self.pipe.unload_lora_weights()
+        for name, _ in mode.loras:
+            try:
+                self.pipe.load_lora_weights(dict(self._lora(name)), adapter_name=name)
+                held = any(name in adapters for adapters in self.pipe.get_list_adapters().values())
+            except Exception as error:  # diffusers and peft raise what the file's layout leads them to
+                self.pipe.unload_lora_weights()
+                logger.warning("LoRA %s does not fit %s: %s", name, self.alias, first_line(error))
+                raise FieldError("lora", f"LoRA {name!r} does not fit this model") from None
+            if not held:
+                self.pipe.unload_lora_weights()
+                raise FieldError("lora", f"LoRA {name!r} does not fit this model: none of its layers is there")
+        if mode.loras:
+            names, weights = zip(*mode.loras, strict=True)
+            self.pipe.set_adapters(list(names), adapter_weights=list(weights))
+
+    def _lora(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self._weights:
+            from safetensors.torch import load_file
+
+            self._weights[name] = load_file(self.spec.loras[name])
+        return self._weights[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its denoiser computes, loaded or not."""
+        from vivace.load import resolve_device
+
+        if self.pipe is None:
+            return resolve_device(self.spec.device)
+        parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        return device_of(parts[0]) if parts else torch.device("cpu")
+
+
+def _source(alias: str, spec: Spec) -> Source:
+    if isinstance(spec.source, str | Path):
+        return find(spec.source)
+    pipe = spec.source
+    try:
+        family = family_of(pipe)
+    except UnknownFamilyError:
+        family = None
+    index = dict(pipe.components)
+    return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=family, index=index)

@@ -1,0 +1,134 @@
+"""From a request to a call of a pipeline: which class, which arguments, and whether the model takes them at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vivace import inputs
+from vivace.conditioning import ROUND_TO
+from vivace.errors import InputError
+from vivace.generate import CALL
+from vivace.load import Source
+from vivace.scheduler import scheduler_class
+from vivace.serve.failures import FieldError
+from vivace.serve.request import Request
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Field of a request -> what a Family must list in `takes` for it.
+NEEDS = {
+    "prompt": "prompt",
+    "negative": "negative",
+    "guidance": "guidance",
+    "true_cfg": "true_cfg",
+    "images": "image",
+    "mask": "mask",
+    "strength": "strength",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that its model can do."""
+
+    request: Request
+    pipeline: type[Any]  # the class that takes its inputs
+    call: dict[str, Any]  # the arguments of its call, less the generator
+    size: tuple[int, int] | None  # None: the pipeline's own choice
+
+
+def prepare(request: Request, source: Source) -> Prepared:
+    """Check a request against its model, and translate it. Raises FieldError or InputError; needs no weights."""
+    check(request, source)
+    wanted = {"image": request.images, "mask": request.mask, "control": request.arguments.get("control_image")}
+    own = inputs.inputs_of(_class(source))
+    # A pipeline that was loaded for control images takes them as an argument.
+    names = frozenset(name for name, value in wanted.items() if value is not None and value != ())
+    pipeline = _class(source) if "control" in own else inputs.choose(source, names - {"control"})
+    accepted = inputs.arguments(pipeline)
+    call = {CALL[name]: value for name, value in source.defaults.items() if CALL.get(name) in accepted}
+    for name, argument in CALL.items():
+        value = getattr(request, name)
+        if value is not None and argument not in accepted:
+            raise FieldError(name, f"{pipeline.__name__} does not take {name}")
+        if value is not None:
+            call[argument] = value
+    if request.prompt and "prompt" in accepted:
+        call["prompt"] = request.prompt
+    if request.fps is not None and "fps" in accepted:
+        call["fps"] = request.fps
+    size = request.size or (fitting(request.images[0].size, source) if request.images else source.size)
+    if size is not None and "width" in accepted:
+        call |= {"width": size[0], "height": size[1]}
+    call |= _pictures(request, size=size, accepted=accepted, source=source)
+    unknown = sorted(request.arguments.keys() - accepted.keys())
+    if unknown:
+        raise FieldError("arguments", f"{pipeline.__name__} has no argument {unknown[0]}")
+    if request.scheduler is not None:
+        scheduler_class(request.scheduler, prediction=source.prediction)
+    return Prepared(request=request, pipeline=pipeline, call=call | dict(request.arguments), size=size)
+
+
+def check(request: Request, source: Source) -> None:
+    """Check a request against the facts of its model's family. Raises FieldError that names what is allowed."""
+    family = source.family
+    if family is None:
+        return
+    given = [name for name in NEEDS if getattr(request, name) not in (None, (), "")]
+    refused = [name for name in given if NEEDS[name] not in family.takes]
+    refused += [name for name in ("frames", "fps") if getattr(request, name) and family.media != "video"]
+    if refused:
+        raise FieldError(
+            refused[0], f"{family.title} does not take {refused[0]}; it takes {', '.join(sorted(family.takes))}"
+        )
+    if "prompt" in family.takes and not request.prompt.strip() and "prompt_embeds" not in request.arguments:
+        raise FieldError("prompt", "the prompt is empty; say what to draw")
+    if request.size is not None and any(side % family.multiple for side in request.size):
+        width, height = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in request.size)
+        raise FieldError(
+            "size",
+            f"size {request.size[0]}x{request.size[1]} cannot be made: {family.title} needs multiples of "
+            f"{family.multiple}; the nearest is {width}x{height}",
+        )
+
+
+def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
+    """A picture's size in multiples that the model can make, shrunk to the area it was made for."""
+    from vivace import conditioning
+
+    return conditioning.fitting(size, source) if source.family else (_down(size[0]), _down(size[1]))
+
+
+def _down(side: int) -> int:
+    return max(ROUND_TO, side // ROUND_TO * ROUND_TO)
+
+
+def _class(source: Source) -> type[Any]:
+    import diffusers
+
+    found = getattr(diffusers, source.pipeline, None)
+    if found is None:
+        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    return found
+
+
+def _pictures(
+    request: Request, *, size: tuple[int, int] | None, accepted: dict[str, Any], source: Source
+) -> dict[str, Any]:
+    """The input pictures, brought to the size that is made where they are painted over."""
+    if not request.images:
+        return {}
+    several = source.family is not None and "images" in source.family.takes
+    if len(request.images) > 1 and not several:
+        raise FieldError("image", f"this model takes one image; {len(request.images)} were given")
+
+    def placed(image: Image.Image) -> Image.Image:
+        return image.resize(size) if size and "strength" in accepted else image
+
+    images = [placed(image.convert("RGB")) for image in request.images]
+    found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}
+    if request.mask is not None:
+        found["mask_image"] = placed(request.mask.convert("L"))
+    return found

@@ -1,0 +1,78 @@
+"""What one picture or video is asked for with: `Request`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vivace.job import RESERVED, SEEDS
+from vivace.serve.failures import FieldError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Arguments of a pipeline's call that would scale the LoRA layers which other requests share.
+SHARED_STATE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture or video. None means what the model was made for."""
+
+    prompt: str = ""
+    model: str | None = None  # alias; None: the engine's first
+    negative: str | None = None
+    size: tuple[int, int] | None = None  # width, height in pixels
+    steps: int | None = None
+    guidance: float | None = None
+    true_cfg: float | None = None
+    seed: int | None = None  # drawn and reported when None
+    quality: str | None = None  # a preset's name; None: the model's own
+    scheduler: str | None = None
+    lora: Mapping[str, float] = field(default_factory=dict)  # registered alias -> weight
+    images: tuple[Image.Image, ...] = ()
+    mask: Image.Image | None = None  # white is painted anew
+    strength: float | None = None
+    frames: int | None = None
+    fps: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # more of the pipeline's call, such as control_image
+    deterministic: bool = False  # never batched: the same bits every time
+    priority: int = 0  # higher goes first
+    queue_seconds: float | None = None  # the longest it may wait
+    run_seconds: float | None = None  # the longest it may run
+    preview_every: int = 0  # steps between small previews; 0: none
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "steps": (1, 10_000),
+            "guidance": (0, 1000),
+            "true_cfg": (0, 1000),
+            "seed": (0, SEEDS - 1),
+            "frames": (1, 100_000),
+            "fps": (1, 1000),
+            "priority": (-8, 8),
+            "preview_every": (0, 10_000),
+            "queue_seconds": (0, math.inf),
+            "run_seconds": (0, math.inf),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            # `not <=`, because NaN compares false.
+            if value is not None and not least <= value <= most:
+                raise FieldError(name, f"{name} is {value}; it has to be from {least} to {most}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise FieldError("strength", f"strength is {self.strength}; it has to be above 0 and at most 1")
+        if self.size is not None and not all(side >= 1 for side in self.size):
+            raise FieldError("size", f"size is {self.size[0]}x{self.size[1]}; both sides have to be 1 or more")
+        if (self.mask or self.strength) and not self.images:
+            raise FieldError("image", "a mask or a strength needs an image too")
+        for alias, weight in self.lora.items():
+            if not math.isfinite(weight):
+                raise FieldError("lora", f"the weight of LoRA {alias} is {weight}; it has to be a finite number")
+        taken = sorted(RESERVED & self.arguments.keys())
+        if taken:
+            raise FieldError("arguments", f"arguments cannot set {', '.join(taken)}: the engine decides these")
+        if any("scale" in (self.arguments.get(name) or {}) for name in SHARED_STATE):
+            raise FieldError("arguments", "a LoRA's weight is given by lora={alias: weight}, not in attention kwargs")

@@ -1,0 +1,172 @@
+"""One request's run: the stock pipeline, called in this thread on a view whose module calls go to the worker."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from vivace.generate import CALL, FPS
+from vivace.inputs import arguments
+from vivace.request import open_request
+from vivace.scheduler import use_scheduler
+from vivace.serve.call import Axes
+from vivace.serve.job import Job, Preview, Progress, Result
+from vivace.serve.model import Model
+from vivace.serve.prepare import Prepared
+from vivace.serve.view import view
+from vivace.serve.worker import Worker
+from vivace.steps import Counter
+
+DIGESTS = 32  # tensors of which one request remembers the contents' digest
+
+
+class Run:
+    """Runs a prepared job once."""
+
+    def __init__(self, job: Job, prepared: Prepared, *, model: Model, worker: Worker) -> None:
+        self.job, self.prepared, self.model, self.worker = job, prepared, model, worker
+        self._denoisers = _denoisers(model)
+        self._total = 0
+        self._batches: list[int] = []  # for each denoiser call: the requests that shared it
+        self._decode_s = 0.0
+        self._first: float | None = None  # when the first denoiser call came
+        self._last = 0.0  # when the last one was answered
+        self._digests: OrderedDict[int, tuple[torch.Tensor, int, Hashable]] = OrderedDict()
+
+    def __call__(self) -> Result:
+        """The result. Raises what the pipeline raised, or the job's Failure."""
+        request, source = self.job.request, self.model.source
+        pipe = view(self.model.as_class(self.prepared.pipeline), send=self._send, lock=self.model.lock)
+        if request.scheduler is not None:
+            use_scheduler(pipe, request.scheduler, prediction=source.prediction)
+        vars(pipe)["progress_bar"] = Counter(lambda done, total: self._tell(pipe, done, total))
+        # On the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator("cpu").manual_seed(self.job.seed)
+        started = time.monotonic()
+        with open_request():
+            out = pipe(**self.prepared.call, generator=generator, output_type="pil")
+        self.job.check()
+        pictures = tuple(out.frames[0] if hasattr(out, "frames") else out.images[:1])
+        if request.preview_every or not self.model.sketch.learned:
+            self._learn(pipe, pictures[len(pictures) // 2])
+        ended = time.monotonic()
+        timings = {
+            "queue_s": started - self.job.created,
+            "text_s": (self._first or ended) - started,
+            "denoise_s": max(0.0, self._last - (self._first or ended)),
+            "decode_s": self._decode_s,
+            "total_s": ended - self.job.created,
+        }
+        shared = sum(self._batches) / len(self._batches) if self._batches else 0.0
+        return Result(
+            pictures=pictures,
+            effective=self._effective(pipe, pictures),
+            timings={name: round(value, 4) for name, value in timings.items()},
+            calls={"denoiser": len(self._batches), "requests_per_call": round(shared, 2)},
+        )
+
+    def _send(self, module: torch.nn.Module, method: str, kwargs: dict[str, Any]) -> Any:
+        denoises = module in self._denoisers
+        if method != "forward":
+            kwargs = _for_vae(module, kwargs)
+        began = time.monotonic()
+        if denoises and self._first is None:
+            self._first = began
+        axes = self.model.axes if denoises else Axes()
+        call = self.worker.call(self.job, module, method, kwargs, axes=axes, digest=self._digest)
+        if denoises:
+            self._batches.append(call.shared_by)
+            self._last = time.monotonic()
+        elif method == "decode":
+            self._decode_s += time.monotonic() - began
+        return call.out
+
+    def _tell(self, pipe: Any, done: int, total: int) -> None:
+        self.job.check()
+        self._total = total
+        spent = time.monotonic() - (self._first or time.monotonic())
+        self.job.tell(
+            Progress(step=done, total=total, seconds_left=round(spent / done * (total - done), 3) if done else None)
+        )
+        every = self.job.request.preview_every
+        sample = _sample(pipe)
+        if every and done and done % every == 0 and done < total and sample is not None:
+            picture = self.model.sketch.draw(sample, size=self.prepared.size or (1, 1))
+            if picture is not None:
+                self.job.tell(Preview(step=done, picture=picture))
+
+    def _learn(self, pipe: Any, picture: Any) -> None:
+        sample = _sample(pipe)
+        if sample is not None and hasattr(picture, "getbands"):
+            self.model.sketch.learn(sample, picture)
+
+    def _digest(self, tensor: torch.Tensor) -> Hashable:
+        """Of a tensor's contents, computed once for each tensor: on a GPU it waits for the device."""
+        known = self._digests.get(id(tensor))
+        # Inference tensors keep no version.
+        version = 0 if tensor.is_inference() else tensor._version
+        if known is not None and known[0] is tensor and known[1] == version:
+            return known[2]
+        raw = tensor.detach().cpu().contiguous().view(torch.uint8) if tensor.ndim else tensor.detach().cpu()
+        content = raw.numpy().tobytes() if tensor.ndim else repr(raw.item()).encode()
+        digest = (tuple(tensor.shape), tensor.dtype, tensor.device, hashlib.sha256(content).digest())
+        self._digests[id(tensor)] = (tensor, version, digest)
+        if len(self._digests) > DIGESTS:
+            self._digests.popitem(last=False)
+        return digest
+
+    def _effective(self, pipe: Any, pictures: tuple[Any, ...]) -> dict[str, Any]:
+        """Everything that decided the pixels, as plain values."""
+        call, request = self.prepared.call, self.job.request
+        defaults = {name: one.default for name, one in arguments(self.prepared.pipeline).items()}
+        guidance = call.get(CALL["guidance"], defaults.get(CALL["guidance"]))
+        found = {
+            "model": self.job.model,
+            "preset": self.model.preset,
+            "seed": self.job.seed,
+            "steps": self._total or call.get(CALL["steps"]),
+            "size": list(pictures[0].size),
+            "guidance": guidance if isinstance(guidance, int | float) else None,
+            "scheduler": type(pipe.components["scheduler"]).__name__ if "scheduler" in pipe.components else None,
+            "lora": dict(request.lora) or None,
+            "negative": request.negative,
+            "strength": request.strength,
+            "frames": len(pictures) if self.model.media == "video" else None,
+            "fps": (request.fps or call.get("fps") or FPS) if self.model.media == "video" else None,
+            "deterministic": request.deterministic or None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _denoisers(model: Model) -> set[torch.nn.Module]:
+    names = model.source.family.denoisers if model.source.family else ("transformer", "transformer_2", "unet")
+    return {part for name in names if isinstance(part := getattr(model.pipe, name, None), torch.nn.Module)}
+
+
+def _for_vae(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a VAE's call in its own dtype, and without the generator that only a sampling decoder reads."""
+    dtype = next(module.parameters()).dtype
+    found = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in kwargs.items()
+    }
+    if type(module).__name__ == "AutoencoderKL":
+        found.pop("generator", None)
+    return found
+
+
+def _sample(pipe: Any) -> torch.Tensor | None:
+    """The latents after the last scheduler step."""
+    return next(
+        (
+            vars(part)["vivace_sample"]
+            for part in pipe.components.values()
+            if "vivace_sample" in getattr(part, "__dict__", {})
+        ),
+        None,
+    )

@@ -1,0 +1,73 @@
+"""Previews: a linear map from latents to colours, learned from the first finished picture of a model.
+
+A latent position's colour is nearly linear in its channels, so least squares over one picture gives a map that costs
+nothing, knows no VAE, and works for packed latents too: it only sees a grid of positions.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = 256  # pixels of a preview's longer side
+
+
+class Sketch:
+    """Draws latents of one model; knows nothing before it has learned from one picture."""
+
+    def __init__(self) -> None:
+        self._map: torch.Tensor | None = None  # [C + 1, 3]
+        self._lock = threading.Lock()
+
+    @property
+    def learned(self) -> bool:
+        return self._map is not None
+
+    def learn(self, latents: torch.Tensor, picture: Image.Image) -> None:
+        """Take the final latents of a picture and the picture; later ones are ignored."""
+        if self._map is not None:
+            return
+        grid = _grid(latents, picture.width / picture.height)
+        if grid is None:
+            return
+        colours = torch.frombuffer(
+            bytearray(picture.convert("RGB").resize((grid.shape[2], grid.shape[1])).tobytes()), dtype=torch.uint8
+        )
+        with self._lock:
+            self._map = torch.linalg.lstsq(_features(grid), colours.view(-1, 3).float()).solution
+
+    def draw(self, latents: torch.Tensor, *, size: tuple[int, int]) -> Image.Image | None:
+        """A small picture of the shape of `size` (width, height); None before it has learned, or for other latents."""
+        from PIL import Image
+
+        grid = _grid(latents, size[0] / size[1])
+        if self._map is None or grid is None or grid.shape[0] + 1 != self._map.shape[0]:
+            return None
+        colours = (_features(grid) @ self._map).clamp(0, 255).to(torch.uint8).numpy()
+        small = Image.frombytes("RGB", (grid.shape[2], grid.shape[1]), colours.tobytes())
+        scale = min(1.0, SIDE / max(size))
+        return small.resize((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), Image.Resampling.BICUBIC)
+
+
+def _grid(latents: torch.Tensor, aspect: float) -> torch.Tensor | None:
+    """The first picture's latents (of a video: its middle frame's) as [C, H, W] on the CPU; None for other shapes."""
+    x = latents[0].detach().float().cpu()
+    if x.ndim == 4:  # [C, F, H, W]
+        x = x[:, x.shape[1] // 2]
+    if x.ndim == 2:  # packed: [S, C], row by row
+        rows = max(1, round(math.sqrt(x.shape[0] / aspect)))
+        if x.shape[0] % rows:
+            return None
+        x = x.T.unflatten(1, (rows, -1))
+    return x if x.ndim == 3 else None
+
+
+def _features(grid: torch.Tensor) -> torch.Tensor:
+    flat = grid.flatten(1).T  # [S, C]
+    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)

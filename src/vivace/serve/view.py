@@ -1,0 +1,145 @@
+"""A pipeline as one request sees it: its own scheduler and progress, and modules whose calls go to the worker."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vivace import request
+
+Send = Callable[[torch.nn.Module, str, dict[str, Any]], Any]
+"""Has one method of a module called with these arguments, and returns what it returned."""
+
+METHODS = ("decode", "encode")
+"""What pipelines call on a module besides itself."""
+
+
+class Remote:
+    """Stands for a module in a view: everything is the module's own, but its calls are sent."""
+
+    def __init__(self, module: torch.nn.Module, send: Send) -> None:
+        vars(self).update(_module=module, _send=send)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Pipelines ask isinstance(module, ...), and take the class's name for messages.
+        return type(vars(self)["_module"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method("forward", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self)["_module"], name)
+        if name in METHODS:
+            return lambda *args, **kwargs: self._method(name, args, kwargs)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} belongs to every request; it cannot be set by one")
+
+    def to(self, *args: Any, **kwargs: Any) -> Remote:
+        """Stays where it is and as it is: other requests use it too."""
+        return self
+
+    @contextmanager
+    def cache_context(self, name: str, **facts: Any) -> Iterator[None]:
+        """Note the guidance branch of the calls inside; the module's own context is not entered, others are in it."""
+        now = request.current()
+        before = now.branch if now else None
+        if now:
+            now.branch = name
+        try:
+            yield
+        finally:
+            if now:
+                now.branch = before
+
+    def _method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, send = vars(self)["_module"], vars(self)["_send"]
+        names = _names(type(module), name)
+        return send(module, name, {**dict(zip(names, args, strict=False)), **kwargs})
+
+
+@functools.cache
+def _names(module_class: type, method: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
+
+
+class Guarded:
+    """Stands for a tokenizer in a view: one request at a time (a fast tokenizer refuses two: "Already borrowed")."""
+
+    def __init__(self, subject: Any, lock: threading.RLock) -> None:
+        self._subject, self._lock = subject, lock
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(vars(self)["_subject"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return self._subject(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self)["_subject"], name)
+        if not callable(value):
+            return value
+
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                return value(*args, **kwargs)
+
+        return locked
+
+
+def view(pipe: Any, *, send: Send, lock: threading.RLock) -> Any:
+    """A pipeline like `pipe` with the same weights and nothing else in common that a call changes.
+
+    `lock` keeps the requests apart that share its tokenizers.
+    """
+    mine = object.__new__(_viewing(stock(type(pipe))))
+    vars(mine).update(vars(pipe))
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            vars(mine)[name] = Remote(part, send)
+        elif hasattr(part, "set_timesteps"):
+            vars(mine)[name] = _counting(stock(type(part))).from_config(part.config)
+        elif hasattr(part, "encode") and hasattr(part, "decode"):
+            vars(mine)[name] = Guarded(part, lock)
+    return mine
+
+
+def stock(kind: type) -> type:
+    """The class that `accelerate` found, where it gave an object one of its own."""
+    ours = ("vivace_acceleration", "vivace_counts")
+    return next(one for one in kind.__mro__ if not any(name in vars(one) for name in ours))
+
+
+@functools.cache
+def _viewing(pipeline: type) -> type:
+    # The hooks belong to the shared modules, and so does the VAE's type.
+    nothing = lambda self, *args, **kwargs: None  # noqa: E731
+    return _like(pipeline, {"maybe_free_model_hooks": nothing, "upcast_vae": nothing})
+
+
+@functools.cache
+def _counting(scheduler: type) -> type:
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super(counting, self).step(*args, **kwargs)
+        vars(self)["vivace_sample"] = out[0]
+        if (now := request.current()) is not None:
+            now.step += 1
+        return out
+
+    counting: Any = _like(scheduler, {"step": functools.wraps(scheduler.step)(step)})  # pyright: ignore[reportAttributeAccessIssue]
+    return counting
+
+
+def _like(stock: type, members: dict[str, Any]) -> type:
+    named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock)(stock.__name__, (stock,), {**named, **members})

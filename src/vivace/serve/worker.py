@@ -1,0 +1,288 @@
+"""The worker: one thread that owns a device and runs the calls of all requests there, several as one where it can."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vivace import request
+from vivace.serve.call import Axes, Call, Unsplittable, describe, join, split
+from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
+from vivace.serve.job import Job
+
+logger = logging.getLogger(__name__)
+
+AHEAD = 2  # batches launched on a GPU before the oldest must be done: enough to hide the launching, no more
+KEPT = 512  # signatures whose duration is remembered
+PRIORITY = 4.0  # how much more a wait counts with each step of priority
+TICK = 0.5  # seconds between two looks at the clock while nothing happens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One call that was run, for whoever counts."""
+
+    kind: str  # class and method: "SD3Transformer2DModel.forward"
+    size: int  # requests in it
+    seconds: float
+
+
+class Worker:
+    """Runs module calls one after another. Request threads hand them in with `call`, and wait.
+
+    A call waits `gather` times its usual duration, at most `longest` seconds, for requests that ran with it before and
+    are on their way back. Which batch goes first is decided by its response ratio, (wait + duration) / duration: short
+    calls pass long ones, and no call waits forever.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        most: int = 16,
+        gather: float = 0.25,
+        longest: float = 0.02,
+        watch: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        self.device = device
+        self.most = most  # requests in a call
+        self.sizes: Callable[[torch.nn.Module, int], int] = lambda module, size: size
+        self.busy_since: float | None = None
+        self.dead: BaseException | None = None  # the device's fatal error
+        self.watch = watch
+        self._gather, self._longest = gather, longest
+        self._pending: list[Call] = []
+        self._group: list[Call] = []  # what is computed now
+        self._peers: dict[Job, Hashable] = {}  # running job -> the key of its last call
+        self._seconds: OrderedDict[Hashable, float] = OrderedDict()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._launched: deque[Any] = deque()
+        self._alone: set[tuple[int, str]] = set()  # module, method: what it returns cannot be told apart
+        self._thread = threading.Thread(target=self._loop, name=f"vivace-{device}", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._pending)
+
+    def stale(self, seconds: float) -> bool:
+        """Whether the device has not answered for that long, or never will."""
+        since = self.busy_since
+        return not self._thread.is_alive() or (since is not None and time.monotonic() - since > seconds)
+
+    def call(
+        self,
+        job: Job,
+        module: torch.nn.Module,
+        method: str,
+        kwargs: dict[str, Any],
+        *,
+        axes: Axes,
+        digest: Callable[[torch.Tensor], Hashable],
+    ) -> Call:
+        """Run one module call, alone or with others, and wait for it. Raises what it raised, or the job's Failure."""
+        job.check()
+        alone = job.request.deterministic or (id(module), method) in self._alone
+        found = None if alone else describe(kwargs, axes=axes, digest=digest)
+        key = (id(module), method, found[0]) if found else None
+        call = Call(
+            job=job,
+            module=module,
+            method=method,
+            kwargs=kwargs,
+            axes=axes,
+            scope=request.current(),
+            key=key,
+            rows=found[1] if found else 1,
+        )
+        with self._wake:
+            if self._closing or self.dead:
+                raise Unavailable("the device is not there any more")
+            self._pending.append(call)
+            self._peers[job] = key
+            self._wake.notify_all()
+        if not call.done.wait(job.time_left()):
+            self.withdraw(job, DeadlineExceeded(f"it ran longer than {job.request.run_seconds:g} s"))
+        if call.error is not None:
+            raise call.error
+        job.check()
+        return call
+
+    def withdraw(self, job: Job, reason: BaseException | None = None) -> None:
+        """End a job's wait. A call that waits is taken back; one that runs goes on, for nobody or for others."""
+        with self._wake:
+            mine = [call for call in (*self._pending, *self._group) if call.job is job]
+            self._pending = [call for call in self._pending if call.job is not job]
+            self._wake.notify_all()
+        for call in mine:
+            call.finish(error=reason or job.stop)
+
+    def leave(self, job: Job) -> None:
+        """The job is over: nobody waits for its next call."""
+        with self._wake:
+            self._peers.pop(job, None)
+            self._wake.notify_all()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the thread after the call it is at; waiting calls fail."""
+        with self._wake:
+            self._closing = True
+            left, self._pending = self._pending, []
+            self._wake.notify_all()
+        for call in left:
+            call.finish(error=Unavailable("the engine is closing"))
+        self._thread.join(timeout)
+
+    def _loop(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self._wake:
+                    self._group, hold = self._choose()
+                    if not self._group:
+                        if self._closing:
+                            return
+                        self._wake.wait(hold)
+                        continue
+                    self._pending = [call for call in self._pending if call not in self._group]
+                    self.busy_since = time.monotonic()
+                self._run(self._group)
+                # What outlives the call would keep its tensors until the next one.
+                self._group = []
+                self.busy_since = None
+
+    def _choose(self) -> tuple[list[Call], float]:
+        """The calls to run now; none of them means: look again after that many seconds."""
+        now, hold = time.monotonic(), TICK
+        groups: dict[Hashable, list[Call]] = {}
+        for call in self._pending:
+            groups.setdefault(call if call.key is None else call.key, []).append(call)
+        for key, calls in sorted(groups.items(), key=lambda item: -self._urgency(*item, now)):
+            size = self.sizes(calls[0].module, min(self.most, len(calls)))
+            window = min(self._longest, self._gather * self._seconds.get(key, 0.0))
+            left = calls[0].arrived + window - now
+            if len(calls) >= self.most or left <= 0 or not self._expected(key, calls):
+                calls.sort(key=lambda call: (-call.job.request.priority, call.arrived))
+                return calls[:size], 0.0
+            hold = min(hold, left)
+        return [], hold
+
+    def _expected(self, key: Hashable, calls: list[Call]) -> bool:
+        """Whether a request that ran with these calls before may be on its way back."""
+        here = {call.job for call in calls}
+        return any(last == key and job not in here for job, last in self._peers.items())
+
+    def _urgency(self, key: Hashable, calls: list[Call], now: float) -> float:
+        usual = self._seconds.get(key) or 0.01
+        return max((1 + (now - call.arrived) / usual) * PRIORITY**call.job.request.priority for call in calls)
+
+    def _run(self, calls: list[Call]) -> None:
+        """Answer the calls; whatever goes wrong ends with them."""
+        started = time.monotonic()
+        error = self._try(calls)
+        if error is None:
+            self._record(calls, time.monotonic() - started)
+        elif fatal(error):
+            self.dead = error
+            logger.critical("the device is lost: %s", error)
+            self._fail(calls, Unavailable("the device is lost"))
+        elif len(calls) > 1:
+            # One may be wrong, or all may be too much at once: each by itself fails for itself.
+            logger.warning("a batch of %d failed (%s); trying one by one", len(calls), type(error).__name__)
+            self._free(error)
+            for call in calls:
+                self._run([call])
+        elif out_of_memory(error):
+            self._free(error)
+            again = self._tiled(calls[0])
+            if again is not None:
+                self._fail(calls, OutOfMemory("the device has too little memory") if out_of_memory(again) else again)
+        else:
+            self._fail(calls, error)
+
+    def _try(self, calls: list[Call]) -> BaseException | None:
+        """Compute and hand out; the error instead where there is one."""
+        first = calls[0]
+        # The module itself rather than its forward: it may have hooks.
+        compute: Any = first.module if first.method == "forward" else getattr(first.module, first.method)
+        try:
+            if len(calls) == 1:
+                with request.within(first.scope):
+                    outs = [compute(**first.kwargs)]
+            else:
+                with request.within(None):
+                    joint = compute(**join(calls))
+                outs = split(joint, [call.rows for call in calls])
+            self._pace()
+        except Unsplittable as error:
+            self._alone.add((id(first.module), first.method))
+            return error
+        except Exception as error:
+            return error.with_traceback(None)
+        for call, out in zip(calls, outs, strict=True):
+            call.shared_by = len(calls)
+            call.finish(out)
+        return None
+
+    def _tiled(self, call: Call) -> BaseException | None:
+        """Once more in tiles, where the module can; the error that remains."""
+        if call.method not in ("encode", "decode") or not hasattr(call.module, "enable_tiling"):
+            return OutOfMemory("the device has too little memory for it")
+        module: Any = call.module
+        before = module.use_tiling
+        module.enable_tiling()
+        try:
+            return self._try([call])
+        finally:
+            module.use_tiling = before
+
+    def _pace(self) -> None:
+        """Do not run further ahead of a GPU than hides the launching: what waits can still be joined and cancelled."""
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._launched.append(event)
+        if len(self._launched) >= AHEAD:
+            self._launched.popleft().synchronize()
+
+    def _record(self, calls: list[Call], seconds: float) -> None:
+        key = calls[0].key
+        if key is not None:
+            before = self._seconds.pop(key, seconds)
+            self._seconds[key] = 0.7 * before + 0.3 * seconds
+            if len(self._seconds) > KEPT:
+                self._seconds.popitem(last=False)
+        kind = f"{type(calls[0].module).__name__}.{calls[0].method}"
+        with suppress(Exception):  # a counter that fails is no reason to lose a picture
+            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds))
+
+    def _fail(self, calls: list[Call], error: BaseException) -> None:
+        for call in calls:
+            call.finish(error=error)
+
+    def _free(self, error: BaseException) -> None:
+        error.__traceback__ = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or the host."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory)
+    return known or "can't allocate memory" in str(error)
+
+
+def fatal(error: BaseException) -> bool:
+    """Whether a CUDA error leaves the process without its device."""
+    if isinstance(error, Failure) or out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

@@ -1,0 +1,269 @@
+"""What the server refuses: strangers, other sites' pages, and more than it can bear."""
+
+import io
+import os
+import socket
+import time
+import zlib
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from PIL import Image
+
+from vivace.errors import InputError
+from vivace.serve.http.settings import Settings
+
+KEY = "a-key-of-the-tests-alone"
+
+
+def picture(kind="PNG", size=(64, 64), **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def edit(http, *files, fields=None, **more):
+    parts = [("image", ("x.png", raw, "image/png")) for raw in files]
+    return http.post("/v1/images/edits", files=parts, data={"prompt": "a", "steps": "2", **(fields or {})}, **more)
+
+
+@pytest.fixture
+def locked(launch, pipe):
+    return launch({"tiny": pipe}, api_key=KEY)
+
+
+def test_beyond_loopback_only_with_a_key():
+    with pytest.raises(InputError, match="--api-key"):
+        Settings(host="0.0.0.0")
+    with pytest.raises(InputError, match="16 characters"):
+        Settings(api_key="short")
+    assert Settings(host="0.0.0.0", api_key=KEY).api_key == KEY
+    for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        Settings(host=host)
+
+
+def test_the_key_is_needed_on_every_route(locked):
+    with httpx2.Client(base_url=locked.url) as http:
+        described = locked.app.openapi()["paths"]
+        paths = {(method.upper(), path) for path, methods in described.items() for method in methods}
+        assert len(paths) > 10
+        paths |= {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/nowhere"), ("OPTIONS", "/v1/models")}
+        for method, path in sorted(paths):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+                code = http.request(method, path.replace("{", "").replace("}", ""), headers=headers).status_code
+                assert (code == 401) is (path not in ("/livez", "/readyz")), (method, path, code)
+    assert openai.OpenAI(base_url=f"{locked.url}/v1", api_key=KEY).models.list().data[0].id == "tiny"
+
+
+def test_a_key_beyond_ascii_is_just_wrong(locked):
+    raw = socket.create_connection(("127.0.0.1", int(locked.url.rpartition(":")[2])))
+    raw.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer k\xc3\xa4y\r\n\r\n")
+    assert b" 401 " in raw.recv(200)
+    raw.close()
+
+
+def test_signed_links_stand_in_for_the_key(locked):
+    body = {"steps": 1}
+    answer = locked.client.images.generate(prompt="a", size="64x64", response_format="url", extra_body=body)
+    with httpx2.Client(base_url=locked.url) as stranger:
+        assert stranger.get(answer.data[0].url).status_code == 200
+        assert stranger.get(answer.data[0].url.partition("?")[0]).status_code == 401
+        assert stranger.get("/v1/files/x?expires=99999999999&signature=0").status_code == 401
+
+
+def test_links_expire(launch, pipe):
+    server = launch({"tiny": pipe}, link_seconds=0.5)
+    body = {"steps": 1}
+    answer = server.client.images.generate(prompt="a", size="64x64", response_format="url", extra_body=body)
+    time.sleep(1.6)
+    assert server.http.get(answer.data[0].url).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "localhost"}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_refused(http, headers, code):
+    answer = http.get("/v1/models", headers=headers)
+    assert answer.status_code == code
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_no_permissive_cors(http):
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = http.options("/v1/images/generations", headers=asked)
+    assert answer.status_code == 403
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_simple_forms_of_other_sites_are_refused(http, kind):
+    answer = http.post("/v1/images/generations", content=b'{"prompt": "a"}', headers={"content-type": kind})
+    assert answer.status_code == 415
+
+
+def test_large_bodies_are_refused_by_length(http):
+    answer = http.post("/v1/images/generations", content=b"x" * 1_000_001, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_large_bodies_are_refused_as_they_come(http):
+    def drip():
+        for _ in range(40):
+            yield b"x" * 50_000
+
+    answer = http.post("/v1/images/generations", content=drip(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+def test_a_full_queue_refuses_before_the_body(launch, pipe, gated, order):
+    server = launch({"tiny": pipe}, engine={"threads": 1, "queue": 1})
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [server.engine.submit(order())]
+    assert gate.reached.wait(10)
+    jobs.append(server.engine.submit(order()))
+    started = time.monotonic()
+    answer = server.http.post("/v1/images/generations", content=b"{", headers={"content-type": "application/json"})
+    assert time.monotonic() - started < 0.5
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    gate.open.set()
+    for job in jobs:
+        job.result(30)
+    assert server.client.images.generate(prompt="a", size="64x64", extra_body={"steps": 1}).data
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "JPEG2000", "EPS", "PPM"])
+def test_only_three_formats_are_read(http, kind):
+    answer = edit(http, picture(kind))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_image"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_these_are(http, kind):
+    assert edit(http, picture(kind)).status_code == 200
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(http):
+    # A PNG header that promises 30000 x 30000 pixels, with next to nothing behind it.
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = (30000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+    answer = edit(http, bomb)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_image"
+
+
+def test_uploads_are_bounded(launch, pipe):
+    server = launch({"tiny": pipe}, most_upload=2000, most_files=2, most_upload_pixels=10_000)
+    with server.http as http:
+        assert "larger than 2000 bytes" in edit(http, os.urandom(2001)).json()["error"]["message"]
+        assert "64x640 pixels" in edit(http, picture(size=(64, 640))).json()["error"]["message"]
+        assert edit(http, *[picture()] * 3).status_code == 400
+        assert edit(http, picture()).status_code == 200
+
+
+def test_animations_and_broken_pictures_are_refused(http):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    assert "animation" in edit(http, buffer.getvalue()).json()["error"]["message"]
+    for raw in (b"", b"x", picture()[:100], picture("JPEG")[:200]):
+        answer = edit(http, raw)
+        assert answer.status_code == 400
+        assert "truncated" not in answer.text
+        assert "0x" not in answer.text
+
+
+def test_metadata_does_not_get_through():
+    from vivace.serve.http.uploads import decode
+
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    exif[0x0112] = 6  # turned by a quarter
+    found = decode(picture("JPEG", size=(64, 32), exif=exif, comment=b"secret"), Settings(), field="image")
+    assert found.size == (32, 64)
+    assert not found.info
+    assert not found.getexif()
+
+
+def test_fields_of_forms_are_checked_too(http):
+    assert edit(http, picture(), fields={"stepz": "3"}).json()["error"]["param"] == "stepz"
+    assert edit(http, picture(), fields={"steps": "1000"}).json()["error"]["param"] == "steps"
+    assert edit(http, picture(), fields={"lora": "{"}).json()["error"]["param"] == "lora"
+    mask = http.post("/v1/images/edits", files={"mask": ("x", picture())}, data={"prompt": "a"})
+    assert mask.json()["error"]["param"] == "image"
+    wrong = http.post("/v1/images/edits", files={"other": ("x", picture())}, data={"prompt": "a"})
+    assert wrong.json()["error"]["param"] == "other"
+
+
+def test_file_names_of_uploads_reach_no_disk(launch, pipe, tmp_path):
+    server = launch({"tiny": pipe}, folder=tmp_path / "jobs")
+    name = f"../../../..{tmp_path}/owned.png"
+    with server.http as http:
+        answer = http.post("/v1/images/edits", files={"image": (name, picture())}, data={"prompt": "a", "steps": "1"})
+    assert answer.status_code == 200
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/videos/..%2f..%2fetc%2fpasswd", "/v1/videos/video_x/content", "/v1/files/..%2f..", "/v1/models/%2e%2e"],
+)
+def test_no_path_leads_out(http, path):
+    assert http.get(path).status_code in (400, 404)
+
+
+def test_no_url_is_ever_fetched(http):
+    with socket.socket() as trap:
+        trap.bind(("127.0.0.1", 0))
+        trap.listen()
+        trap.settimeout(0.3)
+        address = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
+        for field in ("image", "image_url", "input_reference", "mask"):
+            assert http.post("/v1/images/generations", json={"prompt": "a", field: address}).status_code == 400
+            form = http.post(
+                "/v1/images/edits", files={"image": ("x", picture())}, data={"prompt": "a", field: address}
+            )
+            assert form.status_code == 400
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+def test_errors_say_nothing_of_the_inside(launch, pipe, gated, wanted):
+    server = launch({"tiny": pipe})
+    gate = gated(pipe.transformer)
+    gate.fail(RuntimeError("secret at 0x7f00 in /root/x.py"), times=100)
+    with server.http as http:
+        answer = http.post("/v1/images/generations", json=wanted)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert str(Path("/root")) not in answer.text
+    assert answer.json()["error"]["code"] == "failed"
+
+
+def test_only_safetensors(tmp_path, pipe):
+    from vivace.serve import Engine, Spec
+
+    pickled = tmp_path / "style.bin"
+    pickled.write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match="safetensors"):
+        Engine(models={"tiny": Spec(source=pipe, loras={"style": pickled})})
+    with pytest.raises(InputError, match="safetensors"):
+        Engine(models={"tiny": str(pickled)})

@@ -1,0 +1,170 @@
+"""The image routes, through the official client."""
+
+import base64
+import io
+import time
+
+import openai
+import pytest
+from PIL import Image
+
+EXTRA = {"steps": 2, "seed": 7}
+
+
+def png(**options) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).convert(options.pop("mode", "RGB")).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def picture(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_picture(client):
+    answer = client.images.generate(prompt="a red circle", size="64x64", extra_body=EXTRA)
+    assert picture(answer.data[0].b64_json).size == (64, 64)
+    assert answer.size == "64x64"
+    assert answer.created <= time.time()
+    extra = answer.model_extra
+    assert {name: extra[name] for name in ("model", "steps", "seed", "preset", "guidance")} == {
+        "model": "tiny",
+        "steps": 2,
+        "seed": 7,
+        "preset": "exact",
+        "guidance": 7.0,
+    }
+    assert extra["timings"]["total_s"] > 0
+    assert extra["calls"]["denoiser"] == 2
+
+
+def test_the_same_seed_is_the_same_picture(client):
+    body = {**EXTRA, "deterministic": True}
+    one, two = (client.images.generate(prompt="a red circle", size="64x64", extra_body=body) for _ in range(2))
+    assert one.data[0].b64_json == two.data[0].b64_json
+
+
+def test_several_pictures_have_following_seeds(client):
+    answer = client.images.generate(prompt="a red circle", n=3, size="64x64", extra_body=EXTRA)
+    assert [one.model_extra["seed"] for one in answer.data] == [7, 8, 9]
+    alone = client.images.generate(prompt="a red circle", size="64x64", extra_body={"steps": 2, "seed": 9})
+    mine, theirs = picture(answer.data[2].b64_json), picture(alone.data[0].b64_json)
+    assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_formats(client, kind):
+    answer = client.images.generate(prompt="a", size="64x64", output_format=kind, extra_body=EXTRA)
+    assert picture(answer.data[0].b64_json).format == kind.upper()
+    assert answer.output_format == kind
+
+
+@pytest.mark.parametrize(("quality", "preset"), [("high", "exact"), ("auto", "exact"), ("exact", "exact")])
+def test_quality_picks_the_preset(client, quality, preset):
+    answer = client.images.generate(prompt="a", size="64x64", quality=quality, extra_body=EXTRA)
+    assert answer.model_extra["preset"] == preset
+
+
+def test_url(client, http):
+    answer = client.images.generate(prompt="a", size="64x64", response_format="url", extra_body=EXTRA)
+    address = answer.data[0].url
+    found = http.get(address)
+    assert found.status_code == 200
+    assert found.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(found.content)).size == (64, 64)
+    assert http.get(address.replace("signature=", "signature=0")).status_code == 404
+
+
+def test_stream_with_partial_images(client):
+    client.images.generate(prompt="a", size="64x64", extra_body=EXTRA)  # previews are learned from a first picture
+    stream = client.images.generate(
+        prompt="a red circle", size="64x64", stream=True, partial_images=2, extra_body={"steps": 6, "seed": 1}
+    )
+    events = list(stream)
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert all(picture(event.b64_json).size == (64, 64) for event in events)
+    assert events[-1].model_extra["steps"] == 6
+
+
+def test_edits(client):
+    answer = client.images.edit(image=("in.png", png()), prompt="a blue ring", extra_body={**EXTRA, "strength": 0.9})
+    assert picture(answer.data[0].b64_json).size == (64, 64)
+    assert answer.model_extra["strength"] == 0.9
+    assert answer.model_extra["seed"] == 7
+
+
+def test_edits_with_a_mask(client):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    answer = client.images.edit(
+        image=[("in.png", png())], mask=("mask.png", buffer.getvalue()), prompt="a blue ring", extra_body=EXTRA
+    )
+    assert picture(answer.data[0].b64_json).size == (64, 64)
+
+
+def test_models(client):
+    assert [(model.id, model.model_extra["media"]) for model in client.models.list()] == [
+        ("tiny", "image"),
+        ("clip", "video"),
+    ]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("other")
+    assert error.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"extra_body": {"stepz": 3}}, "stepz", "unknown field"),
+        ({"size": "64"}, "size", "pattern"),
+        ({"size": "60x64"}, "size", "nearest is 64x64"),
+        ({"n": 11}, "n", "the most is 10"),
+        ({"extra_body": {"steps": 151}}, "steps", "the most is 150"),
+        ({"extra_body": {"seed": -1}}, "seed", "greater than or equal to 0"),
+        ({"extra_body": {"guidance_scale": 1e9}}, "guidance_scale", "less than or equal"),
+        ({"extra_body": {"true_cfg_scale": 2.0}}, "true_cfg_scale", "does not take"),
+        ({"extra_body": {"lora": {"style": 1}}}, "lora", "no LoRA 'style'"),
+        ({"extra_body": {"scheduler": "no such"}}, None, "no scheduler"),
+        ({"quality": "best"}, "quality", "no quality 'best'"),
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"prompt": "x" * 8001}, "prompt", "the most is 8000"),
+        ({"size": "16384x16384"}, "size", "more than"),
+        ({"model": "clip"}, "model", "makes no image"),
+        ({"extra_body": {"image_url": "http://127.0.0.1/"}}, "image_url", "unknown field"),
+        ({"extra_body": {"output_path": "/tmp/x"}}, "output_path", "unknown field"),
+        ({"stream": True, "n": 2}, "n", "one picture"),
+    ],
+)
+def test_wrong_requests_are_400_and_named(client, fields, param, said):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(**{"prompt": "a red circle", **fields})
+    assert error.value.body["type"] == "invalid_request_error"
+    assert error.value.param == param
+    assert said in error.value.body["message"]
+
+
+def test_unknown_model_is_404(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.images.generate(prompt="a", model="other")
+    assert error.value.code == "model_not_found"
+    assert error.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"prompt": NaN}', b'{"prompt": "a", "guidance_scale": Infinity}', b"[" * 5000]
+)
+def test_bodies_that_are_no_order(http, body):
+    answer = http.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_every_answer_has_a_request_id(http):
+    ids = {http.get("/livez").headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert http.get("/nowhere").json()["error"]["type"] == "not_found_error"
+    assert http.put("/v1/models").status_code == 405

@@ -1,0 +1,156 @@
+"""Video jobs: the routes through the official client, and what is left of them after a crash."""
+
+import io
+import json
+import time
+
+import openai
+import pytest
+from PIL import Image
+
+from vivace import video
+from vivace.serve.http.shelf import Shelf
+
+BODY = {"steps": 2, "frames": 5, "fps": 8, "seed": 3}
+
+
+def wait(client, name):
+    deadline = time.monotonic() + 60
+    while (found := client.videos.retrieve(name)).status in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_a_video_from_beginning_to_end(client, tmp_path):
+    begun = client.videos.create(prompt="a red circle", size="64x64", extra_body=BODY)
+    assert begun.object == "video"
+    assert begun.status == "queued"
+    done = wait(client, begun.id)
+    assert (done.status, done.progress, done.size, done.error) == ("completed", 100, "64x64", None)
+    assert done.model_extra["seed"] == 3
+    assert done.model_extra["frames"] == 5
+    assert done.expires_at > done.completed_at >= done.created_at
+    path = tmp_path / "x.mp4"
+    client.videos.download_content(begun.id).write_to_file(path)
+    facts = video.facts(path)
+    assert (facts["size"], facts["frames"], facts["seed"]) == ([64, 64], 5, 3)
+    assert begun.id in [one.id for one in client.videos.list(limit=5)]
+    assert client.videos.delete(begun.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(begun.id)
+
+
+def test_seconds_are_frames(client):
+    begun = client.videos.create(prompt="a", size="64x64", seconds="1", extra_body={"steps": 1, "fps": 4})
+    assert wait(client, begun.id).model_extra["frames"] == 5  # four, rounded to what the VAE can make
+    client.videos.delete(begun.id)
+
+
+def test_pages(client):
+    names = [client.videos.create(prompt="a", size="64x64", extra_body=BODY).id for _ in range(3)]
+    for name in names:
+        wait(client, name)
+    page = client.videos.list(limit=2)
+    assert len(page.data) == 2
+    assert page.has_more
+    everything = [one.id for one in client.videos.list(limit=2)]
+    assert set(names) <= set(everything)
+    assert len(everything) == len(set(everything))
+    for name in names:
+        client.videos.delete(name)
+
+
+def test_deleting_a_running_video_ends_it(client, shared):
+    begun = client.videos.create(prompt="a", size="64x64", extra_body={**BODY, "steps": 150})
+    client.videos.delete(begun.id)
+    deadline = time.monotonic() + 10
+    while shared.engine.running + shared.engine.queued and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert shared.engine.running == shared.engine.queued == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"seconds": "999"}, "seconds"),
+        ({"seconds": "x"}, "seconds"),
+        ({"extra_body": {"frames": 258}}, "frames"),
+        ({"extra_body": {"frames": 5, "seconds": "1"}}, "seconds"),
+        ({"size": "60x64"}, "size"),
+        ({"model": "tiny"}, "model"),
+        ({"extra_body": {"path": "/tmp/x"}}, "path"),
+    ],
+)
+def test_wrong_videos_are_400(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.videos.create(**{"prompt": "a", **fields})
+    assert error.value.param == param
+
+
+def test_content_before_it_is_there(client):
+    begun = client.videos.create(prompt="a", size="64x64", extra_body={**BODY, "steps": 100})
+    with pytest.raises(openai.ConflictError) as error:
+        client.videos.download_content(begun.id)
+    assert error.value.code == "video_not_ready"
+    client.videos.delete(begun.id)
+
+
+def record(number: int, **fields):
+    return {"id": f"video_{number:024x}", "object": "video", "status": "queued", "created_at": number, **fields}
+
+
+def test_unfinished_jobs_are_failed_after_a_crash(tmp_path):
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
+    shelf.put(record(1))
+    shelf.put(record(2, status="in_progress"))
+    shelf.put(record(3, status="completed"))
+    shelf.put(record(4, status="completed"))
+    shelf.video(record(3)["id"]).write_bytes(b"mp4")
+    (tmp_path / ".x.part.json").write_text("{")
+    (tmp_path / "video_broken.json").write_text("{")
+    again = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
+    found = {one["created_at"]: one for one in again.all()}
+    assert [found[number]["status"] for number in (1, 2, 3, 4)] == ["failed", "failed", "completed", "failed"]
+    assert found[1]["error"]["code"] == "server_restarted"
+    assert json.loads((tmp_path / f"{record(1)['id']}.json").read_text())["status"] == "failed"
+    assert not (tmp_path / ".x.part.json").exists()
+    assert (tmp_path / "video_broken.json").exists()
+
+
+def test_time_and_quota(tmp_path):
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=3000)
+    for number in range(4):
+        shelf.put(record(number, status="completed"))
+        shelf.video(record(number)["id"]).write_bytes(bytes(1000))
+    shelf.put(record(9, status="completed", expires_at=int(time.time()) - 1))
+    shelf.put(record(10, status="in_progress"))
+    shelf.sweep()
+    assert shelf.nbytes <= 3000
+    assert [one["created_at"] for one in shelf.all()] == [10, 3, 2]
+
+
+def test_a_failed_write_changes_nothing(tmp_path):
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
+    shelf.put(record(1))
+    path = shelf.video(record(1)["id"])
+    path.write_bytes(b"before")
+
+    def write():
+        with shelf.whole(path) as part:
+            part.write_bytes(b"half")
+            raise OSError(28, "disk full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
+    assert path.read_bytes() == b"before"
+    assert not list(tmp_path.glob("*.part.*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_input_picture_needs_a_model_that_takes_one(http):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    answer = http.post("/v1/videos", files={"input_reference": ("x.png", buffer.getvalue())}, data={"prompt": "a"})
+    assert answer.status_code in (200, 400)
+    assert answer.status_code == 200 or answer.json()["error"]["type"] == "invalid_request_error"

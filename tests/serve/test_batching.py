@@ -1,0 +1,96 @@
+"""Every family: requests that share calls get what they would have got alone."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vivace.families import FAMILIES
+from vivace.inputs import arguments
+from vivace.serve import Engine, Request
+from vivace.serve.call import Axes, Unsplittable, describe, split
+
+SIDE = 64
+PICTURE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+SMALL = {"max_sequence_length": 16, "use_resolution_binning": False, "_auto_resize": False, "max_area": SIDE * SIDE}
+
+
+def requests(family, pipe, **fields):
+    """Three requests for a pipeline, of different seeds, prompts and steps."""
+    accepted = arguments(type(pipe))
+    extra = {name: value for name, value in SMALL.items() if name in accepted}
+    if "video" in accepted:
+        extra["video"] = [PICTURE] * 5
+    if "prompt" in family.takes:
+        fields["prompt"] = "a red circle"
+    if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
+        fields["images"] = (PICTURE,)
+    if family.media == "video":
+        fields["frames"] = 5
+    return [
+        Request(**{**fields, "size": (SIDE, SIDE), "steps": steps, "seed": steps, "arguments": extra})
+        for steps in (2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_alone_or_together(name, pixels):
+    family = FAMILIES[name]
+    # In double precision a wrong row shows and the order of sums does not: random weights amplify fp32's noise.
+    pipe = family.tiny().to(torch.float64)
+    with Engine(models={"tiny": pipe}) as engine:
+        alone = [engine.submit(one).result(60) for one in requests(family, pipe, deterministic=True)]
+        for _ in range(5):  # that they meet is likely, not certain
+            jobs = [engine.submit(one) for one in requests(family, pipe)]
+            together = [job.result(60) for job in jobs]
+            if max(one.calls["requests_per_call"] for one in together) > 1:
+                break
+    assert max(one.calls["requests_per_call"] for one in together) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert len(one.pictures) == len(other.pictures)
+        for mine, theirs in zip(one.pictures, other.pictures, strict=True):
+            assert np.abs(pixels(mine) - pixels(theirs)).max() <= 1
+
+
+def digest(tensor):
+    return tensor.numpy().tobytes()
+
+
+def test_shared_arguments_join_only_when_equal():
+    axes = Axes(shared=frozenset({"ids"}))
+    ids = torch.arange(2)
+    x = torch.zeros(2, 3)
+    same = [describe({"x": x, "ids": ids.clone()}, axes=axes, digest=digest) for _ in range(2)]
+    other = describe({"x": x, "ids": ids + 1}, axes=axes, digest=digest)
+    assert same[0] == same[1] != other
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.zeros(1, 4)},
+        {"x": torch.zeros(1, 3, dtype=torch.float64)},
+        {"x": torch.zeros(1, 3), "return_dict": True},
+        {"x": torch.zeros(1, 3), "kwargs": {"scale": 2}},
+    ],
+)
+def test_different_calls_stay_apart(other):
+    plain = {"x": torch.zeros(1, 3), "return_dict": False, "kwargs": {"scale": 1}}
+    mine = describe(plain, axes=Axes(), digest=digest)
+    assert mine != describe({**plain, **other}, axes=Axes(), digest=digest)
+    assert mine == describe({**plain, "x": torch.ones(1, 3)}, axes=Axes(), digest=digest)
+
+
+def test_what_cannot_be_compared_goes_alone():
+    assert describe({"x": torch.zeros(1, 3), "f": torch.Generator()}, axes=Axes(), digest=digest) is None
+    assert describe({"steps": 3}, axes=Axes(), digest=digest) is None
+
+
+def test_split_refuses_what_has_no_rows():
+    parts = split((torch.arange(3), [torch.arange(3)], None, {"a": torch.arange(3)}), [1, 2])
+    assert parts[1][0].tolist() == parts[1][1][0].tolist() == parts[1][3]["a"].tolist() == [1, 2]
+    for out in (torch.zeros(4), torch.tensor(1.0), object()):
+        with pytest.raises(Unsplittable):
+            split(out, [1, 2])

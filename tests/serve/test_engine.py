@@ -1,0 +1,298 @@
+"""The engine: what requests get, in which order, and what one does to another."""
+
+import asyncio
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vivace
+from vivace.families import FAMILIES
+from vivace.serve import Preview, Progress, Request
+from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, FieldError, Unavailable, UnknownModelError
+
+SIDE = 64
+
+
+def test_the_picture_is_the_pipelines_own(engine, pipe, order, pixels):
+    result = engine.submit(order(deterministic=True)).result(60)
+    vivace.restore(pipe)
+    generator = torch.Generator("cpu").manual_seed(1)
+    own = pipe("a red circle", width=SIDE, height=SIDE, num_inference_steps=3, generator=generator).images[0]
+    assert np.abs(pixels(result.pictures[0]) - pixels(own)).max() <= 1
+    effective = dict(result.effective)
+    assert effective == {
+        "model": "tiny",
+        "preset": "exact",
+        "seed": 1,
+        "steps": 3,
+        "size": [SIDE, SIDE],
+        "guidance": 7.0,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "deterministic": True,
+    }
+    assert set(result.timings) == {"queue_s", "text_s", "denoise_s", "decode_s", "total_s"}
+
+
+def test_a_seed_is_drawn_and_told(engine, order):
+    one, two = (engine.submit(order(seed=None)).result(60).effective["seed"] for _ in range(2))
+    assert one != two
+    assert 0 <= one < 2**32
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"size": (60, 64)}, "size"),
+        ({"frames": 5}, "frames"),
+        ({"true_cfg": 2.0}, "true_cfg"),
+        ({"quality": "best"}, "quality"),
+        ({"lora": {"style": 1.0}}, "lora"),
+        ({"arguments": {"no_such": 1}}, "arguments"),
+        ({"model": "other"}, "model"),
+    ],
+)
+def test_wrong_requests_are_refused_at_once(engine, fields, field, order):
+    with pytest.raises(FieldError) as error:
+        engine.submit(order(**fields))
+    assert error.value.field == field
+    assert engine.queued == engine.running == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"steps": 0}, {"seed": -1}, {"guidance": float("nan")}, {"strength": 0.5}, {"lora": {"a": float("inf")}}],
+)
+def test_absurd_values_are_no_request(fields, order):
+    with pytest.raises(FieldError):
+        order(**fields)
+
+
+def test_lora_scale_in_attention_kwargs_is_refused(order):
+    with pytest.raises(FieldError, match="lora=\\{alias: weight\\}"):
+        order(arguments={"joint_attention_kwargs": {"scale": 0.5}})
+
+
+def test_unknown_model(engine, order):
+    with pytest.raises(UnknownModelError, match="there are tiny"):
+        engine.submit(order(model="other"))
+
+
+def test_requests_at_different_steps_share_calls(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order(seed=1, steps=6))]
+    assert gate.reached.wait(10)
+    jobs += [engine.submit(order(seed=seed, steps=3 + seed)) for seed in (2, 3, 4)]
+    gate.open.set()
+    results = [job.result(60) for job in jobs]
+    assert [result.effective["steps"] for result in results] == [6, 5, 6, 7]
+    assert max(gate.sizes) >= 6, "never three requests (of two rows) in one call"
+    assert all(result.calls["requests_per_call"] > 1 for result in results)
+
+
+def test_other_sizes_do_not_mix(engine, pipe, order):
+    jobs = [engine.submit(order(size=size, seed=4)) for size in [(64, 64), (32, 64), (64, 64), (64, 32)]]
+    sizes = [job.result(60).pictures[0].size for job in jobs]
+    assert sizes == [(64, 64), (32, 64), (64, 64), (64, 32)]
+
+
+def test_deterministic_is_never_batched_and_bit_equal(engine, order):
+    alone = engine.submit(order(deterministic=True)).result(60)
+    jobs = [engine.submit(order(seed=seed)) for seed in range(4)]
+    jobs.insert(2, engine.submit(order(deterministic=True)))
+    among = [job.result(60) for job in jobs][2]
+    assert among.calls["requests_per_call"] == 1
+    assert among.pictures[0].tobytes() == alone.pictures[0].tobytes()
+
+
+def test_progress_and_previews(engine, order):
+    engine.submit(order()).result(60)  # the map from latents to colours is learned from the first picture
+    events = list(engine.submit(order(steps=6, preview_every=2)).watch())
+    steps = [event for event in events if isinstance(event, Progress)]
+    assert [(event.step, event.total) for event in steps] == [(step, 6) for step in range(7)]
+    assert steps[0].seconds_left is None
+    assert steps[-1].seconds_left == 0
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [event.step for event in previews] == [2, 4]
+    assert previews[0].picture.size == (SIDE, SIDE)
+
+
+def test_await_and_async_events(engine, order):
+    async def run():
+        job = engine.submit(order(steps=4))
+        events = [event async for event in job]
+        return events, await job
+
+    events, result = asyncio.run(run())
+    assert [event.step for event in events] == [0, 1, 2, 3, 4]
+    assert result.effective["steps"] == 4
+
+
+def test_cancel_takes_effect_within_a_step(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    job, other = engine.submit(order(steps=50, seed=2)), engine.submit(order(seed=3))
+    assert gate.reached.wait(10)
+    job.cancel()
+    gate.open.set()
+    with pytest.raises(Cancelled):
+        job.result(30)
+    assert job.status == "cancelled"
+    assert max((event.step for event in job.events), default=0) <= 1
+    assert other.result(30).effective["seed"] == 3
+    assert engine.running == 0
+
+
+def test_cancel_in_the_queue_is_immediate(pipe, start, order, gated):
+    engine = start(pipe, threads=1)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    first, second = engine.submit(order()), engine.submit(order())
+    assert gate.reached.wait(10)
+    second.cancel()
+    with pytest.raises(Cancelled):
+        second.result(1)
+    assert engine.queued == 0
+    gate.open.set()
+    first.result(30)
+
+
+def test_a_cancelled_run_leaves_nothing_behind(engine, pipe, order, gated):
+    before = engine.submit(order(deterministic=True)).result(60)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    job = engine.submit(order(steps=40, deterministic=True))
+    assert gate.reached.wait(10)
+    job.cancel()
+    gate.open.set()
+    with pytest.raises(Cancelled):
+        job.result(30)
+    after = engine.submit(order(deterministic=True)).result(60)
+    assert after.pictures[0].tobytes() == before.pictures[0].tobytes()
+
+
+def test_memory_of_cancelled_requests_is_freed(engine, pipe, order):
+    def tensors() -> int:
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor)
+
+    engine.submit(order()).result(60)
+    before = tensors()
+    jobs = [engine.submit(order(steps=200, seed=seed)) for seed in range(6)]
+    time.sleep(0.2)
+    for job in jobs:
+        job.cancel()
+    for job in jobs:
+        with pytest.raises(Cancelled):
+            job.result(30)
+    deadline = time.monotonic() + 10
+    while tensors() > before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert tensors() <= before
+
+
+def test_the_queue_is_bounded(pipe, start, order, gated):
+    engine = start(pipe, threads=1, queue=2)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order())]
+    assert gate.reached.wait(10)
+    jobs += [engine.submit(order()) for _ in range(2)]
+    assert engine.queued == 2
+    began = time.monotonic()
+    with pytest.raises(Busy) as error:
+        engine.submit(order())
+    assert time.monotonic() - began < 0.05
+    assert error.value.retry_after >= 1
+    gate.open.set()
+    for job in jobs:
+        job.result(60)
+    assert engine.queued == engine.running == 0
+    engine.submit(order()).result(60)
+
+
+def test_priority_goes_first(pipe, start, order, gated):
+    engine = start(pipe, threads=1)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    first = engine.submit(order())
+    assert gate.reached.wait(10)
+    plain, urgent = engine.submit(order()), engine.submit(order(priority=3))
+    gate.open.set()
+    for job in (first, plain, urgent):
+        job.result(60)
+    assert urgent.started < plain.started
+
+
+def test_deadlines(pipe, start, order, gated):
+    engine = start(pipe, threads=1)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    running = engine.submit(order(steps=30, run_seconds=0.3))
+    assert gate.reached.wait(10)
+    waiting = engine.submit(order(queue_seconds=0.05))
+    with pytest.raises(DeadlineExceeded, match="waited longer"):
+        waiting.result(5)
+    time.sleep(0.3)
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded, match="ran longer"):
+        running.result(5)
+    assert engine.submit(order()).result(60).effective["seed"] == 1
+
+
+def test_images_and_masks_choose_their_pipeline(engine, order):
+    picture = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+    plain = engine.submit(order()).result(60)
+    edited = engine.submit(order(images=(picture,), strength=0.5, size=None, steps=4)).result(60)
+    assert edited.pictures[0].size == (SIDE, SIDE)
+    assert edited.effective["strength"] == 0.5
+    assert edited.effective["steps"] == 2  # strength leaves half of them out
+    assert edited.pictures[0].tobytes() != plain.pictures[0].tobytes()
+    painted = engine.submit(order(images=(picture,), mask=picture.convert("L"), strength=0.9)).result(60)
+    assert painted.pictures[0].size == (SIDE, SIDE)
+
+
+def test_schedulers_are_each_requests_own(engine, pipe, order):
+    before = dict(vars(pipe.scheduler))
+    heun, euler = (engine.submit(order(scheduler=name, steps=4)) for name in ("heun", "euler"))
+    assert heun.result(60).effective["scheduler"] == "FlowMatchHeunDiscreteScheduler"
+    assert euler.result(60).effective["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert vars(pipe.scheduler).keys() == before.keys()
+
+
+def test_a_long_video_yields_to_short_pictures(start, order):
+    wan, sd3 = FAMILIES["wan"].tiny(), FAMILIES["sd3"].tiny()
+    engine = start(wan)
+    engine.models["still"] = type(engine.models["tiny"])("still", vivace.serve.Spec(source=sd3))
+    video = engine.submit(Request(prompt="a red circle", size=(64, 64), frames=9, steps=60))
+    while not video.events and not video.over:
+        time.sleep(0.01)
+    still = engine.submit(order(model="still"))
+    still.result(60)
+    assert not video.over, "the picture waited for the whole video"
+    assert len(video.result(120).pictures) == 9
+
+
+def test_closing_fails_what_waits_and_ends_the_threads(pipe, start, order, gated):
+    names = {thread.name for thread in threading.enumerate()}
+    engine = start(pipe, threads=1)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    running = engine.submit(order())
+    assert gate.reached.wait(10)
+    waiting = engine.submit(order())
+    engine.drain()
+    with pytest.raises(Unavailable):
+        waiting.result(1)
+    with pytest.raises(Unavailable):
+        engine.submit(order())
+    gate.open.set()
+    engine.close(grace=30)
+    assert running.status == "done"
+    assert {thread.name for thread in threading.enumerate()} <= names

@@ -1,0 +1,235 @@
+"""What can go wrong while it runs, and what the next request sees of it: nothing."""
+
+import gc
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vivace.serve import Spec
+from vivace.serve.engine import LOST_TO_MEMORY
+from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, Failure, FieldError, OutOfMemory, Unavailable
+
+
+def memory_error() -> BaseException:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.fixture
+def same(engine, order):
+    """Checks that a plain request gets the bits it got before."""
+    before = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+
+    def check() -> None:
+        after = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+        assert after == before
+        assert engine.health().ready
+        assert engine.running == engine.queued == 0
+
+    return check
+
+
+def test_out_of_memory_in_the_denoiser(engine, pipe, order, gated, same):
+    gate = gated(pipe.transformer)
+    gate.fail(memory_error())
+    with pytest.raises(OutOfMemory):
+        engine.submit(order()).result(60)
+    same()
+
+
+def test_out_of_memory_of_a_batch_is_tried_one_by_one(engine, pipe, order, gated, same):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order(seed=1, steps=5))]
+    assert gate.reached.wait(10)
+    jobs += [engine.submit(order(seed=seed)) for seed in (2, 3)]
+    limit = pipe.transformer.register_forward_pre_hook(_small_batches_only, with_kwargs=True)
+    gate.open.set()
+    for job in jobs:
+        assert job.result(60).calls["requests_per_call"] == 1
+    limit.remove()
+    same()
+
+
+def _small_batches_only(module, args, kwargs):
+    if kwargs["hidden_states"].shape[0] > 2:
+        raise memory_error()
+
+
+def test_out_of_memory_in_the_vae_is_retried_in_tiles(engine, pipe, order, same, monkeypatch):
+    tiled, stock = [], pipe.vae._decode
+
+    def decode(z, *args, **kwargs):
+        if not pipe.vae.use_tiling:
+            raise memory_error()
+        tiled.append(z.shape)
+        return stock(z, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.vae, "_decode", decode)
+    result = engine.submit(order()).result(60)
+    assert result.pictures[0].size == (64, 64)
+    assert tiled
+    assert not pipe.vae.use_tiling
+    monkeypatch.undo()
+    same()
+
+
+def test_running_out_of_memory_again_and_again_is_not_ready(engine, pipe, order, gated, same):
+    gate = gated(pipe.transformer)
+    gate.fail(memory_error(), times=LOST_TO_MEMORY)
+    for _ in range(LOST_TO_MEMORY):
+        assert engine.health().ready
+        with pytest.raises(OutOfMemory):
+            engine.submit(order()).result(60)
+    assert engine.health().reason == "requests run out of memory"
+    engine.submit(order()).result(60)
+    same()
+
+
+def test_one_wrong_request_does_not_fail_its_neighbours(engine, pipe, order, gated, same):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order(seed=1))]
+    assert gate.reached.wait(10)
+    jobs += [engine.submit(order(seed=seed)) for seed in (2, 3)]
+    gate.fail(RuntimeError("once"))
+    gate.open.set()
+    outcomes = [_outcome(job) for job in jobs]
+    assert outcomes.count("failed") <= 1
+    assert outcomes.count("done") >= 2
+    same()
+
+
+def test_a_wedged_worker_is_not_ready(pipe, start, order, gated):
+    engine = start(pipe, stale=0.3)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    job = engine.submit(order(run_seconds=0.5))
+    assert gate.reached.wait(10)
+    assert engine.health().ready
+    time.sleep(0.4)
+    assert engine.health().reason == "the device does not answer"
+    with pytest.raises(DeadlineExceeded):  # its waiter is not held up
+        job.result(2)
+    gate.open.set()
+    deadline = time.monotonic() + 5
+    while not engine.health().ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.health().ready
+    engine.submit(order()).result(60)
+
+
+def test_a_lost_device_fails_what_waits_and_stays_unready(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    gate.fail(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(Unavailable):
+        engine.submit(order()).result(60)
+    assert engine.lost
+    assert engine.health().reason == "the device is lost"
+    with pytest.raises(Unavailable):
+        engine.submit(order()).result(60)
+
+
+def test_a_lora_that_does_not_fit(pipe, start, order, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"transformer.no.such.lora_A.weight": torch.zeros(4, 8)}, other)
+    misfit = tmp_path / "misfit.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.lora_A.weight": torch.zeros(4, 999), f"{name}.lora_B.weight": torch.zeros(32, 4)}, misfit)
+    engine = start(Spec(source=pipe, loras={"other": other, "misfit": misfit}))
+    before = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+    for alias in ("other", "misfit"):
+        with pytest.raises(FieldError, match="does not fit") as error:
+            engine.submit(order(lora={alias: 1.0})).result(60)
+        assert error.value.field == "lora"
+        assert engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes() == before
+
+
+def test_loras_are_each_requests_own(pipe, start, order, tmp_path):
+    style = tmp_path / "style.safetensors"
+    width, generator = 32, torch.Generator().manual_seed(0)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    parts = {"lora_A": (4, width), "lora_B": (width, 4)}
+    save_file({f"{name}.{key}.weight": torch.randn(*shape, generator=generator) for key, shape in parts.items()}, style)
+    engine = start(Spec(source=pipe, loras={"style": style}))
+    plain = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+    with_style = engine.submit(order(lora={"style": 1.0}, deterministic=True)).result(60)
+    assert with_style.effective["lora"] == {"style": 1.0}
+    assert with_style.pictures[0].tobytes() != plain
+    weights = [{}, {"style": 1.0}, {"style": 0.5}, {}, {"style": 1.0}, {}]
+    jobs = [engine.submit(order(lora=lora, deterministic=True)) for lora in weights]
+    found = [job.result(60).pictures[0].tobytes() for job in jobs]
+    assert found[0] == found[3] == found[5] == plain
+    assert found[1] == found[4] == with_style.pictures[0].tobytes()
+    assert found[2] not in (plain, found[1])
+
+
+def _outcome(job) -> str:
+    try:
+        job.result(120)
+    except Cancelled:
+        return "cancelled"
+    except Failure:
+        return "failed"
+    return "done"
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+def test_many_mixed_requests(pipe, start, order, count):
+    engine = start(pipe, threads=8, queue=32)
+    first = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+    chance = random.Random(0)
+    jobs, outcomes = [], []
+
+    def settle(most: int) -> None:
+        while len(jobs) > most:
+            job, seed = jobs.pop(0)
+            outcomes.append(_outcome(job))
+            assert job.over
+            if outcomes[-1] == "done":
+                assert job.result().effective["seed"] == seed
+
+    before = None
+    for number in range(count):
+        if number == count // 4:  # by then everything is built that stays
+            settle(0)
+            before = _held()
+        if chance.random() < 0.1:
+            with pytest.raises(FieldError):
+                engine.submit(order(size=(chance.randrange(1, 64) * 2 + 1, 64)))
+            continue
+        fields = {"steps": chance.randrange(1, 4), "size": chance.choice([(16, 16), (32, 16)]), "seed": number}
+        try:
+            jobs.append((engine.submit(order(**fields, deterministic=chance.random() < 0.1)), number))
+        except Busy:
+            settle(8)
+            continue
+        if chance.random() < 0.2:
+            jobs[chance.randrange(len(jobs))][0].cancel()
+        settle(24)
+    settle(0)
+    assert len(outcomes) > 0.7 * count
+    assert outcomes.count("done") > 0.5 * count
+    assert outcomes.count("cancelled") > 0.05 * count
+    assert outcomes.count("failed") == 0
+    assert engine.running == engine.queued == 0
+    assert before is not None
+    threads, handles, tensors, resident = (now - then for now, then in zip(_held(), before, strict=True))
+    assert threads == 0
+    assert handles <= 2
+    assert tensors <= 20
+    assert resident < 64 * 2**20
+    assert engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes() == first
+
+
+def _held() -> tuple[int, int, int, int]:
+    """Threads, open handles, tensors, and resident bytes of this process."""
+    gc.collect()
+    tensors = sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+    with open("/proc/self/statm") as statm:
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), tensors, resident
