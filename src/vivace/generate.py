@@ -289,6 +289,5 @@ def _accelerated(config: Config) -> dict[str, Any]:
     return {"preset": name, **fields, **({"cache": spell(config.cache)} if config.cache else {})}
 
 
-
 def _holds_pictures(value: object) -> bool:
     return isinstance(value, list) and any(hasattr(item, "getbands") for item in value)

@@ -63,7 +63,7 @@ def main(output: Path) -> None:
         os.waitpid(child, 0)
         interrupted += bool(list(output.glob(".step-*")))
     assert os.waitpid(forked(output), 0)[1] == 0
-    print(interrupted)
+    sys.stdout.write(f"{interrupted}\n")
 
 
 if __name__ == "__main__":

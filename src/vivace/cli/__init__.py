@@ -1,26 +1,27 @@
 """`vivace <verb>`: one file per verb; torch and everything heavy is imported inside the verb's function.
 
-To add a verb: write `cli/<verb>.py` with a function of that name, import it here, and name it in VERBS. A mistake of
-the user's is raised as InputError; it comes out as one line on stderr with exit code 2.
+To add a verb: write `cli/<verb>.py` with a function of that name, and put the name where `--help` shall list it. A
+mistake of the user's is raised as InputError; it comes out as one line on stderr with exit code 2.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
 
-from vivace.cli import (
-    bench, calibrate, distill, doctor, eval, families, generate, info, merge, plan, quantize, serve, tune
-)  # fmt: skip
 from vivace.errors import InputError
 
-VERBS = (
-    generate.generate, serve.serve, info.info, quantize.quantize, merge.merge, distill.distill, eval.eval,
-    calibrate.calibrate, tune.tune, families.families, plan.plan, bench.bench, doctor.doctor,
-)  # fmt: skip
+ORDER = """
+    generate serve info
+    quantize merge distill
+    eval calibrate tune
+    families plan bench doctor
+"""
+VERBS = tuple(getattr(import_module(f"vivace.cli.{verb}"), verb) for verb in ORDER.split())
 
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 
