@@ -205,8 +205,7 @@ def test_adapters(sd3_pipe, sd3_latents):
     adapted = sd3_latents(sd3_pipe)
     vivace.accelerate(sd3_pipe, quant="fp8")
     attention = sd3_pipe.transformer.transformer_blocks[0].attn
-    assert type(attention.to_q.base_layer) is QuantLinear
-    assert type(attention.to_q.lora_A["default"]) is torch.nn.Linear
+    assert type(attention.to_q) is QuantLinear  # what it holds was merged before
     assert 1e-5 < distance(sd3_latents(sd3_pipe), adapted) < 0.2
     assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), adapted)
 
