@@ -24,6 +24,7 @@ from vivace.distill.grid import draw_grid
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
 from vivace.distill.training import Training
+from vivace.distill.weights import state_of
 from vivace.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,14 +91,14 @@ def train(
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
     """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
-    # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
-    options: dict[str, Any] = {"mixed_precision": "no"}
-    if config.parallel == "fsdp":
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     try:
-        return Accelerator(log_with=list(config.records.trackers) or None, project_dir=output, **options)
+        # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
+        return Accelerator(
+            mixed_precision="no",
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(config.records.trackers) or None,
+            project_dir=output,
+        )
     except (ValueError, ImportError) as error:
         raise InputError(
             f"trackers {list(config.records.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
@@ -210,19 +211,23 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str
 
 
 def _draw(training: Training, path: Path) -> None:
+    """A sample grid. Every process draws it, as each may hold a shard of the student; the first one writes."""
     actors = training.actors
-    # Weights that are sharded are gathered for a forward; every process takes part.
     with training.mean.inside(training.plain) if training.mean else nullcontext():
-        if training.accelerator.is_main_process:
-            draw_grid(actors.pipe, training.plain, training.config, path, slot=actors.family.denoisers[0])
+        sheet = draw_grid(actors.pipe, training.plain, training.config, slot=actors.family.denoisers[0])
+    if training.accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
 
 
 def _finish(training: Training, output: Path) -> Path:
-    actors = training.actors
-    with training.mean.inside(training.plain) if training.mean else nullcontext():
-        if training.accelerator.is_main_process:
-            slot = actors.family.denoisers[0]
-            write_result(training.plain, actors.pipe, training.config, output / "result", slot=slot)
+    """The result, of the running mean where there is one."""
+    actors, student = training.actors, training.plain
+    with training.mean.inside(student) if training.mean else nullcontext():
+        weights = state_of(student)
+    if training.accelerator.is_main_process:
+        slot = actors.family.denoisers[0]
+        write_result(student, weights, actors.pipe, training.config, output / "result", slot=slot)
     training.accelerator.wait_for_everyone()
     return output / "result"
 
