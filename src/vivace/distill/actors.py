@@ -109,11 +109,11 @@ def _tokens(z: torch.Tensor) -> int:
 
 
 def _blank(config: DistillConfig) -> Batch:
-    """A batch of one grey picture."""
+    """A batch of one grey picture, with every further picture that a conditioner asks for."""
     width, height = config.size
     grey = torch.zeros(1, 3, height, width)
-    keys = [one.options.get("key") or "control" for one in config.conditioners if one.source in ("extra", "embedding")]
-    return Batch(grey, ("",), dict.fromkeys(keys, grey))
+    keys = [conditioners.picture_key(one) for one in config.conditioners]
+    return Batch(grey, ("",), {key: grey for key in keys if key is not None})
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
