@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 from vivace.distill import checkpoint
 from vivace.distill.actors import make_actors
@@ -227,7 +228,13 @@ def _finish(training: Training, output: Path) -> Path:
         weights = state_of(student)
     if training.accelerator.is_main_process:
         slot = actors.family.denoisers[0]
-        write_result(student, weights, actors.pipe, training.config, output / "result", slot=slot)
+        try:
+            write_result(student, weights, actors.pipe, training.config, output / "result", slot=slot)
+        except (OSError, SafetensorError) as error:
+            good = checkpoint.latest(output)
+            raise InputError(
+                f"the result cannot be written ({error}); make room and start again from {good}"
+            ) from error
     training.accelerator.wait_for_everyone()
     return output / "result"
 
