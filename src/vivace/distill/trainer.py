@@ -125,7 +125,7 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
     losses: Mapping[str, float] = {}
     saved = output / f"{checkpoint.PREFIX}{training.done:08d}"
     while training.done < config.batches and not _stopping(training, stop):
-        stage, start = training.stage, time.perf_counter()
+        number, start = training.stage_number, time.perf_counter()
         losses = training.batch()
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
@@ -135,7 +135,6 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         if training.done % config.records.save_every == 0 or training.done == config.batches:
             saved = _save(training, output)
         if on_batch is not None:
-            number = config.stages.index(stage)
             on_batch(Progress(done=training.done, batches=config.batches, stage=number, losses=losses, seconds=seconds))
     stopped = training.done < config.batches
     if stopped:
@@ -175,7 +174,7 @@ def _save(training: Training, output: Path) -> Path:
     if accelerator.is_main_process:
         state = {
             "done": training.done,
-            "stage": training.config.stages.index(training.stage),
+            "stage": training.stage_number,
             "processes": accelerator.num_processes,
             "data": data,
             "config": training.config.to_dict(),

@@ -55,9 +55,14 @@ class Training:
         return self.accelerator.unwrap_model(self.student)
 
     @property
+    def stage_number(self) -> int:
+        """Which stage the next batch belongs to, from 0."""
+        return stage_at(self.config.stages, self.done)
+
+    @property
     def stage(self) -> Stage:
         """The stage of the next batch."""
-        return self.config.stages[stage_at(self.config.stages, self.done)]
+        return self.config.stages[self.stage_number]
 
     def cast(self, module: nn.Module) -> Callable[..., Any]:
         """The module's call in the precision of the forward passes; its own weights are float32."""
