@@ -157,7 +157,7 @@ def test_a_teacher_without_the_guidance_asked(config, tmp_path):
 
     pipe = FAMILIES["flux"].tiny()
     pipe.register_modules(transformer=FluxTransformer2DModel(**{**flux.TINY, "guidance_embeds": False}))
-    with pytest.raises(InputError, match=r"teacher has no guidance, and stages ask for \[2\.0, 4\.0\]"):
+    with pytest.raises(InputError, match=r"teacher has no guidance in its call, and stages ask for \[2\.0, 4\.0\]"):
         train(config(tmp_path), pipe=pipe)
     assert not list(tmp_path.iterdir())
 

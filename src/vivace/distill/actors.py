@@ -127,9 +127,7 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
     guided = call.halves or call.kwargs.get("guidance") is not None
     asked = [stage.guidance for stage in config.stages if max(stage.guidance) > 1]
     if asked and not guided:
-        raise InputError(
-            f"the teacher has no guidance, and stages ask for {list(asked[0])}; give [1, 1], or its base model"
-        )
+        raise InputError(f"the teacher has no guidance in its call, and stages ask for {list(asked[0])}; give [1, 1]")
     given = item.z.shape[1] * (4 if call.packed else 1)
     given += 0 if call.beside is None else call.beside.shape[2 if call.packed else 1]
     if given != teacher.config.in_channels:
