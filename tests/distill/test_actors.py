@@ -40,6 +40,14 @@ def test_what_makes_no_pictures_is_refused(config, name):
         make_actors(config(), FAMILIES[name].tiny())
 
 
+def test_a_transformers_controlnet_is_refused(config):
+    from vivace.distill import Conditioner
+
+    conditioner = Conditioner(join="argument", argument="control_image", source="edges")
+    with pytest.raises(InputError, match="ControlNet is not one of a UNet"):
+        make_actors(config(conditioners=(conditioner,)), FAMILIES["sd3"].tiny("StableDiffusion3ControlNetPipeline"))
+
+
 def test_sizes_are_the_familys(config):
     with pytest.raises(InputError, match="needs multiples of 16"):
         make_actors(config(size=(72, 64)), FAMILIES["sd3"].tiny())

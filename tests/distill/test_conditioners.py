@@ -1,10 +1,14 @@
 """Conditions beside the text: each way to join, through to a gradient, and one of the user's own."""
 
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
 from vivace.distill import Conditioner
 from vivace.distill.actors import make_actors
@@ -147,6 +151,27 @@ def test_edges_are_where_the_picture_changes():
 
 def _setting() -> Setting:
     return Setting(None, lambda pixels: pixels, torch.Generator().manual_seed(0))
+
+
+def test_the_pages_own_conditioner_runs(config, batch, tmp_path, monkeypatch):
+    """The example of docs/distill.md, with a tiny face encoder and SDXL's text width made tiny."""
+    from vivace.families.tiny import clip_vision
+
+    page = (Path(__file__).parents[2] / "docs" / "distill.md").read_text("utf-8")
+    code, yaml_text = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("python", "yaml"))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    clip_vision().save_pretrained("face-encoder")
+    save_file({"weight": torch.randn(4 * 64, 32)}, "face-tokens.safetensors")
+    (tmp_path / "faces.py").write_text(code.replace("2048", "64"))
+    monkeypatch.syspath_prepend(tmp_path)
+    values = yaml.safe_load(yaml_text)["conditioners"]
+    chosen = config(conditioners=tuple(Conditioner(**one) for one in values))
+    with_faces = Batch(batch.pixels, batch.captions, {"face": batch.pixels.flip(0)})
+    item = learn(make_actors(chosen, FAMILIES["sdxl"].tiny()), with_faces)
+    text = item.call.kwargs["encoder_hidden_states"]
+    assert not text[:2, -4:].any()
+    assert not torch.equal(text[2, -4:], text[3, -4:])
 
 
 def test_every_source_has_a_line_of_its_own():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vivace.distill import Data, DistillConfig, Stage
+from vivace.distill import Conditioner, Data, DistillConfig, Records, Stage
 from vivace.errors import InputError
 
 GOOD = {"output": "out", "stages": (Stage(batches=1),), "data": Data(kind="builtin")}
@@ -34,6 +34,14 @@ def test_steps_need_not_divide_where_modes_are_not_used():
     ("fields", "said"),
     [
         ({"stages": ()}, "stages is empty"),
+        (
+            {"conditioners": (Conditioner(join="vector", source="x"),), "records": Records(prompts=("a",))},
+            "sample grids are drawn from text alone",
+        ),
+        (
+            {"conditioners": (Conditioner(join="argument", source="x"),)},
+            r"conditioners\[0\]: join: argument and argument",
+        ),
         ({"accelerate": "exakt"}, "unknown preset 'exakt'; the nearest is 'exact'"),
         ({"batch": 0}, "batch is 0; it has to be 1 or more"),
         ({"size": (0, 64)}, "size is"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from vivace.distill import Student
 from vivace.distill.result import write_result
 from vivace.distill.student import make_student, trainable
+from vivace.distill.weights import state_of
 from vivace.families import FAMILIES
 from vivace.few_step import ENDS, WEIGHTS, use_few_step
 
@@ -33,7 +34,9 @@ def made(request, config, tmp_path_factory):
     torch.manual_seed(5)
     for parameter in trainable(student).values():
         parameter.data = (0.3 * torch.randn_like(parameter)).half().float()
-    folder = write_result(student, pipe, chosen, tmp_path_factory.mktemp("made") / "result", slot=slot)
+    folder = write_result(
+        student, state_of(student), pipe, chosen, tmp_path_factory.mktemp("made") / "result", slot=slot
+    )
     inputs = family.inputs(getattr(pipe, slot), size=(64, 64), batch=1, text_tokens=7)
     return slot, family, student, folder, inputs
 
@@ -111,7 +114,7 @@ def test_a_full_student_is_a_denoiser(config, tmp_path):
     student = make_student(pipe.transformer, Student(kind="full"))
     student.proj_out.weight.data += 0.1
     chosen = config(student=Student(kind="full"))
-    folder = write_result(student, pipe, chosen, tmp_path / "result", slot="transformer")
+    folder = write_result(student, state_of(student), pipe, chosen, tmp_path / "result", slot="transformer")
     found = use_few_step(FAMILIES["sd3"].tiny(), folder)
     inputs = FAMILIES["sd3"].inputs(student, size=(64, 64), batch=1, text_tokens=7)
     assert torch.allclose(out(found.transformer, inputs), out(student, inputs), atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vivace.distill import Student
-from vivace.distill.student import Mean, lora_weights, make_student, trainable
+from vivace.distill.student import make_student, trainable
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 
@@ -32,7 +32,7 @@ def test_a_full_student_shares_none(teacher):
 
 
 def test_the_seed_draws_the_lora(teacher):
-    one, same, other = (lora_weights(make_student(teacher, Student(rank=2), seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (trainable(make_student(teacher, Student(rank=2), seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -40,26 +40,6 @@ def test_the_seed_draws_the_lora(teacher):
 def test_targets_that_fit_nothing_are_refused(teacher):
     with pytest.raises(InputError, match=r"student\.targets \['to_everything'\] fit nothing"):
         make_student(teacher, Student(targets=("to_everything",)))
-
-
-def test_the_mean_by_hand_and_inside(teacher):
-    student = make_student(teacher, Student(rank=2))
-    mean = Mean(student, 0.5)
-    name, parameter = next(iter(trainable(student).items()))
-    before = parameter.detach().clone()
-    with torch.no_grad():
-        parameter.add_(1.0)
-    mean.update(student, batch=1000)
-    assert torch.allclose(mean.weights[name], before + 0.5)
-    with mean.inside(student):
-        assert torch.allclose(parameter, before + 0.5)
-    assert torch.allclose(parameter, before + 1.0)
-    # at the first batch the mean is nearly the weights: (1 + 0) / (10 + 0)
-    mean = Mean(student, 0.999)
-    with torch.no_grad():
-        parameter.add_(1.0)
-    mean.update(student, batch=0)
-    assert torch.allclose(mean.weights[name], before + 1.9)
 
 
 def test_gradient_checkpointing_changes_no_gradient(teacher):

@@ -157,7 +157,7 @@ def test_a_teacher_without_the_guidance_asked(config, tmp_path):
 
     pipe = FAMILIES["flux"].tiny()
     pipe.register_modules(transformer=FluxTransformer2DModel(**{**flux.TINY, "guidance_embeds": False}))
-    with pytest.raises(InputError, match=r"teacher has no guidance, and stages ask for \[2\.0, 4\.0\]"):
+    with pytest.raises(InputError, match=r"teacher has no guidance in its call, and stages ask for \[2\.0, 4\.0\]"):
         train(config(tmp_path), pipe=pipe)
     assert not list(tmp_path.iterdir())
 
@@ -200,3 +200,22 @@ def test_every_backbone_trains_to_a_result(config, tmp_path, backbone):
         "vivace.json",
     }
     assert all(result.losses[name] != 0 for name in ("distillation", "adversarial", "discriminator"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_in_bfloat16_with_the_fast_lane(config, tmp_path):
+    """Every loss, a grid and a resumption on the GPU, with whatever the preset exact records or fuses there."""
+    records = Records(trackers=(), sample_every=5, save_every=5, prompts=("a red ring",), steps=(4,))
+    chosen = config(tmp_path, accelerate="exact", records=records, student=Student(rank=4, ema=0.9))
+    seen = []
+
+    def stop(progress):
+        seen.append(progress.losses)
+        if progress.done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(chosen, pipe=teacher().to(torch.bfloat16), on_batch=stop).stopped
+    assert train(chosen, pipe=teacher().to(torch.bfloat16)).done == 10
+    assert all(loss == loss for losses in seen for loss in losses.values())
+    assert all(value.isfinite().all() for value in weights(tmp_path, 10).values())

@@ -109,11 +109,11 @@ def _tokens(z: torch.Tensor) -> int:
 
 
 def _blank(config: DistillConfig) -> Batch:
-    """A batch of one grey picture."""
+    """A batch of one grey picture, with every further picture that a conditioner asks for."""
     width, height = config.size
     grey = torch.zeros(1, 3, height, width)
-    keys = [one.options.get("key") or "control" for one in config.conditioners if one.source in ("extra", "embedding")]
-    return Batch(grey, ("",), dict.fromkeys(keys, grey))
+    keys = [conditioners.picture_key(one) for one in config.conditioners]
+    return Batch(grey, ("",), {key: grey for key in keys if key is not None})
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -127,9 +127,7 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
     guided = call.halves or call.kwargs.get("guidance") is not None
     asked = [stage.guidance for stage in config.stages if max(stage.guidance) > 1]
     if asked and not guided:
-        raise InputError(
-            f"the teacher has no guidance, and stages ask for {list(asked[0])}; give [1, 1], or its base model"
-        )
+        raise InputError(f"the teacher has no guidance in its call, and stages ask for {list(asked[0])}; give [1, 1]")
     given = item.z.shape[1] * (4 if call.packed else 1)
     given += 0 if call.beside is None else call.beside.shape[2 if call.packed else 1]
     if given != teacher.config.in_channels:

@@ -7,6 +7,7 @@ named as `module:function`. The conditioner's `join` says what becomes of it (do
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,6 +113,12 @@ def source_of(name: str) -> Source:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(f"the source {name} cannot be imported ({error}); is its module on PYTHONPATH?") from error
+
+
+def picture_key(one: Conditioner) -> str | None:
+    """Which further picture of a sample a conditioner reads: its option `key`, or its source's default."""
+    parameter = inspect.signature(source_of(one.source)).parameters.get("key")
+    return one.options.get("key", parameter.default) if parameter is not None else None
 
 
 def inputs_of(conditioners: Sequence[Conditioner], batch: Batch, setting: Setting) -> dict[str, torch.Tensor]:

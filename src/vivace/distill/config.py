@@ -250,6 +250,8 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"data.path is missing; data of kind {config.data.kind} is read from there")
     if not config.data.ratios or min(config.data.ratios) <= 0:
         raise InputError(f"data.ratios is {list(config.data.ratios)}; it takes width / height, such as [0.75, 1.0]")
+    if config.conditioners and records.sample_every and records.prompts:
+        raise InputError("sample grids are drawn from text alone; with conditioners set records.sample_every: 0")
     for index, one in enumerate(config.conditioners):
         if (one.join == "argument") != (one.argument is not None):
             raise InputError(f"conditioners[{index}]: join: argument and argument go together")

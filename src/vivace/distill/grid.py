@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ def sampling(pipe: Any, student: nn.Module, *, slot: str) -> Iterator[Any]:
         pipe.register_modules(**before)
 
 
-def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, path: Path, *, slot: str) -> Path:
-    """Draw every prompt of the config with every number of steps, and write them as one PNG."""
+def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, *, slot: str) -> Image.Image:
+    """Every prompt of the config (columns) with every number of steps (rows), as one picture."""
     rows = []
     kind = pipe.device.type
     bfloat16 = config.computes_in(kind) == "bfloat16"
@@ -50,6 +49,4 @@ def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, path: Path, 
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (column * width, row * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
+    return sheet

@@ -14,13 +14,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vivace.distill.config import DistillConfig
-from vivace.distill.student import lora_weights
 from vivace.few_step import ENDS, FACTS, WEIGHTS, key
 from vivace.few_step_flow import save_scheduler
 
 
-def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: Path, *, slot: str) -> Path:
-    """Write the student, the few-step scheduler's configuration and vivace.json into `folder`, replacing it as a whole.
+def write_result(
+    student: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    pipe: Any,
+    config: DistillConfig,
+    folder: Path,
+    *,
+    slot: str,
+) -> Path:
+    """Write a student, the few-step scheduler's configuration and vivace.json into `folder`, replacing it as a whole.
+
+    `weights` are `state_of(student)`.
 
     A LoRA's keys are those that stock `load_lora_weights` and ComfyUI both read.
     """
@@ -28,10 +37,11 @@ def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: P
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if config.student.kind == "lora":
-        save_file(named(lora_weights(student), slot=slot), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(named(weights, slot=slot), temporary / WEIGHTS, metadata={"format": "pt"})
     else:
         denoiser: Any = student
-        denoiser.save_pretrained(temporary / slot)
+        denoiser.save_config(temporary / slot)
+        save_file(dict(weights), temporary / slot / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     save_scheduler(pipe.scheduler, temporary / "scheduler")
     facts = {"steps": config.records.steps[0], "guidance": sampled_guidance(pipe, config)}
     (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -41,10 +51,13 @@ def write_result(student: nn.Module, pipe: Any, config: DistillConfig, folder: P
 
 
 def named(weights: Mapping[str, torch.Tensor], *, slot: str) -> dict[str, torch.Tensor]:
-    """A LoRA's weights in float16 under the names of its file; alpha, where the format has one, is the rank."""
+    """A LoRA student's weights in float16 under the names of its file; alpha, where the format has one, is the rank."""
     found = {}
     for name, tensor in weights.items():
-        module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        module, _, rest = name.rpartition(".lora_")
+        if not module:
+            continue
+        side = rest[0]  # of lora_A.student.weight
         layer = key(module, slot=slot)
         found[layer + ENDS[slot][side == "B"]] = tensor.to(torch.float16)
         if slot == "unet":

@@ -1,10 +1,8 @@
-"""The student: a LoRA beside the teacher's own weights, or a copy of all of them; and its running mean."""
+"""The student: a LoRA beside the teacher's own weights, or a copy of all of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,47 +51,3 @@ def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def lora_weights(student: nn.Module) -> dict[str, torch.Tensor]:
-    """A LoRA student's weights under the names of the modules they belong to: `...to_q.lora_A.weight`."""
-    from peft import get_peft_model_state_dict
-
-    found = get_peft_model_state_dict(student, adapter_name=ADAPTER)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-
-class Mean:
-    """An exponential running mean of a module's trainable weights, in float32."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: parameter.detach().float().clone() for name, parameter in trainable(module).items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, *, batch: int) -> None:
-        """Take in the weights after batch number `batch` (from 0); early on the mean follows faster."""
-        decay = min(self.decay, (1 + batch) / (10 + batch))
-        for name, parameter in trainable(module).items():
-            self.weights[name].lerp_(parameter.detach().float(), 1 - decay)
-
-    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replace the mean."""
-        for name, tensor in self.weights.items():
-            tensor.copy_(weights[name])
-
-    @contextmanager
-    def inside(self, module: nn.Module) -> Iterator[None]:
-        """`module` has the mean as its weights for the length of a `with` block."""
-        own = {name: parameter.detach().clone() for name, parameter in trainable(module).items()}
-        _copy(self.weights, module)
-        try:
-            yield
-        finally:
-            _copy(own, module)
-
-
-@torch.no_grad()
-def _copy(weights: Mapping[str, torch.Tensor], module: nn.Module) -> None:
-    for name, parameter in trainable(module).items():
-        parameter.copy_(weights[name])

@@ -23,6 +23,9 @@ def load_teacher(config: DistillConfig, *, device: torch.device) -> Any:
     chosen: Any = getattr(diffusers, name, None)
     if chosen is None:
         raise InputError(f"no pipeline {name!r} in diffusers {diffusers.__version__}; check the key pipeline")
+    most = max(stage.guidance[1] for stage in config.stages)
+    if source.variant is not None and source.variant.guidance_kind == "none" and most > 1:
+        raise InputError(f"{config.teacher} was made without guidance, and stages ask for {most:g}; give [1, 1]")
     slot = control_slot(chosen)
     if (slot is None) != (config.control is None):
         raise InputError(

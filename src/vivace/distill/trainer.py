@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 from vivace.distill import checkpoint
 from vivace.distill.actors import make_actors
@@ -24,6 +25,7 @@ from vivace.distill.grid import draw_grid
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
 from vivace.distill.training import Training
+from vivace.distill.weights import state_of
 from vivace.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,14 +92,14 @@ def train(
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
     """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
-    # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
-    options: dict[str, Any] = {"mixed_precision": "no"}
-    if config.parallel == "fsdp":
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     try:
-        return Accelerator(log_with=list(config.records.trackers) or None, project_dir=output, **options)
+        # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
+        return Accelerator(
+            mixed_precision="no",
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(config.records.trackers) or None,
+            project_dir=output,
+        )
     except (ValueError, ImportError) as error:
         raise InputError(
             f"trackers {list(config.records.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
@@ -123,7 +125,7 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
     losses: Mapping[str, float] = {}
     saved = output / f"{checkpoint.PREFIX}{training.done:08d}"
     while training.done < config.batches and not _stopping(training, stop):
-        stage, start = training.stage, time.perf_counter()
+        number, start = training.stage_number, time.perf_counter()
         losses = training.batch()
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
@@ -133,7 +135,6 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         if training.done % config.records.save_every == 0 or training.done == config.batches:
             saved = _save(training, output)
         if on_batch is not None:
-            number = config.stages.index(stage)
             on_batch(Progress(done=training.done, batches=config.batches, stage=number, losses=losses, seconds=seconds))
     stopped = training.done < config.batches
     if stopped:
@@ -173,7 +174,7 @@ def _save(training: Training, output: Path) -> Path:
     if accelerator.is_main_process:
         state = {
             "done": training.done,
-            "stage": training.config.stages.index(training.stage),
+            "stage": training.stage_number,
             "processes": accelerator.num_processes,
             "data": data,
             "config": training.config.to_dict(),
@@ -210,19 +211,29 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str
 
 
 def _draw(training: Training, path: Path) -> None:
+    """A sample grid. Every process draws it, as each may hold a shard of the student; the first one writes."""
     actors = training.actors
-    # Weights that are sharded are gathered for a forward; every process takes part.
     with training.mean.inside(training.plain) if training.mean else nullcontext():
-        if training.accelerator.is_main_process:
-            draw_grid(actors.pipe, training.plain, training.config, path, slot=actors.family.denoisers[0])
+        sheet = draw_grid(actors.pipe, training.plain, training.config, slot=actors.family.denoisers[0])
+    if training.accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
 
 
 def _finish(training: Training, output: Path) -> Path:
-    actors = training.actors
-    with training.mean.inside(training.plain) if training.mean else nullcontext():
-        if training.accelerator.is_main_process:
-            slot = actors.family.denoisers[0]
-            write_result(training.plain, actors.pipe, training.config, output / "result", slot=slot)
+    """The result, of the running mean where there is one."""
+    actors, student = training.actors, training.plain
+    with training.mean.inside(student) if training.mean else nullcontext():
+        weights = state_of(student)
+    if training.accelerator.is_main_process:
+        slot = actors.family.denoisers[0]
+        try:
+            write_result(student, weights, actors.pipe, training.config, output / "result", slot=slot)
+        except (OSError, SafetensorError) as error:
+            good = checkpoint.latest(output)
+            raise InputError(
+                f"the result cannot be written ({error}); make room and start again from {good}"
+            ) from error
     training.accelerator.wait_for_everyone()
     return output / "result"
 

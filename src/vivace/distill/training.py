@@ -17,10 +17,11 @@ from vivace.distill.config import Stage
 from vivace.distill.data import Supply
 from vivace.distill.discriminator import clamp
 from vivace.distill.losses import GAMES
+from vivace.distill.mean import Mean
 from vivace.distill.objective import Item, Start
 from vivace.distill.stages import stage_at
-from vivace.distill.student import Mean, trainable
-from vivace.distill.weights import load_moments, load_weights, moments_of, weights_of, whole
+from vivace.distill.student import trainable
+from vivace.distill.weights import load_moments, load_weights, moments_of, shard, weights_of, whole
 
 LOSSES = ("distillation", "matching", "adversarial", "discriminator")
 
@@ -36,14 +37,17 @@ class Training:
         self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         student = actors.student.to(accelerator.device)
         options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.optimizer.weight_decay}
-        optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
-        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
+        if self.sharded:
+            shard(student, [block.module for block in actors.family.split(student).blocks])
+        self.optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
+        self.student = student if self.sharded else accelerator.prepare(student)
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
         self.discriminator: Any = None
         self.judge: Any = None
         if actors.discriminator is not None:
-            judge = torch.optim.AdamW(actors.discriminator.parameters(), lr=config.discriminator.lr, **options)
-            self.discriminator, self.judge = accelerator.prepare(actors.discriminator, judge)
+            self.judge = torch.optim.AdamW(actors.discriminator.parameters(), lr=config.discriminator.lr, **options)
+            self.discriminator = accelerator.prepare(actors.discriminator)
 
     @property
     def plain(self) -> nn.Module:
@@ -51,9 +55,14 @@ class Training:
         return self.accelerator.unwrap_model(self.student)
 
     @property
+    def stage_number(self) -> int:
+        """Which stage the next batch belongs to, from 0."""
+        return stage_at(self.config.stages, self.done)
+
+    @property
     def stage(self) -> Stage:
         """The stage of the next batch."""
-        return self.config.stages[stage_at(self.config.stages, self.done)]
+        return self.config.stages[self.stage_number]
 
     def cast(self, module: nn.Module) -> Callable[..., Any]:
         """The module's call in the precision of the forward passes; its own weights are float32."""
@@ -157,6 +166,9 @@ class Training:
         self.accelerator.backward(loss / self.config.optimizer.accumulate)
 
     def _synchronised(self, module: Any, last: bool) -> Any:
+        if self.sharded and module is self.student:
+            module.set_requires_gradient_sync(last)
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
 
     def _step(self, stage: Stage) -> None:

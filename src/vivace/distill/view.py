@@ -15,7 +15,8 @@ from vivace.distill.levels import Levels, VariancePreserving
 DENOISED: dict[str, Callable[..., torch.Tensor]] = {
     "epsilon": lambda out, x, alpha, sigma: (x - sigma * out) / alpha,
     "v": lambda out, x, alpha, sigma: alpha * x - sigma * out,
-    "sample": lambda out, x, alpha, sigma: out,
+    # A copy: a recorded graph gives its output in the same place every time.
+    "sample": lambda out, x, alpha, sigma: out.clone(),
     "flow": lambda out, x, alpha, sigma: x - sigma * out,
 }
 

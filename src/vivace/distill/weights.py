@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,19 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(parameter) for name, parameter in trainable(module).items()}
 
 
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights and lasting buffers, whole, on the CPU. Every process has to call it."""
+    return {name: whole(tensor).cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Spread a module's weights over the processes (FSDP2), its blocks one by one, so that few are whole at a time."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in (*blocks, module):
+        fully_shard(block)
+
+
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Put `weights_of` back. KeyError where a name is missing."""
@@ -25,26 +38,24 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None
         parameter.copy_(like(weights[name], parameter))
 
 
-def moments_of(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state, as `name/moment`; empty before its first step. Every process has to call it."""
-    states = _states(optimizer)
     found = {}
     for name, parameter in trainable(module).items():
-        for moment, value in states.get(parameter, {}).items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
             found[f"{name}/{moment}"] = whole(value)
     return found
 
 
-def load_moments(module: nn.Module, optimizer: Any, moments: Mapping[str, torch.Tensor]) -> None:
+def load_moments(module: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, torch.Tensor]) -> None:
     """Put `moments_of` back."""
-    states = _states(optimizer)
-    states.clear()
+    optimizer.state.clear()
     for name, parameter in trainable(module).items():
         if f"{name}/step" not in moments:
             continue
         own = {moment: moments[f"{name}/{moment}"] for moment in MOMENTS}
         # The count stays on the CPU, where AdamW puts it.
-        states[parameter] = {
+        optimizer.state[parameter] = {
             moment: value.clone() if moment == "step" else like(value, parameter).clone()
             for moment, value in own.items()
         }
@@ -66,8 +77,3 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
     placed: Any = parameter
     return distribute_tensor(value, mesh, placed.placements)
-
-
-def _states(optimizer: Any) -> Any:
-    """The optimizer's own state, by parameter, under whatever accelerate wraps it in."""
-    return getattr(optimizer, "optimizer", optimizer).state

@@ -1,0 +1,74 @@
+"""What each part of the method is worth on the built-in model: the same budget without it, then one exam of all.
+
+    python recipes/distill/ablate.py --share 0.3 --output runs/ablate
+    python recipes/distill/examine.py runs/ablate/*/result --steps 4 -o benchmarks/<date>-<gpu>-distill-ablation.json
+
+`--share` shortens every stage to that part of the ready config's batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from vivace.distill import DistillConfig, Stage, read_config, train
+
+
+def of_stages(**fields: float) -> Callable[[DistillConfig], DistillConfig]:
+    """Every stage with these fields."""
+    return lambda config: dataclasses.replace(
+        config, stages=tuple(dataclasses.replace(stage, **fields) for stage in config.stages)
+    )
+
+
+def one_stage(config: DistillConfig) -> DistillConfig:
+    """The last stage for all batches."""
+    return dataclasses.replace(config, stages=(dataclasses.replace(config.stages[-1], batches=config.batches),))
+
+
+def consistency(config: DistillConfig) -> DistillConfig:
+    """LCM's way: one solver step, uniform times, no other loss."""
+    stage = Stage(batches=config.batches, steps=32, guidance=config.stages[0].guidance)
+    return dataclasses.replace(config, method="consistency", timesteps="uniform", distance="huber", stages=(stage,))
+
+
+VARIANTS: dict[str, Callable[[DistillConfig], DistillConfig]] = {
+    "all": lambda config: config,
+    "without-distillation": lambda config: dataclasses.replace(
+        config,
+        # A stage has to weigh something: the first one, which has no other loss, goes.
+        stages=tuple(dataclasses.replace(stage, distillation=0.0) for stage in config.stages if stage.matching),
+    ),
+    "without-matching": of_stages(matching=0.0),
+    "without-adversary": of_stages(adversarial=0.0),
+    "distillation-only": of_stages(matching=0.0, adversarial=0.0),
+    "uniform-times": lambda config: dataclasses.replace(config, timesteps="uniform"),
+    "one-stage": one_stage,
+    "l2": lambda config: dataclasses.replace(config, distance="l2"),
+    "features": lambda config: dataclasses.replace(config, distance="features"),
+    "consistency": consistency,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="builtin")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    asked = parser.parse_args()
+    config = read_config(asked.config, assignments=asked.assignments)
+    stages = tuple(
+        dataclasses.replace(stage, batches=max(1, round(asked.share * stage.batches))) for stage in config.stages
+    )
+    for name in asked.only:
+        chosen = VARIANTS[name](dataclasses.replace(config, stages=stages, output=str(asked.output / name)))
+        result = train(chosen)
+        print(f"{name}: {result.done} batches, {dict(result.losses)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The few-step student of the built-in model against its teacher, on the same held-out captions and noise.
+
+    python recipes/distill/examine.py runs/builtin/result -o benchmarks/<date>-<gpu>-distill-builtin.json
+
+The teacher draws with its own steps and guidance, and in four steps with each stock solver; the student with 4, 1, 2
+and 8 steps without guidance. Every row has its accuracy, the paired difference to the teacher with its interval, and
+its FID less the floor (what renders of the same captions get) over the teacher's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vivace.builtin.reader import Reader, load_reader
+from vivace.evals.accuracy import Accuracy, compare
+from vivace.evals.builtin import Answers, Exam, draw_exam, rendered, take
+from vivace.evals.fid import Moments, fid
+from vivace.few_step import use_few_step
+from vivace.load import find, load_source
+from vivace.machine import machine
+from vivace.scheduler import use_scheduler
+
+SOLVERS = ("euler", "heun", "dpmsolvermultistep", "unipc")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to draw the exam."""
+
+    name: str
+    steps: int
+    evaluations: int  # of the denoiser, for a picture
+    answers: Answers
+
+    @property
+    def right(self) -> list[bool]:
+        return [verdict["right"] for verdict in self.answers.verdicts]
+
+
+def teacher_rows(model: str, exam: Exam, reader: Reader, *, device: str | None) -> list[Row]:
+    """The teacher as it is meant to be used, and in four steps with each stock solver; all with its guidance."""
+    source = find(model)
+    settings = {"steps": 28, "guidance": 3.5, **source.defaults}
+    rows = []
+    for name, steps in (("teacher", settings["steps"]), *((f"teacher, {solver}", 4) for solver in SOLVERS)):
+        pipe: Any = load_source(source, device=device)
+        pipe.set_progress_bar_config(disable=True)
+        if steps == 4:
+            use_scheduler(pipe, name.split()[-1], prediction=source.prediction)
+        answers = take(exam, pipe, reader, steps=steps, guidance_scale=settings["guidance"])
+        twice = 2 * (2 if "heun" in name else 1)
+        rows.append(Row(name, steps, twice * steps - (2 if "heun" in name else 0), answers))
+        print(line(rows[-1], rows[0], 0.0, {}))
+    return rows
+
+
+def student_rows(
+    model: str, folder: Path, exam: Exam, reader: Reader, *, steps: list[int], device: str | None
+) -> list[Row]:
+    """The student with each number of steps, without guidance."""
+    pipe: Any = use_few_step(load_source(find(model), device=device), folder)
+    pipe.set_progress_bar_config(disable=True)
+    name = f"student {folder}"
+    return [Row(name, count, count, take(exam, pipe, reader, steps=count, guidance_scale=1.0)) for count in steps]
+
+
+def line(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> str:
+    """A row as text."""
+    facts = figures(row, teacher, floor, fids)
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
+    )
+
+
+def figures(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> dict[str, Any]:
+    """A row as plain values."""
+    accuracy, paired = Accuracy.of(row.right), compare(row.right, teacher.right)
+    found: dict[str, Any] = {
+        "name": row.name,
+        "steps": row.steps,
+        "evaluations": row.evaluations,
+        "accuracy": accuracy.share,
+        "accuracy interval": list(accuracy.interval),
+        "points from the teacher": 100 * paired.difference,
+        "their interval": [100 * end for end in paired.interval],
+        "seconds a picture": row.answers.seconds / len(row.right),
+    }
+    if id(row) in fids:
+        found["FID"] = fids[id(row)]
+        found["FID less the floor, of the teacher's"] = (fids[id(row)] - floor) / (fids[id(teacher)] - floor)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results of vivace distill")
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--captions", type=int, default=4000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 1, 2, 8])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("-o", "--output", type=Path)
+    asked = parser.parse_args()
+    exam = draw_exam(asked.captions, seed=asked.seed)
+    reader = load_reader(device=load_source(find(asked.model), device=asked.device).device)
+    rows = teacher_rows(asked.model, exam, reader, device=asked.device)
+    for folder in asked.results:
+        rows += student_rows(asked.model, folder, exam, reader, steps=asked.steps, device=asked.device)
+    real = Moments.of(rendered(draw_exam(asked.captions, seed=asked.seed + 1), reader))
+    floor = fid(Moments.of(rendered(exam, reader)), real)
+    fids = {id(row): fid(Moments.of(row.answers.features), real) for row in rows}
+    table = [figures(row, rows[0], floor, fids) for row in rows]
+    print(*(line(row, rows[0], floor, fids) for row in rows), f"floor of FID {floor:.4g}", sep="\n")
+    if asked.output:
+        about = {"captions": asked.captions, "seed": asked.seed, "FID floor": floor, "machine": machine()}
+        asked.output.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

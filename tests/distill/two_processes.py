@@ -1,0 +1,53 @@
+"""Trains in the processes that torchrun starts; each writes what it holds at the end. Run by test_trainer."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vivace.distill import Data, DistillConfig, Optimizer, Records, Stage, Student
+from vivace.distill.trainer import make_accelerator, make_training, train
+from vivace.families import FAMILIES
+
+
+def config(output: Path, parallel: str) -> DistillConfig:
+    """Four small batches with every loss."""
+    return DistillConfig(
+        output=str(output),
+        stages=(Stage(batches=4, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),),
+        size=(64, 64),
+        data=Data(kind="builtin"),
+        student=Student(rank=4, ema=0.9),
+        optimizer=Optimizer(lr=1e-3, accumulate=2),
+        records=Records(trackers=(), sample_every=2, save_every=2, prompts=("a red ring",), steps=(2,)),
+        batch=1,
+        accelerate=None,
+        parallel=parallel,  # type: ignore[arg-type]
+    )
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = make_accelerator(config(output, "ddp"), output)
+    for parallel in ("ddp", "fsdp"):
+        chosen = config(output / "run", parallel)
+        first, second = (make_training(chosen, accelerator, pipe=FAMILIES["sd3"].tiny()) for _ in range(2))
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in first.plain.parameters())
+        assert sharded == (parallel == "fsdp")
+        for _ in range(2):
+            first.batch()
+        second.load(first.tensors(), done=2)
+        second.supply.load(first.supply.state())
+        for training, name in ((first, "straight"), (second, "resumed")):
+            for _ in range(2):
+                training.batch()
+            tensors = training.tensors()
+            held = {f"{part}.{key}": value.contiguous() for part, own in tensors.items() for key, value in own.items()}
+            save_file(held, output / f"{parallel}-{name}-{accelerator.process_index}")
+    # and the whole of it, sharded, with checkpoints, grids and result
+    train(config(output / "run", "fsdp"), pipe=FAMILIES["sd3"].tiny())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
