@@ -20,7 +20,7 @@ import torch
 
 from vivace.errors import InputError
 from vivace.serve.backlog import Backlog, Entry
-from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable, UnknownModelError
+from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable, UnknownModelError
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec
 from vivace.serve.prepare import prepare
@@ -109,10 +109,15 @@ class Engine:
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, request: Request) -> Job:
-        """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable."""
+    def submit(self, request: Request, *, most_pixels: int | None = None) -> Job:
+        """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable.
+
+        `most_pixels`, of all its frames, also holds for a size that the model chooses.
+        """
         model = self.model(request.model)
         prepared = prepare(request, model.source)
+        if most_pixels is not None and (prepared.pixels or 0) > most_pixels:
+            raise FieldError("size", f"that is {prepared.pixels} pixels in all; the most is {most_pixels}")
         mode = model.mode_of(request)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         job = Job(request, model=model.alias, seed=seed)

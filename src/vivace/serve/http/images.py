@@ -114,7 +114,7 @@ def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
     try:
         for number in range(order.n):
             seed = None if first.seed is None else (first.seed + number) % SEED_SPACE
-            jobs.append(engine.submit(replace(first, seed=seed)))
+            jobs.append(engine.submit(replace(first, seed=seed), most_pixels=settings.most_pixels // order.n))
     except Exception:
         for job in jobs:
             job.cancel()

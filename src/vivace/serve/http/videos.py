@@ -67,7 +67,7 @@ async def create(request: Request) -> Response:
         "remixed_from_video_id": None,
     }
     server.shelf.sweep()
-    job = server.engine.submit(wanted)
+    job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     try:
         server.shelf.put(record)
     except OSError as error:
