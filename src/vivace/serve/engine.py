@@ -196,7 +196,7 @@ class Engine:
         for worker in self._workers.values():
             worker.close(timeout)
         for model in self.models.values():
-            model.unload()
+            model.close()
 
     def _serve(self) -> None:
         while (entry := self._backlog.take()) is not None:
@@ -294,6 +294,8 @@ def _public(error: BaseException) -> BaseException:
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
     logger.error("a request failed", exc_info=error)
+    if type(error) is ValueError:  # how pipelines refuse what they were called with
+        return InputError("the model's pipeline refuses these arguments")
     return Failure("the request failed inside; the log says why")
 
 

@@ -21,7 +21,7 @@ from vivace.family import UnknownFamilyError, family_of
 from vivace.load import Source, find, load_source
 from vivace.passes.target import device_of
 from vivace.serve.call import Axes
-from vivace.serve.failures import FieldError
+from vivace.serve.failures import FieldError, Unavailable
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
 
@@ -65,6 +65,7 @@ class Model:
         self._setup = threading.Lock()  # held while it loads
         self._mode: Mode | None = None  # of those who use it now
         self._applied = Mode(preset=None)
+        self._ours = False  # whether it is accelerated only since it is served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
         for path in spec.loras.values():
@@ -151,6 +152,14 @@ class Model:
         logger.info("unloaded %s", self.alias)
         return True
 
+    def close(self) -> None:
+        """Give back: the weights, or the pipeline as it was handed in."""
+        if not self.unload() and self.pipe is not None:
+            if self._applied.loras:
+                self.pipe.unload_lora_weights()
+            if self._ours:
+                restore(self.pipe)
+
     def as_class(self, pipeline: type[Any]) -> Any:
         """The loaded pipeline, or one of another class around the same components."""
         if type(self.pipe).__name__ == pipeline.__name__:
@@ -167,7 +176,14 @@ class Model:
             return
         room()
         started = time.monotonic()
-        self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+        try:
+            self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            # What it says names files; that is for the log.
+            logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
+            raise Unavailable(f"the model {self.alias} cannot be loaded") from error
         vae = getattr(self.pipe, "vae", None)
         # The pipeline would cast it to and fro around each decode, under the hands of other requests.
         if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
@@ -181,6 +197,7 @@ class Model:
         if before.loras != mode.loras:
             self._adapt(mode)
         if mode.preset is not None:
+            self._ours = self._ours or acceleration_of(self.pipe) is None
             accelerate(self.pipe, mode.preset)
         self._applied = mode
 

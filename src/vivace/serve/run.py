@@ -155,7 +155,7 @@ def _for_vae(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in kwargs.items()
     }
-    if type(module).__name__ == "AutoencoderKL":
+    if type(module).__name__ in ("AutoencoderKL", "AutoencoderTiny"):
         found.pop("generator", None)
     return found
 

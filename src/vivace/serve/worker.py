@@ -15,6 +15,7 @@ import torch
 
 from vivace import request
 from vivace.serve.call import Axes, Call, Unsplittable, describe, join, split
+from vivace.serve.cohort import Cohorts
 from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
 from vivace.serve.job import Job
 
@@ -63,6 +64,7 @@ class Worker:
         self._group: list[Call] = []  # what is computed now
         self._peers: dict[Job, Hashable] = {}  # running job -> the key of its last call
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()
+        self._cohorts = Cohorts()
         self._wake = threading.Condition()
         self._closing = False
         self._launched: deque[Any] = deque()
@@ -130,6 +132,7 @@ class Worker:
         """The job is over: nobody waits for its next call."""
         with self._wake:
             self._peers.pop(job, None)
+            self._cohorts.leave(job)
             self._wake.notify_all()
 
     def close(self, timeout: float = 10.0) -> None:
@@ -218,8 +221,10 @@ class Worker:
                 with request.within(first.scope):
                     outs = [compute(**first.kwargs)]
             else:
-                with request.within(None):
-                    joint = compute(**join(calls))
+                with self._wake:
+                    cohort = self._cohorts.of(calls)
+                with request.within(cohort.scope):
+                    joint = compute(**join(calls, cat=cohort.cat))
                 outs = split(joint, [call.rows for call in calls])
             self._pace()
         except Unsplittable as error:

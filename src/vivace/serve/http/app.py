@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
+from vivace.serve.failures import Failure
 from vivace.serve.http import envelope, images, status, videos
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import Guard
@@ -63,10 +64,9 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
 
 
 async def _warm(engine: Engine) -> None:
-    try:
+    # One that cannot be loaded has said so in the log; the others are served.
+    with suppress(InputError, Failure):
         await asyncio.to_thread(engine.load)
-    except InputError as error:
-        logger.error("a model cannot be loaded: %s", error)
 
 
 async def _sweep(server: Server) -> None:
