@@ -6,7 +6,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,19 @@ def requests(count: int, *, prompt: str, size: tuple[int, int], steps: tuple[int
     ]
 
 
-def put(ask: Ask, asked: Sequence[Request], *, concurrency: int, server: str, stagger: float = 0.0) -> Measured:
+def put(
+    ask: Ask,
+    asked: Sequence[Request],
+    *,
+    concurrency: int,
+    server: str,
+    stagger: float = 0.0,
+    kept: dict[int | None, Any] | None = None,
+) -> Measured:
     """Have `concurrency` clients work through `asked` in order, each with one request at a time (a closed loop).
 
     The clients begin within `stagger` seconds, each at a time drawn for it. Seconds are of the wall clock from the
-    first request to the last answer; latencies are what a client waits.
+    first request to the last answer; latencies are what a client waits. Answers go to `kept`, by seed.
     """
     left = iter(asked)
     lock = threading.Lock()
@@ -62,11 +70,13 @@ def put(ask: Ask, asked: Sequence[Request], *, concurrency: int, server: str, st
                 return
             began = time.perf_counter()
             try:
-                ask(request)
+                answer = ask(request)
             except Exception as error:
                 failed.append(error)
             else:
                 latencies.append(time.perf_counter() - began)
+                if kept is not None:
+                    kept[request.seed] = answer
 
     threads = [threading.Thread(target=client, args=(wait,)) for wait in starts]
     began = time.perf_counter()
@@ -107,13 +117,14 @@ def locked(pipe: Any) -> Ask:
 
 
 @contextmanager
-def served(pipe: Any, *, preset: str, concurrency: int) -> Any:
-    """Our engine over the same pipeline."""
+def served(pipe: Any, *, preset: str, concurrency: int, busy: list[tuple[int, float]]) -> Iterator[Ask]:
+    """Our engine over the same pipeline; the size and seconds of each of its module calls go to `busy`."""
     from vivace.serve.engine import Engine
     from vivace.serve.model import Spec
 
-    with Engine(models={"model": Spec(source=pipe, preset=preset)}, threads=max(1, concurrency)) as engine:
-        yield lambda request: engine.submit(request).result()
+    with Engine(models={"model": Spec(source=pipe, preset=preset)}, threads=concurrency) as engine:
+        engine.observe(batch=lambda batch: busy.append((batch.size, batch.seconds)), job=lambda job: None)
+        yield lambda request: engine.submit(request).result().pictures[0]
 
 
 def over_http(url: str, *, api_key: str | None = None) -> Ask:

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
 from vivace.serve.failures import Failure
-from vivace.serve.http import envelope, images, status, videos
+from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import Guard
 from vivace.serve.http.links import Links
@@ -57,7 +57,7 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
     )
     app.state.server = server
     envelope.install(app)
-    for part in (images, videos, status):
+    for part in (images, videos, status, *((a1111,) if settings.a1111 else ())):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings, signed=server.links.signed, full=server.full, count=gauges.http)
     return app
