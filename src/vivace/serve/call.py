@@ -43,6 +43,7 @@ class Call:
     job: Job
     module: torch.nn.Module
     method: str
+    compute: Callable[..., Any]
     kwargs: dict[str, Any]
     axes: Axes
     scope: Scope | None  # what the layers around the denoiser remember for this request

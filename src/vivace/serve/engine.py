@@ -22,7 +22,7 @@ from vivace.errors import InputError
 from vivace.serve.backlog import Backlog, Entry
 from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable, UnknownModelError
 from vivace.serve.job import Job, Result
-from vivace.serve.model import Model, Spec
+from vivace.serve.model import Model, Spec, lane_of
 from vivace.serve.prepare import prepare
 from vivace.serve.request import Request
 from vivace.serve.run import Run
@@ -279,12 +279,10 @@ def _sizes(module: torch.nn.Module, size: int) -> int:
 
 
 def _graphed(module: torch.nn.Module) -> bool:
-    from vivace.accelerate import acceleration_of
     from vivace.graph import Graphs
 
-    acceleration = acceleration_of(module)
-    lanes = acceleration.target.lanes.values() if acceleration else ()
-    return any(lane.denoiser is module and isinstance(lane.run, Graphs) for lane in lanes)
+    lane = lane_of(module)
+    return lane is not None and isinstance(lane.run, Graphs)
 
 
 def _public(error: BaseException) -> BaseException:

@@ -15,9 +15,10 @@ import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.checkpoint import header
-from vivace.config import PRESETS, Config, preset_name
-from vivace.errors import first_line
+from vivace.config import PRESETS, Config, preset_name, resolve
+from vivace.errors import InputError, first_line
 from vivace.family import UnknownFamilyError, family_of
+from vivace.lane import Lane
 from vivace.load import Source, find, load_source
 from vivace.passes.target import device_of
 from vivace.serve.call import Axes
@@ -79,7 +80,12 @@ class Model:
                 raise FieldError("lora", f"no LoRA {name!r} is registered for {self.alias} (registered: {known})")
         if request.quality is not None and request.quality not in PRESETS:
             raise FieldError("quality", f"no preset {request.quality!r}; there are {', '.join(PRESETS)}")
-        preset = request.quality or self.spec.preset
+        preset: Any = request.quality or self.spec.preset
+        if request.cache is not None:
+            try:
+                preset = resolve(preset, cache=None if request.cache == "none" else request.cache)
+            except InputError as error:
+                raise FieldError("cache", str(error)) from None
         return Mode(preset=preset, loras=tuple(sorted(request.lora.items())))
 
     @property
@@ -249,3 +255,10 @@ def _source(alias: str, spec: Spec) -> Source:
         family = None
     index = dict(pipe.components)
     return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=family, index=index)
+
+
+def lane_of(module: torch.nn.Module) -> Lane | None:
+    """The lane of an accelerated denoiser."""
+    acceleration = acceleration_of(module)
+    lanes = acceleration.target.lanes.values() if acceleration else ()
+    return next((lane for lane in lanes if lane.denoiser is module), None)

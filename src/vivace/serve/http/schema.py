@@ -42,6 +42,7 @@ class Order(BaseModel):
     true_cfg_scale: float | None = Field(None, ge=0, le=100)
     negative_prompt: str | None = Field(None, max_length=100_000)
     scheduler: str | None = Field(None, max_length=100)
+    cache: str | None = Field(None, max_length=200)
     lora: dict[str, float] = Field(default_factory=dict, max_length=MOST_LORAS)
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
@@ -82,6 +83,7 @@ class Order(BaseModel):
             guidance=self.guidance_scale,
             true_cfg=self.true_cfg_scale,
             seed=self.seed,
+            cache=self.cache,
             scheduler=self.scheduler,
             lora=self.lora,
             deterministic=self.deterministic,
