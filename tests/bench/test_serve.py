@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from vivace.bench import serve
-from vivace.families import FAMILIES
+from vivace.cli import main
 from vivace.serve.load import put, requests
 
 
@@ -39,24 +38,29 @@ def test_a_closed_loop_has_as_many_at_a_time_as_it_has_clients():
     assert 0.02 <= found.p50_s <= found.p95_s < found.seconds
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(serve, "random_pipeline", lambda name, device, dtype: FAMILIES[name].tiny())
-
-
-def test_three_servers_in_one_run(tiny, tmp_path, capsys):
-    options = ["--size", "64x64", "--steps", "2-4", "--pictures", "6", "--concurrency", "1,3", "-o", str(tmp_path)]
-    path = serve.main(["sd3", "--device", "cpu", *options])
+def test_three_servers_in_one_run(tmp_path, capsys):
+    options = ["--tiny", "--steps", "4", "--pictures", "4", "--concurrency", "1,3", "-o", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--serve", "sd3", "--device", "cpu", *options])
+    assert end.value.code == 0
+    (path,) = tmp_path.glob("*-serve-sd3.json")
     found = json.loads(path.read_text())
     lines = found["results"]
     assert [(line["concurrency"], line["server"]) for line in lines] == [
         (count, name) for count in (1, 3) for name in ("stock, one lock", "exact, one lock", "exact, our engine")
     ]
-    assert all(line["pictures"] == 6 and line["failed"] == 0 for line in lines)
+    assert found["load"]["steps"] == [3, 5]
+    assert all(line["pictures"] == 4 and line["failed"] == 0 for line in lines)
     assert all(line["from_stock"] < 2 and line["noise_floor"] < 2 for line in lines)
     assert lines[0]["from_stock"] == 0
     assert 0 < lines[-1]["device_busy"] <= 1
     assert lines[-1]["requests_per_call"] >= 1
-    assert "--concurrency 1,3" in found["command"]
     assert found["machine"]["processor"]
-    assert capsys.readouterr().out.count("our engine") == 2
+    assert capsys.readouterr().out.count("| 3 |") == 3
+
+
+def test_clients_are_numbers(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--serve", "--concurrency", "many"])
+    assert end.value.code == 2
+    assert "like 1,4,16" in capsys.readouterr().err

@@ -7,21 +7,17 @@ python -m vivace.bench.serve --url http://127.0.0.1:8000 --size 256x256
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vivace.errors import InputError
 from vivace.families import FAMILIES
-from vivace.serve.load import Ask, Measured, locked, over_http, put, requests, served
+from vivace.serve.load import Ask, Measured, locked, put, requests, served
 
 PROMPT = "a small red star above a blue ring"
 COMPARED = 4  # pictures whose distance from the stock ones is measured
@@ -139,89 +135,57 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def random_pipeline(name: str, *, device: str, dtype: str) -> Any:
-    """A pipeline of `FAMILY[:variant]` at true size with random weights; its tokenizers are the tiny pipeline's."""
-    import diffusers
-    import torch
+def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tuple[Any, tuple[int, int]]:
+    """A pipeline and its usual size: `FAMILY[:variant]` at true size with random weights, or what `load` takes."""
+    from vivace.bench.subject import build
+    from vivace.bench.workload import workload_of
+    from vivace.load import find, load
 
-    family_name, _, variant_name = name.partition(":")
-    if family_name not in FAMILIES:
-        raise InputError(f"unknown family {family_name!r}; vivace knows {', '.join(FAMILIES)}")
-    family = FAMILIES[family_name]
-    variant = family.variant(variant_name or None)
-    small = family.tiny(variant.pipeline)
-    parts = dict(small.components)
-    for slot in {*family.denoisers, "vae", *family.text_encoders, *variant.text_encoders} & parts.keys():
-        if parts[slot] is not None:
-            number = getattr(torch, dtype)
-            parts[slot] = family.full(variant_name or None, component=slot, device=device, dtype=number)
-    kind, config = family.scheduler
-    if kind:
-        parts["scheduler"] = getattr(diffusers, kind)(**{**config, **variant.scheduler})
-    return type(small)(**parts)
+    if name.partition(":")[0] not in FAMILIES:
+        return load(name, device=device, dtype=dtype), find(name).size or (512, 512)
+    workload = workload_of(name, device=device, dtype=dtype, tiny=tiny, end_to_end=True)
+    return build(workload), workload.size
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    """The command line; returns the file it wrote."""
-    from vivace.cli.generate import read_size
-    from vivace.load import find, load, resolve_device, resolve_dtype
+def run(
+    model: str,
+    *,
+    folder: Path,
+    command: str,
+    concurrency: Sequence[int] = (1, 4, 16),
+    pictures: int = 64,
+    steps: tuple[int, int] = (15, 25),
+    size: tuple[int, int] | None = None,
+    preset: str = "exact",
+    device: str | None = None,
+    dtype: str | None = None,
+    tiny: bool = False,
+    on_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
+) -> Path:
+    """Put the load on the three servers of a model; the file with the results. Raises InputError."""
+    from vivace.load import resolve_device, resolve_dtype
     from vivace.machine import machine
 
-    options = _options(arguments)
-    device = resolve_device(options.device)
-    dtype = str(resolve_dtype(options.dtype, device)).removeprefix("torch.")
-    model, size, pipe = options.model, (256, 256), None
-    if options.url is None and model.partition(":")[0] in FAMILIES:
-        variant = FAMILIES[model.partition(":")[0]].variant(model.partition(":")[2] or None)
-        size, pipe = variant.size, random_pipeline(model, device=str(device), dtype=dtype)
-    elif options.url is None:
-        size, pipe = find(model).size or size, load(model, device=device, dtype=dtype)
-    low, _, high = options.steps.partition("-")
-    wanted = Load(
-        title=options.url or model,
-        size=read_size(options.size) if options.size else size,
-        steps=(int(low), int(high or low)),
-        pictures=options.pictures,
-        concurrency=tuple(int(part) for part in options.concurrency.split(",")),
-        preset=options.preset,
+    place = resolve_device(device)
+    number = str(resolve_dtype(dtype, place)).removeprefix("torch.")
+    pipe, usual = pipeline_of(model, device=str(place), dtype=number, tiny=tiny)
+    pipe.set_progress_bar_config(disable=True)
+    load = Load(
+        title=model,
+        size=size or usual,
+        steps=steps,
+        pictures=pictures,
+        concurrency=tuple(concurrency),
+        preset=preset,
     )
-    if pipe is not None:
-        pipe.set_progress_bar_config(disable=True)
     lines = []
-    for line in bench(pipe, wanted) if pipe is not None else _elsewhere(str(options.url), wanted):
+    for line in bench(pipe, load):
         lines.append(line)
-        sys.stderr.write(f"{json.dumps(line)}\n")
-    command = shlex.join(["python", "-m", "vivace.bench.serve", *(sys.argv[1:] if arguments is None else arguments)])
-    name = "".join(c if c.isalnum() else "-" for c in wanted.title)
-    path = options.output / f"{datetime.now(UTC):%Y-%m-%d}-serve-{name}.json"
+        on_line(line)
+    name = "".join(c if c.isalnum() else "-" for c in model)
+    path = folder / f"{datetime.now(UTC):%Y-%m-%d}-serve-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command, "machine": machine(), "device": str(device), "dtype": dtype, "load": asdict(wanted)}
+    facts = {"command": command, "machine": machine(), "device": str(place), "dtype": number, "load": asdict(load)}
     path.write_text(json.dumps(facts | {"results": lines}, indent=1))
-    sys.stdout.write(f"{table(lines)}\n{path}\n")
+    path.with_suffix(".md").write_text(f"{table(lines)}\n")
     return path
-
-
-def _elsewhere(url: str, load: Load) -> Iterator[dict[str, Any]]:
-    asked = requests(load.pictures, prompt=PROMPT, size=load.size, steps=load.steps, seed=0)
-    ask = over_http(url)
-    for concurrency in load.concurrency:
-        yield asdict(put(ask, asked, concurrency=concurrency, server=url, stagger=STAGGER))
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vivace.bench.serve", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="builtin", help="builtin, a model, or FAMILY[:variant] at random")
-    parser.add_argument("--url", help="a server that runs already, in place of a model")
-    parser.add_argument("--concurrency", default="1,4,16")
-    parser.add_argument("--pictures", type=int, default=64, help="of each server at each concurrency")
-    parser.add_argument("--steps", default="15-25", help="a number or a range")
-    parser.add_argument("--size", help="WxH; the model's own")
-    parser.add_argument("--preset", default="exact")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("-o", "--output", type=Path, default=Path("out/bench"), help="folder")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -125,21 +125,3 @@ def served(pipe: Any, *, preset: str, concurrency: int, busy: list[tuple[int, fl
     with Engine(models={"model": Spec(source=pipe, preset=preset)}, threads=concurrency) as engine:
         engine.observe(batch=lambda batch: busy.append((batch.size, batch.seconds)), job=lambda job: None)
         yield lambda request: engine.submit(request).result().pictures[0]
-
-
-def over_http(url: str, *, api_key: str | None = None) -> Ask:
-    """A server that runs somewhere, by its OpenAI route."""
-    import json
-    import urllib.request
-
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-
-    def ask(request: Request) -> Any:
-        body: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "steps": request.steps}
-        if request.size is not None:
-            body["size"] = f"{request.size[0]}x{request.size[1]}"
-        data = json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/images/generations", data, headers)) as answer:
-            return json.load(answer)["data"][0]
-
-    return ask

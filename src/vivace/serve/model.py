@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.cache import spell
 from vivace.checkpoint import header
 from vivace.config import PRESETS, Config, preset_name, resolve
 from vivace.errors import InputError, first_line
@@ -98,6 +99,13 @@ class Model:
         """The preset in force, by name."""
         acceleration = acceleration_of(self.pipe) if self.pipe is not None else None
         return preset_name(acceleration.target.config) if acceleration else "stock"
+
+    @property
+    def cache(self) -> str | None:
+        """The step cache in force, as it is spelled."""
+        acceleration = acceleration_of(self.pipe) if self.pipe is not None else None
+        policy = acceleration.target.config.cache if acceleration else None
+        return None if policy is None else spell(policy)
 
     @property
     def nbytes(self) -> int:

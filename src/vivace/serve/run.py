@@ -139,6 +139,7 @@ class Run:
         found = {
             "model": self.job.model,
             "preset": self.model.preset,
+            "cache": self.model.cache,
             "seed": self.job.seed,
             "steps": self._total or call.get(CALL["steps"]),
             "size": list(pictures[0].size),
