@@ -151,17 +151,34 @@ class Lane:
             self.first_seconds = time.perf_counter() - started
         return out
 
-    def _serve(self, kwargs: dict[str, Any]) -> Any:
+    def through(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        """The denoiser's call with the decisions of the cache here, and its segments run by `run`: a server's.
+
+        `run` brings each of them to `segment`, in whatever thread computes, alone or joined with those of others.
+        """
+        self._follow(kwargs)
+        return self._serve(kwargs, run=run)
+
+    def segment(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """Compute one segment of a call that went `through`."""
+        split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
+        if split is not None and split.once is not None and {*split.once_inputs} <= {*kwargs}:
+            kwargs["once"] = self._once(split, kwargs)
+        with self.route or nullcontext():
+            return self.run(name, segment, **kwargs)
+
+    def _serve(self, kwargs: dict[str, Any], run: Run | None = None) -> Any:
         reason = self._declined(kwargs)
         split = None if reason else self.split
         served_by = "fused blocks" if split is not None else reason or "stock blocks"
         self._count(served_by, warn=reason is not None)
-        if split is not None and split.once is not None:
+        if split is not None and split.once is not None and run is None:
             kwargs["once"] = self._once(split, kwargs)
+        run = run or self.run
         forward = split or functools.partial(self._stock, self.denoiser)
         if self.cache is None:
-            return self.run("forward", forward, **kwargs)
-        return self.cache(kwargs, forward=forward, run=self.run, split=split, served_by=served_by)
+            return run("forward", forward, **kwargs)
+        return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by)
 
     def _declined(self, kwargs: Mapping[str, Any]) -> str | None:
         if self._fused is None:

@@ -14,6 +14,7 @@ from vivace.serve.call import Axes, Unsplittable, describe, split
 
 SIDE = 64
 PICTURE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+PROMPTS = ("a red circle", "a blue ring left of a star", "a red circle")
 SMALL = {"max_sequence_length": 16, "use_resolution_binning": False, "_auto_resize": False, "max_area": SIDE * SIDE}
 
 
@@ -23,15 +24,14 @@ def requests(family, pipe, **fields):
     extra = {name: value for name, value in SMALL.items() if name in accepted}
     if "video" in accepted:
         extra["video"] = [PICTURE] * 5
-    if "prompt" in family.takes:
-        fields["prompt"] = "a red circle"
     if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
         fields["images"] = (PICTURE,)
     if family.media == "video":
         fields["frames"] = 5
+    prompts = PROMPTS if "prompt" in family.takes else ("",) * len(PROMPTS)
     return [
-        Request(**{**fields, "size": (SIDE, SIDE), "steps": steps, "seed": steps, "arguments": extra})
-        for steps in (2, 3, 4)
+        Request(**{**fields, "prompt": prompt, "size": (SIDE, SIDE), "steps": steps, "seed": steps, "arguments": extra})
+        for steps, prompt in enumerate(prompts, start=2)
     ]
 
 

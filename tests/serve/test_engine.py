@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import vivace
+from vivace.config import Config
 from vivace.families import FAMILIES
 from vivace.serve import Preview, Progress, Request
 from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, FieldError, Unavailable, UnknownModelError
@@ -296,3 +297,28 @@ def test_closing_fails_what_waits_and_ends_the_threads(pipe, start, order, gated
     engine.close(grace=30)
     assert running.status == "done"
     assert {thread.name for thread in threading.enumerate()} <= names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_alone_or_together_on_a_gpu(start, order, pixels, graphs):
+    pipe = FAMILIES["sd3"].tiny().to("cuda")
+    engine = start(vivace.serve.Spec(source=pipe, preset=Config(graphs=graphs)))
+    alone = [engine.submit(order(seed=seed, steps=8, deterministic=True)).result(60) for seed in range(7)]
+    for _ in range(3):  # a graph is recorded at the second call of its size
+        jobs = [engine.submit(order(seed=seed, steps=8)) for seed in range(7)]
+        together = [job.result(60) for job in jobs]
+    assert max(result.calls["requests_per_call"] for result in together) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(pixels(one.pictures[0]) - pixels(other.pictures[0])).mean() < 1
+    memory = torch.cuda.memory_allocated()
+    cancelled = [engine.submit(order(seed=seed, steps=200)) for seed in range(7)]
+    time.sleep(0.3)
+    for job in cancelled:
+        job.cancel()
+        with pytest.raises(Cancelled):
+            job.result(30)
+    engine.submit(order()).result(60)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= memory + 2**20

@@ -35,6 +35,11 @@ def bench(
     ] = None,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Text encoders, all steps, VAE.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel against its bandwidth bound.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Under load, beside a lock around stock and one of ours.")
+    ] = False,
+    concurrency: Annotated[str, typer.Option(metavar="N,N", help="Clients at a time, with --serve.")] = "1,4,16",
+    pictures: Annotated[int, typer.Option(min=4, help="Asked of each server, with --serve.")] = 64,
     profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of each contestant.")] = False,
     limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = 200,
     budget_s: Annotated[float | None, typer.Option(min=1, help="Seconds all may take; the rest next time.")] = None,
@@ -54,6 +59,22 @@ def bench(
     from vivace.bench.workload import workload_of
     from vivace.cli.generate import read_size
 
+    if serve:
+        shape = {"size": read_size(size) if size else None, "device": device, "dtype": dtype, "tiny": tiny}
+        clients = [int(part) for part in _names(concurrency) if part.isdecimal() and int(part)]
+        if not clients:
+            raise InputError(f"--concurrency {concurrency!r} names no number of clients; write it like 1,4,16")
+        for name in (model,) if model else families or ("builtin",):
+            _serve(
+                name,
+                presets=_names(presets),
+                steps=steps,
+                concurrency=clients,
+                pictures=pictures,
+                folder=output,
+                **shape,
+            )
+        return
     if model and random:
         raise InputError("--model and --random exclude each other; give one")
     if not families and not kernels:
@@ -83,6 +104,20 @@ def bench(
     if left:
         print(f"{left} left for the next time, when the same command goes on")
     print(output / "bench.md")
+
+
+def _serve(name: str, *, presets: tuple[str, ...], steps: int | None, **options: Any) -> None:
+    """The load on one model's servers, for each preset."""
+    from vivace.bench.serve import run
+
+    around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
+    for preset in presets or ("exact",):
+        path = run(name, preset=preset, steps=around, command=_command(sys.argv[1:]), on_line=_say, **options)
+        print(path.with_suffix(".md").read_text(), path, sep="\n")
+
+
+def _say(line: Mapping[str, Any]) -> None:
+    print(f"{line['server']}, {line['concurrency']} at a time: {line['images_per_second']:.2f} images/s", flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ def serve(
     memory: Annotated[float | None, typer.Option(help="GiB of weights that stay loaded.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where video jobs are kept.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A name this server also goes by.")] = None,
+    a1111: Annotated[bool, typer.Option("--a1111", help="A small part of the A1111 API too.")] = False,
 ) -> None:
     """Serve pictures and videos over HTTP: POST /v1/images/generations and its kin."""
     # Before diffusers is imported: no model may bring code of its own.
@@ -41,7 +42,9 @@ def serve(
         raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[serve]'") from error
     from vivace.serve import Engine, Spec
 
-    settings = Settings(host=host, port=port, api_key=api_key, folder=folder, allowed_hosts=tuple(allowed_host or ()))
+    settings = Settings(
+        host=host, port=port, api_key=api_key, folder=folder, a1111=a1111, allowed_hosts=tuple(allowed_host or ())
+    )
     loras = {alias: Path(path).expanduser() for alias, path in map(_pair, lora or ())}
     specs = {
         alias: Spec(source=source, preset=preset, loras=loras, dtype=dtype, device=device)

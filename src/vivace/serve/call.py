@@ -20,6 +20,10 @@ PER_CALL = ("timestep", "t", "timesteps")
 """Arguments that a pipeline may give as one number for the whole call; joined, each row has its own."""
 
 
+Cat = Callable[[str, list[torch.Tensor]], torch.Tensor]
+"""Concatenates the parts of the argument of that name."""
+
+
 class Unsplittable(TypeError):
     """An output that cannot be told apart by request."""
 
@@ -39,6 +43,7 @@ class Call:
     job: Job
     module: torch.nn.Module
     method: str
+    compute: Callable[..., Any]
     kwargs: dict[str, Any]
     axes: Axes
     scope: Scope | None  # what the layers around the denoiser remember for this request
@@ -74,10 +79,11 @@ def describe(
     return key, rows
 
 
-def join(calls: Sequence[Call]) -> dict[str, Any]:
-    """The keyword arguments of one call that answers all of `calls`."""
+def join(calls: Sequence[Call], *, cat: Cat) -> dict[str, Any]:
+    """The keyword arguments of one call that answers all of `calls`; `cat` makes one tensor of an argument's parts."""
     rows = [call.rows for call in calls]
-    return {name: _join([call.kwargs[name] for call in calls], name, rows, calls[0].axes) for name in calls[0].kwargs}
+    axes, names = calls[0].axes, calls[0].kwargs
+    return {name: _join([call.kwargs[name] for call in calls], name, rows, axes, cat) for name in names}
 
 
 def split(out: Any, rows: Sequence[int]) -> list[Any]:
@@ -143,18 +149,18 @@ def _spreads(value: torch.Tensor, name: str) -> bool:
     return value.ndim == 0 and name in PER_CALL
 
 
-def _join(values: list[Any], name: str, rows: list[int], axes: Axes) -> Any:
+def _join(values: list[Any], name: str, rows: list[int], axes: Axes, cat: Cat) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
         if _spreads(first, name):
             return torch.cat([value.expand(count) for value, count in zip(values, rows, strict=True)])
         if name not in axes.shared and first.ndim > 0 and first.shape[0] == rows[0]:
-            return torch.cat(values)
+            return cat(name, values)
         return first
     if name in axes.listed and isinstance(first, list):
         return [entry for value in values for entry in value]
     if isinstance(first, Mapping):
-        return {key: _join([value[key] for value in values], key, rows, axes) for key in first}
+        return {key: _join([value[key] for value in values], key, rows, axes, cat) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(_join(list(inner), name, rows, axes) for inner in zip(*values, strict=True))
+        return type(first)(_join(list(inner), name, rows, axes, cat) for inner in zip(*values, strict=True))
     return first

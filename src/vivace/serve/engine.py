@@ -20,9 +20,9 @@ import torch
 
 from vivace.errors import InputError
 from vivace.serve.backlog import Backlog, Entry
-from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable, UnknownModelError
+from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable, UnknownModelError
 from vivace.serve.job import Job, Result
-from vivace.serve.model import Model, Spec
+from vivace.serve.model import Model, Spec, lane_of
 from vivace.serve.prepare import prepare
 from vivace.serve.request import Request
 from vivace.serve.run import Run
@@ -109,10 +109,15 @@ class Engine:
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, request: Request) -> Job:
-        """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable."""
+    def submit(self, request: Request, *, most_pixels: int | None = None) -> Job:
+        """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable.
+
+        `most_pixels`, of all its frames, also holds for a size that the model chooses.
+        """
         model = self.model(request.model)
         prepared = prepare(request, model.source)
+        if most_pixels is not None and (prepared.pixels or 0) > most_pixels:
+            raise FieldError("size", f"that is {prepared.pixels} pixels in all; the most is {most_pixels}")
         mode = model.mode_of(request)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         job = Job(request, model=model.alias, seed=seed)
@@ -191,7 +196,7 @@ class Engine:
         for worker in self._workers.values():
             worker.close(timeout)
         for model in self.models.values():
-            model.unload()
+            model.close()
 
     def _serve(self) -> None:
         while (entry := self._backlog.take()) is not None:
@@ -274,12 +279,10 @@ def _sizes(module: torch.nn.Module, size: int) -> int:
 
 
 def _graphed(module: torch.nn.Module) -> bool:
-    from vivace.accelerate import acceleration_of
     from vivace.graph import Graphs
 
-    acceleration = acceleration_of(module)
-    lanes = acceleration.target.lanes.values() if acceleration else ()
-    return any(lane.denoiser is module and isinstance(lane.run, Graphs) for lane in lanes)
+    lane = lane_of(module)
+    return lane is not None and isinstance(lane.run, Graphs)
 
 
 def _public(error: BaseException) -> BaseException:
@@ -289,6 +292,8 @@ def _public(error: BaseException) -> BaseException:
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
     logger.error("a request failed", exc_info=error)
+    if type(error) is ValueError:  # how pipelines refuse what they were called with
+        return InputError("the model's pipeline refuses these arguments")
     return Failure("the request failed inside; the log says why")
 
 

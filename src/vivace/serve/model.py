@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.cache import spell
 from vivace.checkpoint import header
-from vivace.config import PRESETS, Config, preset_name
-from vivace.errors import first_line
+from vivace.config import PRESETS, Config, preset_name, resolve
+from vivace.errors import InputError, first_line
 from vivace.family import UnknownFamilyError, family_of
+from vivace.lane import Lane
 from vivace.load import Source, find, load_source
 from vivace.passes.target import device_of
 from vivace.serve.call import Axes
-from vivace.serve.failures import FieldError
+from vivace.serve.failures import FieldError, Unavailable
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
 
@@ -65,6 +67,7 @@ class Model:
         self._setup = threading.Lock()  # held while it loads
         self._mode: Mode | None = None  # of those who use it now
         self._applied = Mode(preset=None)
+        self._ours = False  # whether it is accelerated only since it is served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
         for path in spec.loras.values():
@@ -78,7 +81,12 @@ class Model:
                 raise FieldError("lora", f"no LoRA {name!r} is registered for {self.alias} (registered: {known})")
         if request.quality is not None and request.quality not in PRESETS:
             raise FieldError("quality", f"no preset {request.quality!r}; there are {', '.join(PRESETS)}")
-        preset = request.quality or self.spec.preset
+        preset: Any = request.quality or self.spec.preset
+        if request.cache is not None:
+            try:
+                preset = resolve(preset, cache=None if request.cache == "none" else request.cache)
+            except InputError as error:
+                raise FieldError("cache", str(error)) from None
         return Mode(preset=preset, loras=tuple(sorted(request.lora.items())))
 
     @property
@@ -91,6 +99,13 @@ class Model:
         """The preset in force, by name."""
         acceleration = acceleration_of(self.pipe) if self.pipe is not None else None
         return preset_name(acceleration.target.config) if acceleration else "stock"
+
+    @property
+    def cache(self) -> str | None:
+        """The step cache in force, as it is spelled."""
+        acceleration = acceleration_of(self.pipe) if self.pipe is not None else None
+        policy = acceleration.target.config.cache if acceleration else None
+        return None if policy is None else spell(policy)
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +166,14 @@ class Model:
         logger.info("unloaded %s", self.alias)
         return True
 
+    def close(self) -> None:
+        """Give back: the weights, or the pipeline as it was handed in."""
+        if not self.unload() and self.pipe is not None:
+            if self._applied.loras:
+                self.pipe.unload_lora_weights()
+            if self._ours:
+                restore(self.pipe)
+
     def as_class(self, pipeline: type[Any]) -> Any:
         """The loaded pipeline, or one of another class around the same components."""
         if type(self.pipe).__name__ == pipeline.__name__:
@@ -167,7 +190,14 @@ class Model:
             return
         room()
         started = time.monotonic()
-        self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+        try:
+            self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            # What it says names files; that is for the log.
+            logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
+            raise Unavailable(f"the model {self.alias} cannot be loaded") from error
         vae = getattr(self.pipe, "vae", None)
         # The pipeline would cast it to and fro around each decode, under the hands of other requests.
         if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
@@ -181,6 +211,7 @@ class Model:
         if before.loras != mode.loras:
             self._adapt(mode)
         if mode.preset is not None:
+            self._ours = self._ours or acceleration_of(self.pipe) is None
             accelerate(self.pipe, mode.preset)
         self._applied = mode
 
@@ -232,3 +263,10 @@ def _source(alias: str, spec: Spec) -> Source:
         family = None
     index = dict(pipe.components)
     return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=family, index=index)
+
+
+def lane_of(module: torch.nn.Module) -> Lane | None:
+    """The lane of an accelerated denoiser."""
+    acceleration = acceleration_of(module)
+    lanes = acceleration.target.lanes.values() if acceleration else ()
+    return next((lane for lane in lanes if lane.denoiser is module), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,19 @@ class Prepared:
     pipeline: type[Any]  # the class that takes its inputs
     call: dict[str, Any]  # the arguments of its call, less the generator
     size: tuple[int, int] | None  # None: the pipeline's own choice
+
+    @property
+    def pixels(self) -> int | None:
+        """Of all frames, also where the pipeline's own defaults decide; None where these depend on its weights."""
+        accepted = inputs.arguments(self.pipeline)
+        sides = [self.call.get(name, _default(accepted, name)) for name in ("width", "height")]
+        frames = self.call.get("num_frames", _default(accepted, "num_frames")) or 1
+        return sides[0] * sides[1] * frames if all(isinstance(side, int) for side in sides) else None
+
+
+def _default(accepted: dict[str, inspect.Parameter], name: str) -> Any:
+    default = accepted[name].default if name in accepted else None
+    return None if default is inspect.Parameter.empty else default
 
 
 def prepare(request: Request, source: Source) -> Prepared:

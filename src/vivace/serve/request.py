@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Arguments of a pipeline's call that would scale the LoRA layers which other requests share.
 SHARED_STATE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
+FILES = (".yaml", ".yml", ".json", ".safetensors")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -30,6 +32,7 @@ class Request:
     true_cfg: float | None = None
     seed: int | None = None  # drawn and reported when None
     quality: str | None = None  # a preset's name; None: the model's own
+    cache: str | None = None  # a step cache's spelling, or "none"; None: the preset's
     scheduler: str | None = None
     lora: Mapping[str, float] = field(default_factory=dict)  # registered alias -> weight
     images: tuple[Image.Image, ...] = ()
@@ -68,6 +71,11 @@ class Request:
             raise FieldError("size", f"size is {self.size[0]}x{self.size[1]}; both sides have to be 1 or more")
         if (self.mask or self.strength) and not self.images:
             raise FieldError("image", "a mask or a strength needs an image too")
+        # A spelling may also name a file; that is for who starts a server.
+        if self.cache is not None and (
+            "/" in self.cache or "\\" in self.cache or self.cache.endswith(FILES) or "file=" in self.cache
+        ):
+            raise FieldError("cache", "a cache is given by its name and values, such as teacache:threshold=0.2")
         for alias, weight in self.lora.items():
             if not math.isfinite(weight):
                 raise FieldError("lora", f"the weight of LoRA {alias} is {weight}; it has to be a finite number")

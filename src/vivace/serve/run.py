@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 
+from vivace.accelerate import acceleration_of
 from vivace.generate import CALL, FPS
 from vivace.inputs import arguments
+from vivace.lane import Lane
+from vivace.request import Request as Scope
 from vivace.request import open_request
 from vivace.scheduler import use_scheduler
-from vivace.serve.call import Axes
+from vivace.serve.call import Axes, Call
 from vivace.serve.job import Job, Preview, Progress, Result
-from vivace.serve.model import Model
+from vivace.serve.model import Model, lane_of
 from vivace.serve.prepare import Prepared
 from vivace.serve.view import view
 from vivace.serve.worker import Worker
@@ -48,8 +52,9 @@ class Run:
         # On the CPU, so that a seed means the same noise on every device.
         generator = torch.Generator("cpu").manual_seed(self.job.seed)
         started = time.monotonic()
-        with open_request():
+        with open_request(scheduler=getattr(pipe, "scheduler", None)) as scope:
             out = pipe(**self.prepared.call, generator=generator, output_type="pil")
+            hits = _hits(scope, self.model)
         self.job.check()
         pictures = tuple(out.frames[0] if hasattr(out, "frames") else out.images[:1])
         if request.preview_every or not self.model.sketch.learned:
@@ -67,24 +72,30 @@ class Run:
             pictures=pictures,
             effective=self._effective(pipe, pictures),
             timings={name: round(value, 4) for name, value in timings.items()},
-            calls={"denoiser": len(self._batches), "requests_per_call": round(shared, 2)},
+            calls={"denoiser": len(self._batches), "requests_per_call": round(shared, 2), **hits},
         )
 
     def _send(self, module: torch.nn.Module, method: str, kwargs: dict[str, Any]) -> Any:
         denoises = module in self._denoisers
-        if method != "forward":
-            kwargs = _for_vae(module, kwargs)
+        lane = lane_of(module) if denoises and method == "forward" else None
+        if lane is not None and lane.cache is not None:
+            return lane.through(Segments(self, lane), kwargs)
+        return self._call(module, method, kwargs if method == "forward" else _for_vae(module, kwargs)).out
+
+    def _call(self, module: torch.nn.Module, method: str, kwargs: dict[str, Any], **how: Any) -> Call:
+        """One call by the worker, timed and counted."""
+        denoises = module in self._denoisers
         began = time.monotonic()
         if denoises and self._first is None:
             self._first = began
-        axes = self.model.axes if denoises else Axes()
-        call = self.worker.call(self.job, module, method, kwargs, axes=axes, digest=self._digest)
+        how = {"axes": self.model.axes if denoises else Axes(), **how}
+        call = self.worker.call(self.job, module, method, kwargs, digest=self._digest, **how)
         if denoises:
             self._batches.append(call.shared_by)
             self._last = time.monotonic()
         elif method == "decode":
             self._decode_s += time.monotonic() - began
-        return call.out
+        return call
 
     def _tell(self, pipe: Any, done: int, total: int) -> None:
         self.job.check()
@@ -128,6 +139,7 @@ class Run:
         found = {
             "model": self.job.model,
             "preset": self.model.preset,
+            "cache": self.model.cache,
             "seed": self.job.seed,
             "steps": self._total or call.get(CALL["steps"]),
             "size": list(pictures[0].size),
@@ -143,6 +155,37 @@ class Run:
         return {name: value for name, value in found.items() if value is not None}
 
 
+WHOLE = ("forward", "signal")
+"""The segments of a denoiser call that take its arguments, of which it is known where the batch is."""
+
+
+class Segments:
+    """Runs the segments of one request's denoiser calls on the worker: what its cache skips is in no batch."""
+
+    def __init__(self, run: Run, lane: Lane) -> None:
+        self._run, self._lane = run, lane
+
+    def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        part = (getattr(segment, "func", None), *map(id, getattr(segment, "args", ()))) if name in WHOLE else None
+        how = {"compute": partial(self._lane.segment, name, segment), "part": part or id(segment)}
+        if name not in WHOLE:
+            how["axes"] = None
+        return self._run._call(self._lane.denoiser, name, kwargs, **how).out
+
+    def clear(self) -> None:
+        """Nothing is kept here."""
+
+
+def _hits(scope: Scope, model: Model) -> dict[str, int]:
+    """Denoiser calls that the step caches computed and skipped, in whole or in part."""
+    acceleration = acceleration_of(model.pipe)
+    lanes = acceleration.target.lanes.values() if acceleration else ()
+    counts = [scope.memo[lane.cache][2] for lane in lanes if lane.cache is not None and lane.cache in scope.memo]
+    if not counts:
+        return {}
+    return {"computed": sum(one.computed for one in counts), "skipped": sum(one.skipped for one in counts)}
+
+
 def _denoisers(model: Model) -> set[torch.nn.Module]:
     names = model.source.family.denoisers if model.source.family else ("transformer", "transformer_2", "unet")
     return {part for name in names if isinstance(part := getattr(model.pipe, name, None), torch.nn.Module)}
@@ -155,7 +198,7 @@ def _for_vae(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in kwargs.items()
     }
-    if type(module).__name__ == "AutoencoderKL":
+    if type(module).__name__ in ("AutoencoderKL", "AutoencoderTiny"):
         found.pop("generator", None)
     return found
 

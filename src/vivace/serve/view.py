@@ -134,6 +134,8 @@ def _counting(scheduler: type) -> type:
         vars(self)["vivace_sample"] = out[0]
         if (now := request.current()) is not None:
             now.step += 1
+            sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+            now.batch = None if sample is None else len(sample)
         return out
 
     counting: Any = _like(scheduler, {"step": functools.wraps(scheduler.step)(step)})  # pyright: ignore[reportAttributeAccessIssue]

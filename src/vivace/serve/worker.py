@@ -15,6 +15,7 @@ import torch
 
 from vivace import request
 from vivace.serve.call import Axes, Call, Unsplittable, describe, join, split
+from vivace.serve.cohort import Cohorts
 from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
 from vivace.serve.job import Job
 
@@ -63,6 +64,7 @@ class Worker:
         self._group: list[Call] = []  # what is computed now
         self._peers: dict[Job, Hashable] = {}  # running job -> the key of its last call
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()
+        self._cohorts = Cohorts()
         self._wake = threading.Condition()
         self._closing = False
         self._launched: deque[Any] = deque()
@@ -86,20 +88,28 @@ class Worker:
         method: str,
         kwargs: dict[str, Any],
         *,
-        axes: Axes,
+        axes: Axes | None,
         digest: Callable[[torch.Tensor], Hashable],
+        compute: Callable[..., Any] | None = None,
+        part: Hashable = None,
     ) -> Call:
-        """Run one module call, alone or with others, and wait for it. Raises what it raised, or the job's Failure."""
+        """Run one module call, alone or with others, and wait for it. Raises what it raised, or the job's Failure.
+
+        `compute` stands in for the method, and `part` says which of several it is. Without `axes` it goes alone.
+        """
         job.check()
-        alone = job.request.deterministic or (id(module), method) in self._alone
-        found = None if alone else describe(kwargs, axes=axes, digest=digest)
-        key = (id(module), method, found[0]) if found else None
+        alone = axes is None or job.request.deterministic or (id(module), method) in self._alone
+        found = None if axes is None or alone else describe(kwargs, axes=axes, digest=digest)
+        key = (id(module), method, part, found[0]) if found else None
+        # The module itself rather than its forward: it may have hooks.
+        usual: Any = module if method == "forward" else getattr(module, method, None)
         call = Call(
             job=job,
             module=module,
             method=method,
+            compute=compute or usual,
             kwargs=kwargs,
-            axes=axes,
+            axes=axes or Axes(),
             scope=request.current(),
             key=key,
             rows=found[1] if found else 1,
@@ -130,6 +140,7 @@ class Worker:
         """The job is over: nobody waits for its next call."""
         with self._wake:
             self._peers.pop(job, None)
+            self._cohorts.leave(job)
             self._wake.notify_all()
 
     def close(self, timeout: float = 10.0) -> None:
@@ -211,15 +222,15 @@ class Worker:
     def _try(self, calls: list[Call]) -> BaseException | None:
         """Compute and hand out; the error instead where there is one."""
         first = calls[0]
-        # The module itself rather than its forward: it may have hooks.
-        compute: Any = first.module if first.method == "forward" else getattr(first.module, first.method)
         try:
             if len(calls) == 1:
                 with request.within(first.scope):
-                    outs = [compute(**first.kwargs)]
+                    outs = [first.compute(**first.kwargs)]
             else:
-                with request.within(None):
-                    joint = compute(**join(calls))
+                with self._wake:
+                    cohort = self._cohorts.of(calls)
+                with request.within(cohort.scope):
+                    joint = first.compute(**join(calls, cat=cohort.cat))
                 outs = split(joint, [call.rows for call in calls])
             self._pace()
         except Unsplittable as error:

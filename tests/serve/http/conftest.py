@@ -72,6 +72,19 @@ def live(engine: Engine, settings: Settings) -> Iterator[Live]:
 @pytest.fixture
 def launch() -> Iterator[Callable[..., Live]]:
     """Starts servers: `launch({"tiny": pipe}, engine={"queue": 1}, api_key=...)`."""
+    with launcher() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def launch_module() -> Iterator[Callable[..., Live]]:
+    """Starts servers that live as long as a module's tests."""
+    with launcher() as start:
+        yield start
+
+
+@contextmanager
+def launcher() -> Iterator[Callable[..., Live]]:
     with ExitStack() as stack:
 
         def start(models: dict[str, Any], *, engine: dict[str, Any] | None = None, **settings: Any) -> Live:

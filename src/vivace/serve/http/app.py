@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
-from vivace.serve.http import envelope, images, status, videos
+from vivace.serve.failures import Failure
+from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import Guard
 from vivace.serve.http.links import Links
@@ -56,17 +57,16 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
     )
     app.state.server = server
     envelope.install(app)
-    for part in (images, videos, status):
+    for part in (images, videos, status, *((a1111,) if settings.a1111 else ())):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings, signed=server.links.signed, full=server.full, count=gauges.http)
     return app
 
 
 async def _warm(engine: Engine) -> None:
-    try:
+    # One that cannot be loaded has said so in the log; the others are served.
+    with suppress(InputError, Failure):
         await asyncio.to_thread(engine.load)
-    except InputError as error:
-        logger.error("a model cannot be loaded: %s", error)
 
 
 async def _sweep(server: Server) -> None:

@@ -36,6 +36,7 @@ class Gauges:
         self._jobs = Histogram(
             "vivace_job_seconds", "From submission to result", ["model", "outcome"], buckets=LATENCIES, **made
         )
+        self._cached = Counter("vivace_cached_calls", "Denoiser calls of requests with a step cache", ["kind"], **made)
         self._http = Counter("vivace_http_requests", "HTTP requests", ["route", "status"], **made)
         self._http_seconds = Histogram("vivace_http_seconds", "HTTP requests", ["route"], buckets=LATENCIES, **made)
 
@@ -54,6 +55,8 @@ class Gauges:
             result = job.result()
             steps = max(1, int(result.effective.get("steps") or 1))
             self._steps.observe(result.timings["denoise_s"] / steps)
+            for kind in ("computed", "skipped"):
+                self._cached.labels(kind).inc(result.calls.get(kind, 0))
 
     def http(self, route: str, status: int, seconds: float) -> None:
         """One HTTP request was answered."""

@@ -39,7 +39,12 @@ def _body(kind: type[Any], media_type: str, files: dict[str, Any] | None = None)
 BINARY = {"type": "string", "format": "binary"}
 
 
-@router.post("/v1/images/generations", openapi_extra=_body(ImageOrder, "application/json"))
+def json_body(kind: type[Any]) -> dict[str, Any]:
+    """The JSON body of a route's own description."""
+    return _body(kind, "application/json")
+
+
+@router.post("/v1/images/generations", openapi_extra=json_body(ImageOrder))
 async def generations(request: Request) -> Response:
     """Pictures from a prompt."""
     server = server_of(request)
@@ -80,17 +85,30 @@ def _mask(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 
 async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
-    server = server_of(request)
-    jobs = _submit(server, order, **fields)
     if order.stream:
-        return StreamingResponse(_events(jobs[0], order, name=name), media_type="text/event-stream")
+        (job,) = _submit(server_of(request), order, **fields)
+        return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream")
+    results, data = await make(request, order, **fields)
+    return JSONResponse(_envelope(order, results) | {"data": data})
+
+
+async def make(
+    request: Request, order: ImageOrder, *, watch: set[Job] | None = None, **fields: Any
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """The pictures of an order and their entries in the answer; ended when the client goes away.
+
+    While they are made their jobs are in `watch`.
+    """
+    server, watch = server_of(request), set() if watch is None else watch
+    jobs = _submit(server, order, **fields)
+    watch.update(jobs)
     try:
         results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
-        data = [await asyncio.to_thread(_entry, server, order, result) for result in results]
+        return results, [await asyncio.to_thread(_entry, server, order, result) for result in results]
     finally:
+        watch.difference_update(jobs)
         for job in jobs:
             job.cancel()
-    return JSONResponse(_envelope(order, results) | {"data": data})
 
 
 async def _result(job: Job) -> Result:
@@ -114,7 +132,7 @@ def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
     try:
         for number in range(order.n):
             seed = None if first.seed is None else (first.seed + number) % SEED_SPACE
-            jobs.append(engine.submit(replace(first, seed=seed)))
+            jobs.append(engine.submit(replace(first, seed=seed), most_pixels=settings.most_pixels // order.n))
     except Exception:
         for job in jobs:
             job.cancel()

@@ -42,6 +42,7 @@ class Order(BaseModel):
     true_cfg_scale: float | None = Field(None, ge=0, le=100)
     negative_prompt: str | None = Field(None, max_length=100_000)
     scheduler: str | None = Field(None, max_length=100)
+    cache: str | None = Field(None, max_length=200)
     lora: dict[str, float] = Field(default_factory=dict, max_length=MOST_LORAS)
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
@@ -49,7 +50,7 @@ class Order(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _short(cls, value: str | None, info: ValidationInfo) -> str | None:
-        limit = _settings(info).most_prompt
+        limit = settings_of(info).most_prompt
         if value is not None and len(value) > limit:
             raise FieldError(info.field_name or "prompt", f"it has {len(value)} characters, the most is {limit}")
         if value is not None and "\x00" in value:
@@ -59,7 +60,7 @@ class Order(BaseModel):
     @field_validator("steps")
     @classmethod
     def _few(cls, value: int | None, info: ValidationInfo) -> int | None:
-        limit = _settings(info).most_steps
+        limit = settings_of(info).most_steps
         if value is not None and value > limit:
             raise FieldError("steps", f"steps is {value}, the most is {limit}")
         return value
@@ -82,6 +83,7 @@ class Order(BaseModel):
             guidance=self.guidance_scale,
             true_cfg=self.true_cfg_scale,
             seed=self.seed,
+            cache=self.cache,
             scheduler=self.scheduler,
             lora=self.lora,
             deterministic=self.deterministic,
@@ -104,7 +106,7 @@ class ImageOrder(Order):
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> ImageOrder:
-        settings = _settings(info)
+        settings = settings_of(info)
         if self.n > settings.most_pictures:
             raise FieldError("n", f"n is {self.n}, the most is {settings.most_pictures}")
         if self.stream and self.n != 1:
@@ -138,7 +140,7 @@ class VideoOrder(Order):
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> VideoOrder:
-        settings = _settings(info)
+        settings = settings_of(info)
         if self.frames is not None and self.seconds is not None:
             raise FieldError("seconds", "seconds and frames were both given; give one")
         if self.frames is not None and self.frames > settings.most_frames:
@@ -196,5 +198,6 @@ def read(kind: type[Any], fields: Any, settings: Settings) -> Any:
         raise wrong_fields(list(error.errors(include_url=False))) from None
 
 
-def _settings(info: ValidationInfo) -> Settings:
+def settings_of(info: ValidationInfo) -> Settings:
+    """The limits that a validation was given; the defaults without any."""
     return info.context if isinstance(info.context, Settings) else Settings()

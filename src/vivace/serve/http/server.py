@@ -33,6 +33,7 @@ class Server:
     gauges: Gauges
     links: Links
     shelf: Shelf
+    interruptible: set[Job] = field(default_factory=set)  # what the A1111 routes make now
     _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
 
     def full(self) -> ApiError | None:

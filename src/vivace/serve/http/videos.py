@@ -13,6 +13,7 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from vivace import video
+from vivace.errors import InputError
 from vivace.generate import FPS
 from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error
@@ -67,7 +68,7 @@ async def create(request: Request) -> Response:
         "remixed_from_video_id": None,
     }
     server.shelf.sweep()
-    job = server.engine.submit(wanted)
+    job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     try:
         server.shelf.put(record)
     except OSError as error:
@@ -174,15 +175,13 @@ async def follow(server: Server, name: str, job: Job) -> None:
 
 def _write(server: Server, name: str, result: Result) -> None:
     effective = dict(result.effective)
-    with server.shelf.whole(server.shelf.video(name)) as part:
-        video.write(
-            result.pictures,
-            part,
-            fps=effective.get("fps", FPS),
-            prompt="",
-            seed=effective.pop("seed"),
-            settings=effective,
-        )
+    known = {"fps": effective.get("fps", FPS), "seed": effective.pop("seed"), "settings": effective}
+    try:
+        with server.shelf.whole(server.shelf.video(name)) as part:
+            video.write(result.pictures, part, prompt="", **known)
+    except InputError as error:
+        # It is worded for the command line, and names the path.
+        raise error.__cause__ or error from None
 
 
 def _note(server: Server, name: str, **facts: Any) -> None:

@@ -1,0 +1,166 @@
+"""A small part of the A1111 API, for desktop clients that speak it: txt2img, img2img, progress, interrupt.
+
+Off unless asked for. Settings are never overridden and scripts never run: whoever sends either gets a 400.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from starlette.responses import JSONResponse, Response
+
+from vivace.serve.failures import FieldError
+from vivace.serve.http.envelope import ApiError
+from vivace.serve.http.images import json_body, make
+from vivace.serve.http.schema import ImageOrder, read, settings_of
+from vivace.serve.http.server import Server, read_json, server_of
+from vivace.serve.http.uploads import decode
+from vivace.serve.job import Job, Progress
+
+router = APIRouter(prefix="/sdapi/v1")
+
+# A1111's names of samplers -> schedulers.
+SAMPLERS = {
+    "Euler": "euler",
+    "Euler a": "eulerancestral",
+    "DPM++ 2M": "dpmsolvermultistep",
+    "DDIM": "ddim",
+    "UniPC": "unipc",
+    "Heun": "heun",
+}
+
+
+class Txt2Img(BaseModel):
+    """POST /sdapi/v1/txt2img: what it does not list is refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, max_length=100_000)
+    negative_prompt: str = Field("", max_length=100_000)
+    seed: int = Field(-1, ge=-1, lt=2**63)
+    steps: int | None = Field(None, ge=1, le=10_000)
+    cfg_scale: float | None = Field(None, ge=0, le=100)
+    width: int | None = Field(None, ge=1, le=99_999)
+    height: int | None = Field(None, ge=1, le=99_999)
+    batch_size: int = Field(1, ge=1, le=100)
+    n_iter: Literal[1] = 1
+    sampler_name: str | None = Field(None, max_length=100)
+    send_images: Literal[True] = True
+    save_images: Literal[False] = False
+    override_settings: dict[str, Any] = Field(default_factory=dict, max_length=0)
+    alwayson_scripts: dict[str, Any] = Field(default_factory=dict, max_length=0)
+
+    @model_validator(mode="after")
+    def _whole(self, info: ValidationInfo) -> Txt2Img:
+        if (self.width is None) != (self.height is None):
+            raise FieldError("width", "width and height go together; give both or neither")
+        if self.sampler_name is not None and self.sampler_name not in SAMPLERS:
+            raise FieldError("sampler_name", f"no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
+        # The limits are those of the OpenAI route.
+        read(ImageOrder, self.order(), settings_of(info))
+        return self
+
+    def order(self) -> dict[str, Any]:
+        """The same as the fields of an ImageOrder."""
+        found = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt or None,
+            "seed": None if self.seed < 0 else self.seed,
+            "steps": self.steps,
+            "guidance_scale": self.cfg_scale,
+            "size": f"{self.width}x{self.height}" if self.width else None,
+            "n": self.batch_size,
+            "scheduler": SAMPLERS[self.sampler_name] if self.sampler_name else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class Img2Img(Txt2Img):
+    """POST /sdapi/v1/img2img."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    denoising_strength: float = Field(0.75, gt=0, le=1)
+
+
+@router.post("/txt2img", openapi_extra=json_body(Txt2Img))
+async def txt2img(request: Request) -> Response:
+    """Pictures from a prompt."""
+    server = server_of(request)
+    return await _answer(request, read(Txt2Img, await read_json(request), server.settings))
+
+
+@router.post("/img2img", openapi_extra=json_body(Img2Img))
+async def img2img(request: Request) -> Response:
+    """Pictures from a prompt and another picture; white in the mask is painted anew."""
+    server = server_of(request)
+    asked: Img2Img = read(Img2Img, await read_json(request), server.settings)
+    image = await asyncio.to_thread(_decode, asked.init_images[0], server, "init_images")
+    fields: dict[str, Any] = {"images": (image.convert("RGB"),), "strength": asked.denoising_strength}
+    if asked.mask:
+        fields["mask"] = (await asyncio.to_thread(_decode, asked.mask, server, "mask")).convert("L")
+    return await _answer(request, asked, **fields)
+
+
+@router.get("/progress")
+async def progress(request: Request) -> Response:
+    """How far the pictures are that these routes make now."""
+    jobs = [job for job in server_of(request).interruptible if not job.over]
+    shares = [_share(job) for job in jobs]
+    done = sum(shares) / len(shares) if shares else 0.0
+    return JSONResponse(
+        {"progress": done, "eta_relative": 0.0, "state": {"job_count": len(jobs)}, "current_image": None}
+    )
+
+
+@router.post("/interrupt")
+async def interrupt(request: Request) -> Response:
+    """End the pictures that these routes make now."""
+    for job in list(server_of(request).interruptible):
+        job.cancel()
+    return JSONResponse({})
+
+
+@router.get("/sd-models")
+async def sd_models(request: Request) -> Response:
+    """The aliases, as A1111 lists checkpoints."""
+    return JSONResponse([{"title": alias, "model_name": alias} for alias in server_of(request).engine.models])
+
+
+@router.get("/samplers")
+async def samplers() -> Response:
+    """The samplers that requests may name."""
+    return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in SAMPLERS])
+
+
+async def _answer(request: Request, asked: Txt2Img, **fields: Any) -> Response:
+    server = server_of(request)
+    order: ImageOrder = read(ImageOrder, asked.order(), server.settings)
+    results, entries = await make(request, order, watch=server.interruptible, **fields)
+    facts = dict(results[0].effective) | {"all_seeds": [one.effective["seed"] for one in results]}
+    parameters = asked.model_dump(exclude={"init_images", "mask"})
+    return JSONResponse(
+        {"images": [entry["b64_json"] for entry in entries], "parameters": parameters, "info": json.dumps(facts)}
+    )
+
+
+def _decode(text: str, server: Server, field: str) -> Image.Image:
+    # A browser's clients send a data URL; nothing else that looks like an address is understood.
+    _, comma, rest = text.partition(",")
+    try:
+        raw = base64.b64decode(rest if comma and text.startswith("data:image/") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, f"{field}: it is not base64", code="invalid_image", param=field) from None
+    return decode(raw, server.settings, field=field)
+
+
+def _share(job: Job) -> float:
+    last = next((event for event in reversed(job.events) if isinstance(event, Progress)), None)
+    return last.step / max(1, last.total) if last else 0.0

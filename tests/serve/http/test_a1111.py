@@ -1,0 +1,86 @@
+"""The A1111 routes: only where they are asked for, and only what is harmless."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+ORDER = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "seed": 5}
+
+
+@pytest.fixture
+def server(launch, pipe):
+    return launch({"tiny": pipe}, a1111=True)
+
+
+def test_off_by_default(http):
+    assert http.post("/sdapi/v1/txt2img", json=ORDER).status_code == 404
+
+
+def picture(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_pictures_from_text_and_from_pictures(server):
+    with server.http as http:
+        found = http.post("/sdapi/v1/txt2img", json=ORDER | {"batch_size": 2, "sampler_name": "Euler"}).json()
+        assert [picture(one).size for one in found["images"]] == [(64, 64)] * 2
+        assert json.loads(found["info"])["all_seeds"] == [5, 6]
+        again = ORDER | {"init_images": [f"data:image/png;base64,{found['images'][0]}"], "denoising_strength": 0.9}
+        edited = http.post("/sdapi/v1/img2img", json=again).json()
+        assert picture(edited["images"][0]).size == (64, 64)
+        assert json.loads(edited["info"])["strength"] == 0.9
+        assert [one["title"] for one in http.get("/sdapi/v1/sd-models").json()] == ["tiny"]
+        assert "Euler" in [one["name"] for one in http.get("/sdapi/v1/samplers").json()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"override_settings": {"sd_model_checkpoint": "x"}}, "override_settings"),
+        ({"alwayson_scripts": {"x": {}}}, "alwayson_scripts"),
+        ({"script_name": "x"}, "script_name"),
+        ({"steps": 1000}, "steps"),
+        ({"width": 16384, "height": 16384}, "size"),
+        ({"height": None}, "width"),
+        ({"sampler_name": "best"}, "sampler_name"),
+    ],
+)
+def test_what_is_refused(server, fields, param):
+    answer = server.http.post("/sdapi/v1/txt2img", json=ORDER | fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("image", ["http://127.0.0.1/x.png", "/etc/passwd", "data:image/png;base64,%%", "AAAA"])
+def test_pictures_come_as_base64_alone(server, image):
+    answer = server.http.post("/sdapi/v1/img2img", json=ORDER | {"init_images": [image]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_image"
+
+
+def test_progress_and_interrupt(server, pipe, gated):
+    gate, answers = gated(pipe.transformer), []
+    gate.shut()
+
+    def ask():
+        answers.append(server.http.post("/sdapi/v1/txt2img", json=ORDER | {"steps": 50}))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert gate.reached.wait(10)
+    found = server.http.get("/sdapi/v1/progress").json()
+    assert found["state"]["job_count"] == 1
+    assert found["progress"] < 1
+    assert server.http.post("/sdapi/v1/interrupt", json={}).status_code == 200
+    gate.open.set()
+    asking.join(20)
+    assert answers[0].status_code == 499
+    deadline = time.monotonic() + 5
+    while server.engine.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.http.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0

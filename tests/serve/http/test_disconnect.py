@@ -1,0 +1,106 @@
+"""A client that goes away: its picture is not finished for nobody."""
+
+import socket
+import time
+
+import pytest
+
+
+def ask(server, body: bytes) -> socket.socket:
+    """Sends an order and leaves the answer to come."""
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_client_that_goes_away(launch, pipe, gated, wanted, stream):
+    server = launch({"tiny": pipe})
+    fresh = server.http.post("/v1/images/generations", json=wanted | {"deterministic": True}).json()["data"]
+    gate = gated(pipe.transformer)
+    gate.shut()
+    body = f'{{"prompt": "a", "size": "64x64", "steps": 150, "stream": {stream}}}'.encode()
+    connection = ask(server, body)
+    assert gate.reached.wait(10)
+    connection.close()
+    time.sleep(0.5)
+    before = len(gate.sizes)
+    gate.open.set()
+    deadline = time.monotonic() + 10
+    while server.engine.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.engine.running == server.engine.queued == 0
+    assert len(gate.sizes) <= before + 1
+    again = server.http.post("/v1/images/generations", json=wanted | {"deterministic": True}).json()["data"]
+    assert again == fresh
+
+
+def test_one_that_goes_away_while_it_waits(launch, pipe, gated, order):
+    server = launch({"tiny": pipe}, engine={"threads": 1})
+    gate = gated(pipe.transformer)
+    gate.shut()
+    first = server.engine.submit(order())
+    assert gate.reached.wait(10)
+    connection = ask(server, b'{"prompt": "a"}')
+    deadline = time.monotonic() + 10
+    while not server.engine.queued and time.monotonic() < deadline:
+        time.sleep(0.02)
+    connection.close()
+    while server.engine.queued and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.engine.queued == 0
+    gate.open.set()
+    first.result(30)
+
+
+def test_a_wedged_worker_turns_ready_off(launch, pipe, gated, order):
+    server = launch({"tiny": pipe}, engine={"stale": 0.3})
+    gate = gated(pipe.transformer)
+    assert server.http.get("/readyz").status_code == 200
+    gate.shut()
+    job = server.engine.submit(order())
+    assert gate.reached.wait(10)
+    time.sleep(0.5)
+    answer = server.http.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["reason"] == "the device does not answer"
+    assert server.http.get("/livez").status_code == 200
+    assert "vivace_ready 0.0" in server.http.get("/metrics").text
+    gate.open.set()
+    job.result(30)
+    assert server.http.get("/readyz").status_code == 200
+
+
+def test_a_full_disk_fails_the_video_and_nothing_else(launch, pipe, monkeypatch, tmp_path):
+    import errno
+    import os
+
+    from vivace.families import FAMILIES
+
+    server = launch({"clip": FAMILIES["wan"].tiny()}, folder=tmp_path)
+    order = {"prompt": "a", "size": "64x64", "steps": 1, "frames": 5}
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".mp4"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    name = server.http.post("/v1/videos", json=order).json()["id"]
+    deadline = time.monotonic() + 30
+    while (found := server.http.get(f"/v1/videos/{name}").json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert found["status"] == "failed"
+    assert found["error"] == {"code": "disk_full", "message": "the disk is full"}
+    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    answer = server.http.post("/v1/videos", json=order)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full")
+    monkeypatch.undo()
+    name = server.http.post("/v1/videos", json=order).json()["id"]
+    while (found := server.http.get(f"/v1/videos/{name}").json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert found["status"] == "completed"

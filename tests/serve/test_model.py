@@ -1,0 +1,76 @@
+"""Models behind aliases: loaded when used, in one mode at a time, unloaded when others need the room."""
+
+import itertools
+import threading
+
+import pytest
+
+from vivace.families import FAMILIES
+from vivace.serve import Engine, Spec
+from vivace.serve.failures import Unavailable
+from vivace.serve.model import Mode, Model
+
+
+@pytest.fixture
+def folder(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "one")
+    return tmp_path / "one"
+
+
+def test_loaded_at_first_use_and_unloaded_least_recently_used_first(folder, order):
+    aliases = ("a", "b", "c")
+    with Engine(models={alias: str(folder) for alias in aliases}) as engine:
+        assert not any(model.pipe for model in engine.models.values())
+        first = {alias: engine.submit(order(model=alias, deterministic=True)).result(60) for alias in aliases[:2]}
+        one = engine.models["a"].nbytes
+        assert one > 0
+        engine.memory = int(2.5 * one)
+        engine.submit(order(model="a")).result(60)
+        engine.submit(order(model="c")).result(60)
+        assert [alias for alias in aliases if engine.models[alias].pipe] == ["a", "c"]
+        again = engine.submit(order(model="b", deterministic=True)).result(60)
+        assert again.pictures[0].tobytes() == first["b"].pictures[0].tobytes()
+        assert engine.models["a"].pipe is None
+
+
+def test_a_model_that_cannot_be_loaded_tells_no_path(folder, order):
+    engine = Engine(models={"tiny": str(folder)})
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with engine, pytest.raises(Unavailable) as error:
+        engine.submit(order()).result(60)
+    assert str(error.value) == "the model tiny cannot be loaded"
+
+
+def test_one_mode_at_a_time(pipe):
+    model = Model("tiny", Spec(source=pipe))
+    plain, styled, alone = Mode(preset="exact"), Mode(preset="exact", loras=(("x", 1.0),)), Mode(preset=None, alone=1)
+    assert model.reserve(plain)
+    assert model.reserve(plain)
+    assert not model.reserve(styled)
+    model.leave()
+    model.leave()
+    assert model.reserve(alone)
+    assert not model.reserve(alone)
+    assert not model.unload()
+    model.leave()
+    assert model.reserve(styled)
+    model.leave()
+
+
+def test_what_changes_the_shared_denoiser_runs_alone(start, order):
+    engine = start(FAMILIES["sd3"].tiny("StableDiffusion3PAGPipeline"))
+    jobs = [engine.submit(order(seed=seed, arguments={"pag_scale": 2.0})) for seed in range(3)]
+    spans = [(job.result(60), job.started, job.finished) for job in jobs]
+    ordered = sorted(spans, key=lambda span: span[1])
+    assert all(after[1] >= before[2] - 0.05 for before, after in itertools.pairwise(ordered))
+    assert all(span[0].calls["requests_per_call"] == 1 for span in spans)
+
+
+def test_the_engine_gives_a_pipeline_back_as_it_was(pipe, order):
+    kind, threads = type(pipe), threading.active_count()
+    with Engine(models={"tiny": pipe}) as engine:
+        engine.submit(order()).result(60)
+        assert type(pipe) is not kind
+    assert type(pipe) is kind
+    assert threading.active_count() == threads
