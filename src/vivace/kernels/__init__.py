@@ -10,9 +10,11 @@ from vivace.kernels import (
     int8_linear,
     norm_modulate,
     qk_norm_rope,
+    quant_heads,
     quant_rows,
     residual_norm,
     unpack_rows,
+    unscale_heads,
 )
 from vivace.kernels.kernel import Kernel
 
@@ -29,5 +31,7 @@ KERNELS: dict[str, Kernel] = {
         quant_rows,
         unpack_rows,
         int8_linear,
+        quant_heads,
+        unscale_heads,
     )
 }
