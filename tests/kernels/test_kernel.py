@@ -22,7 +22,10 @@ def test_torch_library_accepts_it(kernel):
     for case in (kernel.cases[0], kernel.cases[-1]):
         arguments = kernel.arguments(case, device=DEVICE, dtype=torch.float32)
         arguments |= {name: torch.zeros_like(arguments[name]) for name in kernel.written if arguments[name] is not None}
-        torch.library.opcheck(kernel.op, (), arguments, test_utils=("test_schema", "test_faketensor"))
+        # The schema's test compares inputs by sums, which torch does not have for fp8.
+        fp8 = any(a.dtype == torch.float8_e4m3fn for a in arguments.values() if isinstance(a, torch.Tensor))
+        utils = ("test_faketensor",) if fp8 else ("test_schema", "test_faketensor")
+        torch.library.opcheck(kernel.op, (), arguments, test_utils=utils)
 
 
 def test_compile_takes_it_whole():
