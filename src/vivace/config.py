@@ -31,6 +31,9 @@ class Config:
     attention: str = "auto"
     """Attention backend: auto, or a name of `vivace.attention.BACKENDS`."""
 
+    exact_ends: int = 0
+    """Steps at each end of a request whose attention stays in 16 bit, where the backend is not exact (fp8, sage)."""
+
     check_nan: bool = False
     """Stop with the layer, backend and step at the first attention output that is not finite (slow: it waits)."""
 
@@ -111,11 +114,12 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         if text.lower() not in words:
             raise InputError(f"{name} is on or off, got {text!r}; for example --set {name}=on")
         return words[text.lower()]
-    if kind is float:
+    if kind in (float, int):
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            raise InputError(f"{name} is a number, got {text!r}; for example --set {name}=4") from None
+            what = "a whole number" if kind is int else "a number"
+            raise InputError(f"{name} is {what}, got {text!r}; for example --set {name}=4") from None
     return text
 
 
@@ -135,6 +139,8 @@ def _check(name: str, value: Any) -> None:
             raise InputError(f"cache is a policy or its spelling, got {value!r}; for example cache='firstblock'")
     elif kind is bool and not isinstance(value, bool):
         raise InputError(f"{name} is True or False, got {value!r}; for example {name}=True")
+    elif kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise InputError(f"{name} is a whole number of at least 0, got {value!r}; for example {name}=2")
     elif kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
         raise InputError(f"{name} is a number above 0, got {value!r}; for example {name}=4.0")
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from vivace import request
+
 SEEN = 256
 """Signatures of which it is remembered that they came once: a graph is recorded at the second call."""
 
@@ -54,7 +56,7 @@ class Graphs:
         if torch.is_grad_enabled() or any(tensor.device.type == HOST for tensor in tensors):
             return segment(**kwargs)
         try:
-            key = (name, spec, *(_describe(leaf) for leaf in leaves))
+            key = (name, request.EXACT.get(), spec, *(_describe(leaf) for leaf in leaves))
             hash(key)
         except TypeError:
             return segment(**kwargs)

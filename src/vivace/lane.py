@@ -20,6 +20,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from vivace import request
 from vivace.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.attention.backend import Attend
+from vivace.attention.ends import exact_ends
 from vivace.attention.native import NATIVE
 from vivace.attention.route import Route
 from vivace.cache.layer import Cache
@@ -60,7 +61,7 @@ class Direct:
 class Lane:
     """One denoiser's call: the fused blocks where they serve, else its stock forward, with attention routed.
 
-    `attend`, `route`, `run`, `cache` and `fuse` are set by the passes before `install` puts the lane in place.
+    `attend`, `route`, `ends`, `run`, `cache` and `fuse` are set by the passes before `install` puts the lane in place.
     """
 
     def __init__(self, name: str, denoiser: torch.nn.Module, *, named_blocks: bool = False) -> None:
@@ -68,6 +69,7 @@ class Lane:
         self.denoiser = denoiser
         self.attend: Attend = NATIVE.attend
         self.route: Route | None = None
+        self.ends = 0  # steps at each end of a request whose attention is exact
         self.run: Run = Direct()
         self.cache: Cache | None = None
         self.split: Split | None = None
@@ -143,7 +145,7 @@ class Lane:
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
-        with self.route or nullcontext():
+        with self.route or nullcontext(), exact_ends(self.ends) if self.ends else nullcontext():
             out = self._serve(kwargs)
         if self.first_seconds is None:
             if self._device_type == "cuda":

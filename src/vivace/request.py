@@ -22,6 +22,9 @@ LAYERS: tuple[tuple[str, str], ...] = (
 LAYER: ContextVar[str | None] = ContextVar("vivace_layer", default=None)
 """The block that computes at this moment, where someone asked to know (the NaN guard)."""
 
+EXACT: ContextVar[bool] = ContextVar("vivace_exact", default=False)
+"""Whether this denoiser call keeps to 16 bit where it could do with less; a recording is of one or the other."""
+
 
 @dataclass(eq=False)
 class Request:
@@ -33,6 +36,16 @@ class Request:
     times: tuple[float, ...] = ()  # of every step, where there is no scheduler to tell them
     batch: int | None = None  # samples that the scheduler steps; None before its first step
     memo: dict[Any, Any] = field(default_factory=dict)  # values that hold for the request; dropped when it ends
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps it takes in all, once its scheduler knows; image to image begins within the scheduler's."""
+        if self.times:
+            return len(self.times)
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        if timesteps is None:
+            return None
+        return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
 
 _CURRENT: ContextVar[Request | None] = ContextVar("vivace_request", default=None)

@@ -2,9 +2,12 @@
 
 from contextlib import ExitStack
 
+import pytest
 import torch
 
 from vivace.fused.stack import Stack
+from vivace.quant import format_of
+from vivace.quant.linear import QuantLinear
 
 
 def test_shares_storage_until_the_undo():
@@ -29,3 +32,21 @@ def test_a_parameter_that_was_cast_keeps_its_new_storage():
         cast = linears[0].weight.data_ptr()
     assert linears[0].weight.data_ptr() == cast
     assert linears[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("formats", [("fp8", "fp8"), ("fp8", None), ("fp8", "int8_weights"), (None, None)])
+def test_linears_of_any_kinds(formats):
+    torch.manual_seed(0)
+    linears = [torch.nn.Linear(64, 32) for _ in formats]
+    parts = [
+        linear if format is None else QuantLinear.of(linear, format=format_of(format))
+        for linear, format in zip(linears, formats, strict=True)
+    ]
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        apart = torch.cat([part(x) for part in parts], -1)
+        with ExitStack() as undo:
+            stack = Stack(parts, undo=undo)
+            torch.testing.assert_close(stack(x), apart, rtol=1e-5, atol=1e-5)
+            assert stack.takes == ("fp8" if formats == ("fp8", "fp8") else None)
+        torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), apart)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {
     "native": "vivace.attention.native:NATIVE",
     "cudnn": "vivace.attention.native:CUDNN",
+    "cudnn_fp8": "vivace.attention.cudnn_fp8:CUDNN_FP8",
+    "cudnn_fp8_rotated": "vivace.attention.cudnn_fp8:CUDNN_FP8_ROTATED",
     "efficient": "vivace.attention.native:EFFICIENT",
     "flash": "vivace.attention.flash:FLASH",
     "sage": "vivace.attention.sage:SAGE",

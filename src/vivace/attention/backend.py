@@ -35,6 +35,9 @@ class Backend:
     attend: Attend
     devices: frozenset[str] = frozenset({"cuda"})
     dtypes: frozenset[torch.dtype] = frozenset({torch.float16, torch.bfloat16})
+    since: tuple[int, int] | None = None  # the lowest compute capability of a GPU that can run it
+    exact: bool = True  # to the last digits of 16 bit; others may leave a request's first and last steps to native
+    leaves: str = ""  # which calls it hands to native, for the report
     masks: bool = False  # takes a mask
     returns_lse: bool = False  # can give the log-sum-exp, which a ring over several GPUs needs
     package: str | None = None  # the module that must be installed
@@ -46,6 +49,10 @@ class Backend:
             return f"the package {self.package} is not installed; {self.install}"
         if device.type not in self.devices:
             return f"it runs on {_listed(self.devices)}, not on {device.type}; use attention='native'"
+        have = torch.cuda.get_device_capability(device) if self.since and device.type == "cuda" else None
+        if self.since and have and have < self.since:
+            wanted, got = (".".join(map(str, sm)) for sm in (self.since, have))
+            return f"it needs a GPU of compute capability {wanted} or newer, this one has {got}; use attention='native'"
         if dtype not in self.dtypes:
             wanted = _listed(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it takes {wanted}, not {str(dtype).removeprefix('torch.')}; use one or attention='native'"

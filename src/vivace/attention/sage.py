@@ -12,5 +12,10 @@ def _sage(q, k, v, *, mask=None, scale=None):
 
 
 SAGE = Backend(
-    name="sage", attend=_sage, returns_lse=True, package="sageattention", install="pip install sageattention"
+    name="sage",
+    attend=_sage,
+    exact=False,
+    returns_lse=True,
+    package="sageattention",
+    install="pip install sageattention",
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
-from vivace.quant.linear import QuantLinear, stacked
+from vivace.quant.linear import QuantLinear, stackable, stacked
 from vivace.side import side_of
 
 
@@ -17,16 +17,19 @@ class Stack:
     """Linears with the same input as one linear of `[sum of their outputs, inputs]`, in 16 bit or quantised.
 
     Their own parameters become views of it: nothing is stored twice, a weight edited in place is seen here, and
-    `state_dict` is unchanged. The undo gives every parameter its own storage back.
+    `state_dict` is unchanged. The undo gives every parameter its own storage back. Linears that are not alike (some
+    quantised, or in different ways) keep their own storage and are called one by one.
     """
 
     def __init__(self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack) -> None:
         self.linears = tuple(linears)
+        self._apart = not stackable(linears)
+        if self._apart:
+            return
         biases = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "either every linear of a stack has a bias or none"
         self.bias = join(biases, undo) if biases else None
         quantised = [linear for linear in linears if isinstance(linear, QuantLinear)]
-        assert len(quantised) in (0, len(linears)), "either every linear of a stack is quantised or none"
         self._quantised = stacked(quantised, self.bias, undo=undo) if quantised else None
         if self._quantised is None:
             plain = [linear.weight for linear in linears if isinstance(linear, torch.nn.Linear)]
@@ -36,9 +39,11 @@ class Stack:
     def takes(self) -> Quantize | None:
         """What a kernel in front is to make of this linear's input: `quantize=stack.takes`."""
         beside = any(side_of(linear) is not None for linear in self.linears)  # adapters read the input in 16 bit
-        return self._quantised.takes if self._quantised and not beside else None
+        return None if beside or self._apart or self._quantised is None else self._quantised.takes
 
     def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
+        if self._apart:
+            return torch.cat([linear(x) for linear in self.linears], dim=-1)
         if isinstance(x, RowScaled):
             assert self._quantised is not None
             return self._quantised(x)

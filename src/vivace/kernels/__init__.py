@@ -8,11 +8,14 @@ from vivace.kernels import (
     geglu,
     group_norm_silu,
     int8_linear,
+    join_activate,
     norm_modulate,
     qk_norm_rope,
+    quant_heads,
     quant_rows,
     residual_norm,
     unpack_rows,
+    unscale_heads,
 )
 from vivace.kernels.kernel import Kernel
 
@@ -24,10 +27,13 @@ KERNELS: dict[str, Kernel] = {
         residual_norm,
         qk_norm_rope,
         activate,
+        join_activate,
         geglu,
         group_norm_silu,
         quant_rows,
         unpack_rows,
         int8_linear,
+        quant_heads,
+        unscale_heads,
     )
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vivace.attention import backend_of
 from vivace.attention.backend import Backend
+from vivace.attention.ends import with_exact_ends
 from vivace.attention.guard import guarded
 from vivace.attention.native import RULES
 from vivace.attention.route import Route
@@ -26,15 +28,21 @@ def _wants(config: Config) -> Switch:
 
 
 def _check(target: Target) -> str | None:
-    return _chosen(target.config).refuses(device=target.device, dtype=target.dtype)
+    chosen = _chosen(target.config)
+    if target.config.exact_ends and not chosen.exact and target.subject in target.denoisers.values():
+        return "exact_ends counts the steps of a pipeline's call, and this is a bare denoiser"
+    return chosen.refuses(device=target.device, dtype=target.dtype)
 
 
 def _apply(target: Target) -> None:
     chosen, config = _chosen(target.config), target.config
+    if config.exact_ends and not chosen.exact:
+        chosen = replace(chosen, attend=with_exact_ends(chosen))
     attend = guarded(chosen) if config.check_nan else chosen.attend
     rules = tuple(rule for rule in RULES if _sm(target.device) == rule.sm)
     for lane in target.lanes.values():
         lane.attend = attend
+        lane.ends = 0 if chosen.exact else config.exact_ends
         # Plain SDPA is what stock modules call anyway.
         if chosen.name != "native" or config.check_nan or rules:
             lane.route = Route(chosen, attend=attend)
@@ -50,7 +58,10 @@ def _forecast(target: Target) -> str:
 
 def _used(target: Target) -> str:
     """The backend, and for torch's own the kernels that rules choose."""
-    chosen = _chosen(target.config)
+    chosen, ends = _chosen(target.config), target.config.exact_ends
+    if not chosen.exact:
+        shares = [f"native in the first and last {ends} steps"] if ends else []
+        return f"{chosen.name} ({'; '.join(['not exact', *shares, *filter(None, [chosen.leaves])])})"
     if chosen.name != "native":
         return chosen.name
     rules = [f"{r.kernel.name.lower()} from {r.sequence} keys" for r in RULES if _sm(target.device) == r.sm]

@@ -32,7 +32,6 @@ class Layer:
     format: str | None  # None: as it was
     how: How | None = None
     why: str = ""  # it stays as it is
-    error: float | None = None  # relative, of its weight, where it was measured
 
 
 def linears(denoiser: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -101,12 +100,15 @@ def not_finite(denoiser: torch.nn.Module, names: Sequence[str]) -> str | None:
 
 
 def condensed(layers: Sequence[Layer]) -> list[str]:
-    """One line for all layers that differ only in the numbers of their names and share a fate."""
-    counts = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), f"{layer.format} {layer.how}" if layer.format else layer.why)
-        for layer in layers
-    )
+    """One line for all layers that differ only in the numbers of their blocks and share a fate."""
+    fates = (f"{layer.format} {layer.how}" if layer.format else layer.why for layer in layers)
+    counts = Counter(zip((condensed_name(layer.name) for layer in layers), fates, strict=True))
     return [f"{name}  {count} x {fate}" for (name, fate), count in counts.items()]
+
+
+def condensed_name(name: str) -> str:
+    """`blocks.3.attn.to_q` as `blocks.*.attn.to_q`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _untouchable(module: torch.nn.Module) -> str | None:

@@ -110,10 +110,17 @@ class QuantLinear(torch.nn.Module):
                 self._buffers[name] = tensor
 
 
+def stackable(layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether linears with the same input can be one: all in 16 bit, or all quantised in one way."""
+    kinds = {(layer.format.name, layer.how) if isinstance(layer, QuantLinear) else None for layer in layers}
+    # A tensorwise weight has one scale, and two weights have two.
+    return len(kinds) == 1 and not any(kind and kind[1] == "tensorwise" for kind in kinds)
+
+
 def stacked(layers: Sequence[QuantLinear], bias: torch.Tensor | None, *, undo: ExitStack) -> QuantLinear:
     """Linears with the same input and format as one, whose packed weight theirs become views of until `undo`."""
     first = layers[0]
-    assert all((layer.format, layer.how) == (first.format, first.how) for layer in layers)
+    assert stackable(layers)
     joined = {name: torch.cat([layer.packed[name] for layer in layers]) for name in first.packed}
     for name, whole in joined.items():
         for layer, rows in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):

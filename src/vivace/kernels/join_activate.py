@@ -1,0 +1,108 @@
+"""Rows of `a` and of `activation(b)` side by side, plain or row-scaled to 8 bits: the way into a joint product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vivace.kernels.activate import Activation, activation, activation_ref
+from vivace.kernels.kernel import Case, Draw, Kernel, register
+from vivace.kernels.language import ceil_div, jit, tl
+from vivace.kernels.row import (
+    Quantize,
+    RowScaled,
+    limit_of,
+    rows_like,
+    rows_ref,
+    shaped,
+    store_rows,
+    tile,
+    tokens_of,
+)
+
+SCHEMA = "join_activate(Tensor a, Tensor b, str kind, str? quantize) -> Tensor[]"
+
+
+def join_activate_ref(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+    """The operation in torch, in fp32 between one load and one store."""
+    return rows_ref(torch.cat((a.float(), activation_ref(b.float(), kind)), -1), a.dtype, quantize)
+
+
+@jit(do_not_specialize=("tokens",))
+def _join_activate_kernel(
+    a, b, out, row_scale, tokens, a_width, width, a_batch, a_token, b_batch, b_token,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    first = (columns < a_width)[None, :]
+    far = rows.to(tl.int64)[:, None]
+
+    x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0)
+    at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
+    y = activation(tl.load(at, mask=mask & (first == 0), other=0.0).to(tl.float32), KIND)
+    y = tl.where(first, x.to(tl.float32), y)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+
+
+def _launch(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+    batch, tokens, a_width = a.shape
+    width = a_width + b.shape[-1]
+    made = rows_like(a, quantize, width=width)
+    rows, block, warps = tile(width)
+    _join_activate_kernel[(ceil_div(tokens, rows), batch)](
+        a, b, made[0], made[-1], tokens, a_width, width, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return made
+
+
+_op = register(SCHEMA, reference=join_activate_ref, launch=_launch)
+
+
+def join_activate(
+    a: torch.Tensor, b: torch.Tensor, *, kind: Activation = "gelu_tanh", quantize: Quantize | None = None
+) -> torch.Tensor | RowScaled:
+    """`cat(a, activation(b))` of [B, S, D] and [B, S, E] with contiguous rows: [B, S, D + E], or as `RowScaled`.
+
+    Raises ValueError where the leading dimensions or the types differ.
+    """
+    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
+        raise ValueError(f"a and b must agree but for their last dimension, got {list(a.shape)} and {list(b.shape)}")
+    return shaped(_op(tokens_of(a, "a"), tokens_of(b, "b"), kind, quantize), a)
+
+
+def _make(
+    draw: Draw,
+    *,
+    batch: int = 1,
+    tokens: int,
+    widths: tuple[int, int],
+    kind: str = "gelu_tanh",
+    quantize: str | None = None,
+    pad: int = 0,
+) -> dict[str, Any]:
+    a, b = (draw(batch, tokens, width, pad=pad) for width in widths)
+    return {"a": a, "b": b, "kind": kind, "quantize": quantize}
+
+
+KERNEL = Kernel(
+    name="join_activate",
+    reference=join_activate_ref,
+    launch=_launch,
+    op=_op,
+    make=_make,
+    cases=(
+        Case("odd length, views", {"batch": 2, "tokens": 7, "widths": (192, 768), "pad": 64}),
+        Case("silu, odd widths", {"tokens": 5, "widths": (77, 300), "kind": "silu"}),
+        Case("fp8 rows", {"batch": 2, "tokens": 3, "widths": (320, 1280), "quantize": "fp8"}),
+        Case("int8 rows", {"tokens": 3, "widths": (64, 256), "quantize": "int8"}),
+    ),
+    bench=(
+        Case("FLUX 1024² single", {"tokens": 4608, "widths": (3072, 12288)}),
+        Case("FLUX 1024² single, fp8", {"tokens": 4608, "widths": (3072, 12288), "quantize": "fp8"}),
+    ),
+)
