@@ -25,6 +25,21 @@ def test_forecasts_the_report_of_every_family(family, tmp_path):
     assert forecast.weight_bytes == sum(forecast.components.values())
 
 
+@pytest.mark.parametrize("fields", [{"quant": "int8"}, {"quant": "int8_weights"}, {"preset": "balanced"}])
+def test_counts_the_bytes_of_quantised_layers(fields, tmp_path):
+    pipe = FAMILIES["sd3"].tiny()
+    pipe.save_pretrained(tmp_path)
+    preset, fields = fields.get("preset", "exact"), {name: v for name, v in fields.items() if name != "preset"}
+    forecast = vivace.plan(tmp_path, preset, device="cpu", **fields)
+    done = vivace.report(vivace.accelerate(pipe, preset, **fields))
+    (note,) = (note for note in forecast.passes if note.name == "quant")
+    (real,) = (note for note in done.passes if note.name == "quant")
+    assert note.done == real.done
+    assert real.detail.startswith(note.detail)
+    assert forecast.components["transformer"] + forecast.added_bytes == pytest.approx(done.weight_bytes, rel=0.02)
+    assert (forecast.added_bytes < 0) == note.done
+
+
 def test_reads_no_weight_and_changes_nothing(tmp_path):
     pipe = FAMILIES["sd3"].tiny()
     pipe.save_pretrained(tmp_path)

@@ -79,6 +79,7 @@ def plan(
     from vivace.memory import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
+    from vivace.report import plain
 
     config = resolve(preset, **fields)
     source = source_of(os.fspath(model))
@@ -98,7 +99,7 @@ def plan(
         pipeline=source.pipeline,
         family=source.family.name if source.family else None,
         preset=preset_name(config),
-        config=asdict(config),
+        config=plain(config),
         device=str(place),
         dtype=str(number).removeprefix("torch."),
         passes=tuple(sorted(target.notes, key=lambda note: order.index(note.name))),

@@ -70,7 +70,7 @@ def report(subject: Any) -> Report:
         pipeline=type(target.subject).__name__,
         family=target.family.name if target.family else None,
         preset=preset_name(target.config),
-        config=_plain(target.config),
+        config=plain(target.config),
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
@@ -87,7 +87,8 @@ def report(subject: Any) -> Report:
     )
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
+    """A Config as JSON values, its cache as the command line spells it."""
     cache = None if config.cache is None else spell(config.cache)
     return {**asdict(config), "cache": cache}
 

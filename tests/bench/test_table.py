@@ -4,7 +4,7 @@ import pytest
 
 from vivace.bench.chart import draw
 from vivace.bench.results import write
-from vivace.bench.table import markdown, rows, verdicts
+from vivace.bench.table import duration, markdown, rows, verdicts
 
 H200 = {"gpus": [{"name": "NVIDIA H200"}], "processor": "p", "versions": {"torch": "2.11.0"}}
 
@@ -56,6 +56,10 @@ def test_markdown():
     text = markdown({"flux on NVIDIA H200": LINES})
     assert "| vivace exact | 100.00 ms | 1.60 | 5.0 | 2.00 | 744 | 93% | 1.20e-02 | 1.20 | how |" in text
     assert "| torchao | - | - | - | - | - | - | - | - | not finished in 200 s |" in text
+
+
+def test_durations_read_well():
+    assert [duration(ms) for ms in (2.905, 114.0, 3610.5)] == ["2.90 ms", "114.00 ms", "3.61 s"]
 
 
 def test_a_chart_of_nothing_finished(tmp_path):

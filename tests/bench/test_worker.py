@@ -1,6 +1,7 @@
 """One contestant in this process: times, cold start, memory, error against the reference."""
 
 import pytest
+import torch
 
 from vivace import InputError
 from vivace.bench.contestant import REFERENCE, Contestant, contestants_of
@@ -69,6 +70,18 @@ def test_ours_come_first_and_the_slow_starters_last():
     for wrong in ({"presets": ["fats"]}, {"peers": ["eager", "tensorrt"]}, {"fields": ["graphs=never"]}):
         with pytest.raises(InputError):
             contestants_of(**{"presets": ["exact"], "fields": [], "peers": [], **wrong})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="device events and device memory")
+def test_on_a_gpu(tmp_path):
+    workload = workload_of("sd3", device="cuda", dtype="bfloat16", tiny=True)
+    path = tmp_path / "reference.safetensors"
+    run(workload, Contestant(name=REFERENCE), reference=path)
+    result = run(workload, EXACT, reference=path)
+    assert result["reserved_bytes"] >= result["peak_bytes"] >= result["weight_bytes"] > 0
+    assert 1e-4 < result["error"] < 0.1
+    assert 0 < result["median_ms"] < 1000
 
 
 def test_a_trace_and_the_costliest_operators(quick, tmp_path):

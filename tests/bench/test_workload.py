@@ -42,8 +42,11 @@ def test_a_model_of_another_family_is_refused(tmp_path):
     FAMILIES["sd3"].tiny().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a StableDiffusion3Pipeline \\(sd3\\), not of flux"):
         workload_of("flux", **PLACE, model=str(tmp_path))
-    workload = workload_of("sd3", **PLACE, model=str(tmp_path), size=(64, 64))
+    (tmp_path / "vivace.json").write_text('{"steps": 3, "guidance": 2.5, "size": [64, 64]}')
+    workload = workload_of("sd3", **PLACE, model=str(tmp_path), text_tokens=8)
+    assert (workload.steps, workload.guidance, workload.size) == (3, 2.5, (64, 64))
     assert type(build(workload)).__name__ == "SD3Transformer2DModel"
+    assert tflop(workload) == tflop(workload_of("sd3", **PLACE, tiny=True))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
         from vivace.config import parse_fields
 
         accelerate(subject, contestant.name, **parse_fields(contestant.fields))
-        return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *contestant.fields)) + ")"
+        request = "" if workload.end_to_end else "; a later step of a request, what its prompt decides kept"
+        return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *contestant.fields)) + ")" + request
     if contestant.name == REFERENCE:
         return _widen(subject, workload)
     return PEERS[contestant.name].prepare(subject, workload)

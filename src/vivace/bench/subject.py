@@ -120,7 +120,7 @@ def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
         "height": height,
         "num_frames": workload.frames,
         "num_inference_steps": workload.steps,
-        "guidance_scale": workload.published.guidance,
+        "guidance_scale": workload.guidance,
     }
     if "image" in accepted and accepted["image"].default is accepted["image"].empty:
         from PIL import Image

@@ -33,7 +33,7 @@ def main(task_path: str, result_path: str) -> None:
         result = {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     # Whole or not at all: the parent may end this process at any moment.
     written = Path(f"{result_path}.part")
-    written.write_text(json.dumps(result))
+    written.write_text(json.dumps(result, default=str))
     written.replace(result_path)
 
 
@@ -64,7 +64,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         del output
         early = [round(wall(call, device)[0], 4) for _ in range(1 if workload.end_to_end else WARM_UP)]
         times = samples(call, device, fewest=3 if workload.end_to_end else 7)
-        last = _error(call(), reference)
+        peak, last = _peak(device), _error(call(), reference)
         profile = _profile(call, trace) if trace else None
     report = _report(contestant, subject)
     return {
@@ -75,7 +75,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         "prepare_seconds": round(prepared, 3),
         "early_seconds": early,
         "weight_bytes": weights,
-        "peak_bytes": _peak(device),
+        "peak_bytes": peak,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "rate": _rate(contestant, report),
         "tflop": None if workload.end_to_end else float(f"{tflop(workload):.6g}"),

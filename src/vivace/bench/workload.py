@@ -14,6 +14,10 @@ TINY = {"size": (64, 64), "text_tokens": 8, "steps": 2}
 """In place of a variant's own values, for the few-thousand-parameter pipelines of `Family.tiny`."""
 
 
+OWN = ("size", "batch", "frames", "text_tokens", "steps", "guidance")
+"""What a call takes from its variant."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One model, its weights, and the shape of one call."""
@@ -30,6 +34,7 @@ class Workload:
     frames: int
     text_tokens: int
     steps: int
+    guidance: float
 
     @property
     def facts(self) -> Family:
@@ -45,9 +50,9 @@ class Workload:
         frames = f", {self.frames} frames" if self.frames > 1 else ""
         batch = f", batch {self.batch}" if self.batch > 1 else ""
         what = f"end to end, {self.steps} steps" if self.end_to_end else f"one denoiser forward{batch}"
-        weights = " tiny" if self.tiny else "" if self.model is None else f" {self.model}"
+        weights = f"{self.family}:{self.variant}{' tiny' if self.tiny else ''}" if self.model is None else self.model
         width, height = self.size
-        return f"{self.family}:{self.variant}{weights} {width}x{height}{frames}, {what}, {self.dtype}"
+        return f"{weights} {width}x{height}{frames}, {what}, {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -69,7 +74,7 @@ def workload_of(
     end_to_end: bool = False,
     **shape: Any,
 ) -> Workload:
-    """The workload of `FAMILY[:variant]`; what `shape` leaves out or gives as None is the variant's own.
+    """The workload of `FAMILY[:variant]`; what `shape` leaves out or gives as None is the model's or variant's own.
 
     Raises InputError for an unknown family or variant, and for a size its autoencoder cannot make.
     """
@@ -79,16 +84,11 @@ def workload_of(
     family = FAMILIES[family_name]
     if model and tiny:
         raise InputError("--model and --tiny exclude each other; give one")
-    if model:
-        from vivace.load import find
-
-        source = find(model)
-        if source.family is not family:
-            found = source.family.name if source.family else "no known family"
-            raise InputError(f"{model} is a {source.pipeline} ({found}), not of {family_name}; name its family")
     variant_name = variant_name or next(iter(family.variants))
     variant = family.variant(variant_name)
-    own = {name: getattr(variant, name) for name in ("size", "batch", "frames", "text_tokens", "steps")}
+    own = {name: getattr(variant, name) for name in OWN}
+    if model:
+        own |= _of_model(model, family)
     if tiny:
         own |= {**TINY, "frames": 5 if family.media == "video" else 1}
     own |= {name: value for name, value in shape.items() if value is not None}
@@ -98,3 +98,14 @@ def workload_of(
         )
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
     return Workload(**names, device=device, dtype=dtype, **own)
+
+
+def _of_model(model: str, family: Family) -> dict[str, Any]:
+    """What a model of one's own was made for. Raises InputError where it is of another family."""
+    from vivace.load import find
+
+    source = find(model)
+    if source.family is not family:
+        found = source.family.name if source.family else "no known family"
+        raise InputError(f"{model} is a {source.pipeline} ({found}), not of {family.name}; name its family")
+    return {**({"size": source.size} if source.size else {}), **source.defaults}

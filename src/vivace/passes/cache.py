@@ -36,7 +36,13 @@ def _apply(target: Target) -> None:
         lane.cache = Cache(bound, denoiser, family=target.family)
         for inner, module in attentions(denoiser) if policy.modules else ():
             target.undo.callback(give_class(module, broadcasting(inner, module)))
-    target.done("cache", spell(policy))
+    target.done("cache", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    policy = target.config.cache
+    assert policy is not None
+    return spell(policy)
 
 
 CACHE = Pass(
@@ -45,4 +51,5 @@ CACHE = Pass(
     wants=lambda config: "off" if config.cache is None else "on",
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

@@ -39,7 +39,11 @@ def _apply(target: Target) -> None:
         lane.adapters = Adapters(lane.denoiser, effect=effect(changed=_clearing(lane)))
         lane.adapters.lift()
         target.undo.callback(lane.adapters.close)
-    target.done("lora", DETAILS[effect])
+    target.done("lora", _forecast(target))
+
+
+def _forecast(target: Target) -> str:
+    return DETAILS[EFFECTS[target.config.lora]]
 
 
 def _clearing(lane: Lane) -> Callable[[], None]:
@@ -68,4 +72,5 @@ LORA = Pass(
     wants=_wants,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

@@ -51,6 +51,7 @@ def _survey(target: Target, format: str) -> dict[str, list[Layer]]:
             keep=family.keep_16bit if family else None,
             within=blocks,
             all_that_fit=target.config.quant != "auto",
+            planned=target.place is not None,
         )
         for name, denoiser in target.denoisers.items()
     }
@@ -76,6 +77,8 @@ def _check(target: Target) -> str | None:
     if not any(chosen.values()):
         reasons = Counter(layer.why for found in layers.values() for layer in found)
         return f"no linear of it can be in {format}: {_listed(reasons)}"
+    if target.place is not None:
+        return None
     for name, denoiser in target.denoisers.items():
         if bad := not_finite(denoiser, chosen[name]):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
@@ -103,13 +106,33 @@ def _apply(target: Target) -> None:
     bases = [] if loaded else [_quantise(target, name, found) for name, found in layers.items()]
     target.bases += bases
     target.layers = {name: tuple(found) for name, found in layers.items()}
+    kept = "as loaded" if loaded and not target.bases else f"originals: {_where(target.bases)}"
+    target.done("quant", f"{_counted(format, layers)}, {kept}")
+
+
+def _counted(format: str, layers: Mapping[str, list[Layer]]) -> str:
     every = [layer for found in layers.values() for layer in found]
     hows = Counter(layer.how for layer in every if layer.format)
-    kept = "as loaded" if loaded and not target.bases else f"originals: {_where(target.bases)}"
-    detail = (
-        f"{format}: {sum(hows.values())} linears ({_listed(hows)}), {len(every) - sum(hows.values())} in 16 bit, {kept}"
+    return f"{format}: {sum(hows.values())} linears ({_listed(hows)}), {len(every) - sum(hows.values())} in 16 bit"
+
+
+def _forecast(target: Target) -> str:
+    format = _format(target)
+    assert format is not None
+    return _counted(format, _survey(target, format))
+
+
+def _adds_bytes(target: Target) -> int:
+    """What the layers' stored forms take less the weights they stand for."""
+    format = _format(target)
+    assert format is not None
+    return sum(
+        sum(part.nbytes for part in format_of(format).pack(weight, layer.how).values()) - weight.nbytes
+        for name, layers in _survey(target, format).items()
+        for layer in layers
+        if layer.format and layer.how
+        for weight in [weight_of(target.denoisers[name], layer.name)]
     )
-    target.done("quant", detail)
 
 
 def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
@@ -170,4 +193,6 @@ QUANTIZE = Pass(
     wants=_wants,
     check=_check,
     apply=_apply,
+    forecast=_forecast,
+    adds_bytes=_adds_bytes,
 )

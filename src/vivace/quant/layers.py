@@ -56,12 +56,13 @@ def survey(
     keep: Sequence[str] | None,
     within: Sequence[str] = (),
     all_that_fit: bool,
+    planned: bool = False,
 ) -> list[Layer]:
     """What becomes of every linear of `denoiser` in `format` on `device`.
 
     `keep` are the family's patterns, None where there is no family: then only linears inside the modules `within` come
     into question. With `all_that_fit` a layer stays in 16 bit only where its shape or the family says so, else also
-    where it is not measured to pay.
+    where it is not measured to pay. A `planned` denoiser has shapes and no weights yet.
     """
     found = []
     for name, module in linears(denoiser):
@@ -71,7 +72,7 @@ def survey(
             found.append(Layer(**facts, format=module.format.name, how=module.how))
             continue
         rule = rule_for(outputs=outputs, inputs=inputs, format=format, device=device)
-        why = _untouchable(module) or _kept(name, keep, within) or _misfit(outputs, inputs, format)
+        why = _untouchable(module, planned=planned) or _kept(name, keep, within) or _misfit(outputs, inputs, format)
         if not why and not all_that_fit and (rule is None or rule.how is None):
             why = rule.why if rule else f"{outputs} x {inputs} is not measured to pay"
         how = (rule and rule.how) or "rowwise"
@@ -111,12 +112,12 @@ def condensed_name(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _untouchable(module: torch.nn.Module) -> str | None:
+def _untouchable(module: torch.nn.Module, *, planned: bool) -> str | None:
     if type(module).forward is not torch.nn.Linear.forward or "NonDynamically" in type(module).__name__:
         return f"a {type(module).__name__} computes more than a linear"
     if type(module.weight) is not torch.nn.Parameter or not module.weight.dtype.is_floating_point:
         return f"its weight is a {type(module.weight).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
-    if module.weight.is_meta:
+    if module.weight.is_meta and not planned:
         return "its weight is offloaded"
     if hooked(module) or hasattr(module, "_hf_hook"):
         return "it carries a hook"
