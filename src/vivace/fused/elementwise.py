@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +38,8 @@ class Elementwise:
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
 
-    gelu: Callable[..., Any]
-    """`(x)`: GELU in its tanh form."""
-
     linear_gelu: Callable[..., Any]
-    """`(x, weight, bias)`: that of a linear product."""
+    """`(linear, x)`: GELU, in its tanh form, of `linear(x)`."""
 
     geglu: Callable[..., Any]
     """`(x)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
@@ -91,11 +87,8 @@ def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
-_gelu = partial(F.gelu, approximate="tanh")
-
-
-def _linear_gelu(x, weight, bias):
-    return _gelu(F.linear(x, weight, bias))
+def _linear_gelu(linear, x):
+    return F.gelu(linear(x), approximate="tanh")
 
 
 def _geglu(x):
@@ -117,7 +110,6 @@ TORCH = Elementwise(
     residual_norm=_residual_norm,
     residual=_residual,
     heads=_heads,
-    gelu=_gelu,
     linear_gelu=_linear_gelu,
     geglu=_geglu,
     picture_norm=_picture_norm,
@@ -126,15 +118,16 @@ TORCH = Elementwise(
 )
 
 
-def _linear_activate(x, weight, bias):
-    return activate(F.linear(x, weight, bias))
+def _linear_activate(linear, x):
+    return activate(linear(x))
 
 
-def _linear_gelu_epilogue(x, weight, bias):
+def _linear_gelu_epilogue(linear, x):
     # cuBLASLt applies the GELU (its tanh form) before it stores the product: a pass over the widest tensor less.
-    if bias is None:
-        return _linear_activate(x, weight, bias)
-    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
+    if type(linear) is not torch.nn.Linear or linear.bias is None:
+        return _linear_activate(linear, x)
+    rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def _picture_sum_rows(x, y, *, bias=None):
@@ -150,7 +143,6 @@ KERNELS = Elementwise(
     residual_norm=residual_norm,
     residual=gate_residual,
     heads=qk_norm_rope,
-    gelu=activate,
     linear_gelu=_linear_activate,
     geglu=geglu,
     picture_norm=group_norm_silu,

@@ -92,7 +92,7 @@ class JointBlock:
             y, gate = second
         up, _, down = mlp.net
         x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=mlp_shift, scale=mlp_scale)
-        y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
+        y = down(self.elementwise.linear_gelu(up.proj, normed))
         return self.elementwise.residual(x, y, gate=mlp_gate)
 
     def _attention(self, image: torch.Tensor, text: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
