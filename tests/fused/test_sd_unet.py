@@ -133,10 +133,11 @@ def test_layers_of_other_kinds_are_called(order, linear):
 
 def test_freeu():
     # FreeU is for skips of 640 and 1280 channels.
-    model = unet(block_out_channels=(640, 1280))
-    plain, _ = both(model, small(model))
+    model = unet(block_out_channels=(640, 1280), mid_block_type=None)
+    arguments = small(model, (16, 16))
+    plain, _ = both(model, arguments)
     model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    fused, stock = both(model, small(model))
+    fused, stock = both(model, arguments)
     torch.testing.assert_close(fused, stock, **CLOSE)
     assert not torch.allclose(fused, plain, **CLOSE)
 
