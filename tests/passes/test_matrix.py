@@ -132,14 +132,15 @@ def test_ten_cycles_leave_memory_flat(family):
         with torch.no_grad():
             denoiser(**arguments)
         vivace.restore(pipe)
+        gc.collect()
 
     def held():
-        gc.collect()
         objects = gc.get_objects()
         tensors = [thing for thing in objects if type(thing) in (torch.Tensor, torch.nn.Parameter)]
         storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided and not t.is_meta]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()), len(objects)
 
+    cycle()
     cycle()
     before = held()
     for _ in range(10):
