@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vivace.attention.backend import Attend
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,7 @@ class PixelTransformer:
         """`x` [B, C, H, W]; `text` [B, T, sum] the keys and values of all cross attentions."""
         block, parts = self.block, self.parts
         tokens = self._inward(parts.norm(block.norm, x, silu=False))
-        first = self.blocks[0].block.norm1
-        normed = parts.elementwise.norm(tokens, weight=first.weight, bias=first.bias, eps=first.eps)
+        normed = parts.elementwise.norm(tokens, **self.blocks[0].first_norm)
         for inner, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             tokens, normed = inner(tokens, normed, text, following)
         y = self._outward(tokens, x.shape[2:])
@@ -128,25 +127,32 @@ class TransformerBlock:
     ) -> tuple[torch.Tensor, Any]:
         """`x` [B, S, D] and its first norm; the next block's comes back with the new x, None after the last."""
         block, elementwise = self.block, self.parts.elementwise
-        x, normed = _joined(elementwise, x, self._self_attention(normed), block.norm2)
-        x, normed = _joined(elementwise, x, self._cross_attention(normed, text), block.norm3)
         up, _, down = block.ff.net
-        y = down(elementwise.geglu(up.proj(normed)))
+        x, normed = elementwise.residual_norm(x, self._self_attention(normed), **_norm(block.norm2, block.attn2.to_q))
+        y = self._cross_attention(normed, text)
+        x, normed = elementwise.residual_norm(x, y, **_norm(block.norm3, up.proj))
+        y = down(elementwise.geglu(up.proj(normed), quantize=takes(down)))
         if following is None:
             return elementwise.residual(x, y), None
-        return _joined(elementwise, x, y, following.block.norm1)
+        return elementwise.residual_norm(x, y, **following.first_norm)
 
-    def _self_attention(self, normed: torch.Tensor) -> torch.Tensor:
+    @property
+    def first_norm(self) -> dict[str, Any]:
+        """The norm before self attention, as keywords of the arithmetic."""
+        return _norm(self.block.norm1, self.qkv)
+
+    def _self_attention(self, normed: Any) -> torch.Tensor:
         attention = self.block.attn1
         q, k, v = self.qkv(normed).unflatten(-1, (3, attention.heads, -1)).unbind(2)
         return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
 
-    def _cross_attention(self, normed: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _cross_attention(self, normed: Any, text: torch.Tensor) -> torch.Tensor:
         attention = self.block.attn2
         q = attention.to_q(normed).unflatten(-1, (attention.heads, -1))
         k, v = text[..., self.span].unflatten(-1, (2, attention.heads, -1)).unbind(2)
         return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
 
 
-def _joined(elementwise: Elementwise, x: torch.Tensor, y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return elementwise.residual_norm(x, y, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+def _norm(norm: Any, reader: Any) -> dict[str, Any]:
+    """A LayerNorm module whose result `reader` takes, as keywords of the arithmetic."""
+    return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "quantize": takes(reader)}
