@@ -60,6 +60,53 @@ def test_an_ip_adapter_takes_the_stock_path(family, image):
         assert any("IPAdapter" in reason or "ImageProjection" in reason for reason in served(denoiser))
 
 
+TARGETS = {
+    "sd": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2"],
+    "sdxl": ["to_q", "to_v", "to_out.0", "proj_in", "net.2", "conv_shortcut", "time_emb_proj"],
+    "flux": ["to_q", "to_v", "to_out.0", "to_add_out", "proj_mlp", "proj_out", "net.0.proj", "net.2", "norm.linear"],
+    "sd3": ["to_q", "add_k_proj", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "context_embedder"],
+}
+
+
+@pytest.mark.parametrize("effect", ["side", "merged"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_adapters_inside_fused_blocks(family, effect):
+    """Beside a linear, a convolution or a part of a stack: what PEFT computes, on the fused path."""
+    from peft import LoraConfig
+
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    stock = copy.deepcopy(denoiser)
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad():
+        vivace.accelerate(denoiser, lora=effect)
+        plain = denoiser(**arguments)[0]
+        for model in (denoiser, stock):
+            torch.manual_seed(3)
+            model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False))
+        ours, theirs = denoiser(**arguments)[0], stock(**arguments)[0]
+    assert not torch.allclose(ours, plain, **CLOSE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert served(denoiser) == {"fused blocks": 2}
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_quantised_layers_inside_fused_blocks(family, format):
+    """As far from the 16-bit model as the stock blocks with the same layers are."""
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad():
+        exact = denoiser(**arguments)[0]
+        vivace.accelerate(denoiser, quant=format, fuse="off")
+        stock = denoiser(**arguments)[0]
+        vivace.accelerate(denoiser, quant=format, fuse="on")
+        fused = denoiser(**arguments)[0]
+        ours, theirs = ((out - exact).norm() / exact.norm() for out in (fused, stock))
+        assert 1e-5 < ours < 1.5 * theirs
+        assert served(denoiser) == {"fused blocks": 1}
+        assert torch.equal(vivace.restore(denoiser)(**arguments)[0], exact)
+
+
 def test_weights_of_several_types_stay_stock():
     unet = FAMILIES["sd"].tiny().unet
     unet.conv_out.to(torch.bfloat16)

@@ -20,9 +20,12 @@ from vivace.passes.channels_last import convolutions
 
 ASKED = {
     "attention": {"check_nan": True},
+    "lora": {"lora": "side"},
     "channels_last": {"channels_last": "on"},
+    "quant": {"quant": "int8"},
     "fuse": {"fuse": "on"},
     "compile": {"compile": "on"},
+    "cache": {"cache": "steps:compute=0-9"},
     "graphs": {"graphs": "on"},
 }
 """The fields that ask for each pass."""
@@ -30,6 +33,9 @@ ASKED = {
 REFUSED = {
     "graphs on a CPU": lambda asked, family, device: "graphs" in asked and device == "cpu",
     "graphs under the NaN guard": lambda asked, family, device: {"graphs", "attention"} <= asked,
+    "adapters for what takes none": lambda asked, family, device: (
+        "lora" in asked and not hasattr(models(family)[0], "load_lora_adapter")
+    ),
     "compiling what is fused": lambda asked, family, device: {"fuse", "compile"} <= asked,
     "fusing what has no fused blocks": lambda asked, family, device: "fuse" in asked and family not in FUSED,
     "an order of pixels without convolutions": lambda asked, family, device: (
@@ -39,6 +45,8 @@ REFUSED = {
 """Everything that is refused; all else has to work."""
 
 UNET, JOINT = "sd", "flux"
+# Of a tiny random model's output in 8 bits; Stable Video Diffusion's turns 1 % of noise on its input into 21 %.
+FAR = {"svd": 0.4}
 DEVICES = [
     "cpu",
     pytest.param(
@@ -46,7 +54,7 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
     ),
 ]
-SETS = [frozenset(names) for count in range(len(ASKED) + 1) for names in itertools.combinations(ASKED, count)]
+SETS = [frozenset(names) for count in range(4) for names in itertools.combinations(ASKED, count)]
 
 
 def models(family):
@@ -65,17 +73,17 @@ def tiny(family):
 
 
 def cases():
-    """(family, what is asked for): singles on every family, pairs on two; the full product where it is asked for."""
+    """(family, what is asked for): singles on every family, pairs on two; all triples where they are asked for."""
     for family, asked in itertools.product(FAMILIES, SETS):
         often = len(asked) == 1 or (len(asked) == 2 and family in (UNET, JOINT))
         # Tracing takes seconds.
-        slow = "compile" in asked and family not in (UNET, JOINT) and not refused(asked, family, "cpu", quick=True)
+        slow = "compile" in asked and family not in (UNET, JOINT) and not {"graphs", "fuse"} & asked
         marks = () if often and not slow else pytest.mark.full
         yield pytest.param(family, asked, id=f"{family}-{'+'.join(sorted(asked)) or 'nothing'}", marks=marks)
 
 
-def refused(asked, family, device, *, quick=False):
-    return any(rule(asked, family, device) for name, rule in REFUSED.items() if not (quick and "pixels" in name))
+def refused(asked, family, device):
+    return any(rule(asked, family, device) for rule in REFUSED.values())
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +121,9 @@ def test_works_or_is_refused(family, asked, device):
         vivace.restore(pipe)
         assert asked <= done
         for each in fast:
-            torch.testing.assert_close(each, stock, rtol=1e-3, atol=1e-3 if device == "cpu" else 1e-2)
+            for ours, theirs in zip(each, stock, strict=True):
+                bound = FAR.get(family, 0.2) if "quant" in asked else 1e-3 if device == "cpu" else 1e-2
+                assert (ours - theirs).norm() <= bound * theirs.norm()
         assert all(map(torch.equal, outputs(denoiser, arguments), stock))
 
 

@@ -31,7 +31,7 @@ class Elementwise:
     """
 
     norm: Callable[..., Any]
-    """`(x, *, weight, bias, scale, shift, eps=1e-6, quantize)`: LayerNorm `* weight + bias`, `* (1 + scale) + shift`."""
+    """`(x, *, weight, bias, scale, shift, eps=1e-6, quantize)`: LayerNorm `* weight + bias`, then modulated."""
 
     residual: Callable[..., Any]
     """`(x, y, *, gate)`: `x + gate * y`."""

@@ -167,4 +167,6 @@ FLUX = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    quantised=True,
+    sides=True,
 )

@@ -223,5 +223,6 @@ SD3 = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    quantised=True,
     sides=True,
 )

@@ -53,9 +53,10 @@ class Stack:
         return out
 
 
-def takes(*readers: Any) -> Any:
+def takes(*readers: Any) -> Quantize | None:
     """The row-scaled form (`quantize=` of a kernel) that all of `readers`, which share an input, take; None: 16 bit."""
-    forms = {getattr(reader, "takes", None) for reader in readers}
+    # Adapters beside a layer read its input in 16 bit.
+    forms = {None if side_of(reader) is not None else getattr(reader, "takes", None) for reader in readers}
     return forms.pop() if len(forms) == 1 else None
 
 
