@@ -1,12 +1,18 @@
 """Fused blocks step aside for what they do not compute; on a GPU their kernels are compiled before the first call."""
 
 import copy
+from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 import vivace
+from vivace.attention.native import NATIVE
 from vivace.families import FAMILIES
+from vivace.fused import flux, sd3
+from vivace.fused.elementwise import KERNELS
+from vivace.quant.linear import QuantLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -105,6 +111,24 @@ def test_quantised_layers_inside_fused_blocks(family, format):
         assert 1e-5 < ours < 1.5 * theirs
         assert served(denoiser) == {"fused blocks": 1}
         assert torch.equal(vivace.restore(denoiser)(**arguments)[0], exact)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkeypatch):
+    taken = Counter()
+    product = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: (taken.update([type(x).__name__]), product(self, x))[1])
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    arguments = FAMILIES[family].inputs(denoiser, size=(32, 32), batch=1, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad(), ExitStack() as undo:
+        vivace.accelerate(denoiser, quant="fp8", fuse="off")
+        stock = denoiser(**arguments)[0]
+        taken.clear()
+        module = {"flux": flux, "sd3": sd3}[family]
+        call = module.fuse_with(denoiser, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
+        fused = call(**arguments)[0]
+    assert taken["RowScaled"] > taken["Tensor"]
+    assert (fused - stock).norm() < 0.05 * stock.norm()
 
 
 def test_weights_of_several_types_stay_stock():
