@@ -21,6 +21,7 @@ SMALL = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "block_out_channels": (16, 24),
+    "norm_num_groups": 2,
     "layers_per_block": 1,
 }
 
@@ -56,7 +57,7 @@ def test_equals_stock(order, config, size):
 @ORDERS
 def test_kernels_equal_stock(order):
     model = unet(order=order)
-    fused, stock = both(model, small(model, (40, 24)), form=KERNELS)
+    fused, stock = both(model, small(model, (24, 16)), form=KERNELS)
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 
@@ -112,12 +113,31 @@ def test_every_kind_that_is_fused(fields, extra):
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 
+@ORDERS
+@pytest.mark.parametrize("linear", [False, True])
+def test_layers_of_other_kinds_are_called(order, linear):
+    """A layer with something beside it (an adapter, a quantised weight) is called, never read."""
+
+    def doubled(kind):
+        return type("Doubling", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+
+    model = unet(order=order, use_linear_projection=linear)
+    kinds = {kind: doubled(kind) for kind in (torch.nn.Conv2d, torch.nn.Linear)}
+    for name, module in list(model.named_modules()):
+        if type(module) in kinds and not name.endswith(("time_emb_proj", "to_q", "to_k", "to_v")):
+            module.__class__ = kinds[type(module)]
+    for form in (TORCH, KERNELS) if order is torch.channels_last and not linear else (TORCH,):
+        fused, stock = both(model, small(model, (16, 8)), form=form)
+        torch.testing.assert_close(fused, stock, **CLOSE)
+
+
 def test_freeu():
     # FreeU is for skips of 640 and 1280 channels.
-    model = unet(block_out_channels=(640, 1280))
-    plain, _ = both(model, small(model))
+    model = unet(block_out_channels=(640, 1280), mid_block_type=None)
+    arguments = small(model, (16, 16))
+    plain, _ = both(model, arguments)
     model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    fused, stock = both(model, small(model))
+    fused, stock = both(model, arguments)
     torch.testing.assert_close(fused, stock, **CLOSE)
     assert not torch.allclose(fused, plain, **CLOSE)
 
@@ -127,7 +147,7 @@ def test_freeu():
 def test_is_as_near_to_fp64_as_stock(order, form):
     model = unet(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80)
     model = model.to(memory_format=order)
-    arguments = small(model)
+    arguments = small(model, (16, 16))
 
     def cast(dtype):
         wide = {"sample": arguments["sample"], "encoder_hidden_states": arguments["encoder_hidden_states"]}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,28 +24,29 @@ from vivace.kernels.residual_norm import residual_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise:
-    """One form of the arithmetic. Keywords left out are None, and what they would do is left out too."""
+    """One form of the arithmetic. Keywords left out are None, and what they would do is left out too.
+
+    `quantize` is what the linear that reads the result `takes`: kernels make it in the same pass, and torch operations
+    leave it to the linear.
+    """
 
     norm: Callable[..., Any]
-    """`(x, *, weight, bias, scale, shift, eps=1e-6)`: LayerNorm, `* weight + bias`, then `* (1 + scale) + shift`."""
+    """`(x, *, weight, bias, scale, shift, eps=1e-6, quantize)`: LayerNorm `* weight + bias`, then modulated."""
 
     residual: Callable[..., Any]
     """`(x, y, *, gate)`: `x + gate * y`."""
 
     residual_norm: Callable[..., Any]
-    """`(x, y, *, gate, weight, bias, scale, shift, eps=1e-6)`: h = the residual, and the norm of h."""
+    """`(x, y, *, gate, weight, bias, scale, shift, eps=1e-6, quantize)`: h = the residual, and the norm of h."""
 
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
 
-    gelu: Callable[..., Any]
-    """`(x)`: GELU in its tanh form."""
-
     linear_gelu: Callable[..., Any]
-    """`(x, weight, bias)`: that of a linear product."""
+    """`(linear, x, *, quantize)`: GELU, in its tanh form, of `linear(x)`."""
 
     geglu: Callable[..., Any]
-    """`(x)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
+    """`(x, *, quantize)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
 
     picture_norm: Callable[..., torch.Tensor]
     """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
@@ -58,7 +58,7 @@ class Elementwise:
     """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
 
 
-def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6):
+def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, quantize=None):
     y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if scale is None or shift is None:
         return y
@@ -91,14 +91,11 @@ def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
-_gelu = partial(F.gelu, approximate="tanh")
+def _linear_gelu(linear, x, *, quantize=None):
+    return F.gelu(linear(x), approximate="tanh")
 
 
-def _linear_gelu(x, weight, bias):
-    return _gelu(F.linear(x, weight, bias))
-
-
-def _geglu(x):
+def _geglu(x, *, quantize=None):
     a, b = x.chunk(2, dim=-1)
     return F.gelu(b).mul_(a)
 
@@ -117,7 +114,6 @@ TORCH = Elementwise(
     residual_norm=_residual_norm,
     residual=_residual,
     heads=_heads,
-    gelu=_gelu,
     linear_gelu=_linear_gelu,
     geglu=_geglu,
     picture_norm=_picture_norm,
@@ -126,15 +122,16 @@ TORCH = Elementwise(
 )
 
 
-def _linear_activate(x, weight, bias):
-    return activate(F.linear(x, weight, bias))
+def _linear_activate(linear, x, *, quantize=None):
+    return activate(linear(x), quantize=quantize)
 
 
-def _linear_gelu_epilogue(x, weight, bias):
+def _linear_gelu_epilogue(linear, x, *, quantize=None):
     # cuBLASLt applies the GELU (its tanh form) before it stores the product: a pass over the widest tensor less.
-    if bias is None:
-        return _linear_activate(x, weight, bias)
-    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
+    if type(linear) is not torch.nn.Linear or linear.bias is None or quantize is not None:
+        return _linear_activate(linear, x, quantize=quantize)
+    rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def _picture_sum_rows(x, y, *, bias=None):
@@ -150,7 +147,6 @@ KERNELS = Elementwise(
     residual_norm=residual_norm,
     residual=gate_residual,
     heads=qk_norm_rope,
-    gelu=activate,
     linear_gelu=_linear_activate,
     geglu=geglu,
     picture_norm=group_norm_silu,

@@ -6,9 +6,10 @@ block's last pass (gate, residual) already normalises and modulates for the next
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,22 +81,22 @@ def _norms(denoiser: Any):
 
 
 def _blocks(denoiser: Any, spans: Mapping[str, slice], parts: Parts) -> tuple[Block, ...]:
-    double, single = len(denoiser.transformer_blocks), len(denoiser.single_transformer_blocks)
-    pairs = [(spans[f"{i}.image"], spans[f"{i}.text"]) for i in range(double)]
-    joint = [spans[f"{i}.single"] for i in range(single)]
-    blocks = []
-    for name, module in _named_blocks(denoiser):
-        index = int(name.rsplit(".", 1)[1])
-        if name.startswith("single"):
-            following = joint[index + 1] if index + 1 < single else None
-            forward: Callable[[State], State] = SingleBlock(
-                module, index=index, first=double, span=joint[index], following=following, parts=parts
-            )
-        else:
-            pair = pairs[index + 1] if index + 1 < double else None
-            forward = DoubleBlock(module, index=index, spans=pairs[index], following=pair, parts=parts)
-        blocks.append(Block(name=name, module=module, forward=forward))
-    return tuple(blocks)
+    double = [
+        DoubleBlock(module, index=i, spans=(spans[f"{i}.image"], spans[f"{i}.text"]), parts=parts)
+        for i, module in enumerate(denoiser.transformer_blocks)
+    ]
+    single = [
+        SingleBlock(module, index=i, first=len(double), span=spans[f"{i}.single"], parts=parts)
+        for i, module in enumerate(denoiser.single_transformer_blocks)
+    ]
+    for one, following in pairwise(double):
+        one.following = following
+    for one, following in pairwise(single):
+        one.following = following
+    return tuple(
+        Block(name=name, module=module, forward=forward)
+        for (name, module), forward in zip(_named_blocks(denoiser), [*double, *single], strict=True)
+    )
 
 
 def _once(
@@ -166,4 +167,6 @@ FLUX = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    quantised=True,
+    sides=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,22 +13,9 @@ import torch.nn.functional as F
 from vivace.attention.backend import Attend
 from vivace.family import State
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, takes
 
 HALF = torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """On GPUs of compute capability `sm`, up to `rows` rows, a single block's QKV and MLP products are one GEMM."""
-
-    sm: tuple[int, int]
-    rows: int
-
-
-# H200, 4608 rows: one GEMM of 21504 columns runs at 709 TFLOP/s, one of 9216 and one of 12288 at 795, and the second
-# can apply the GELU itself. The row is a guess for where their last wave of tiles costs more than that.
-RULES: tuple[Rule, ...] = (Rule(sm=(9, 0), rows=1536),)
 
 
 class Ahead(NamedTuple):
@@ -37,7 +25,7 @@ class Ahead(NamedTuple):
     text: torch.Tensor
     reader: int  # index of the block it is for
     joint: torch.Tensor | None  # [B, T + S, D], of which x and text are views
-    normed: tuple[torch.Tensor, ...]  # the streams, or the joint one, normalised and modulated for that block
+    normed: tuple[Any, ...]  # the streams, or the joint one, normalised and modulated for that block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +53,13 @@ def clipped(x: torch.Tensor) -> torch.Tensor:
 class DoubleBlock:
     """Image [B, S, D] and text [B, T, D] attend to each other and go through their own MLPs.
 
-    `spans` are the places of the image's and the text's modulation, `following` those of the next double block.
+    `spans` are the places of the image's and the text's modulation, `following` is the next double block.
     """
 
-    def __init__(
-        self, block: Any, *, index: int, spans: tuple[slice, slice], following: tuple[slice, slice] | None, parts: Parts
-    ) -> None:
+    def __init__(self, block: Any, *, index: int, spans: tuple[slice, slice], parts: Parts) -> None:
         attention = block.attn
-        self.block, self.index, self.spans, self.following = block, index, spans, following
+        self.block, self.index, self.spans = block, index, spans
+        self.following: DoubleBlock | None = None
         self.attend, self.elementwise = parts.attend, parts.elementwise
         self.image_qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
         self.text_qkv = Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=parts.undo)
@@ -82,55 +69,63 @@ class DoubleBlock:
         x, text = state.x, state.text
         assert text is not None
         image_parts, text_parts = (modulation[span] for span in self.spans)
-        image_normed, text_normed = self._normed(state, image_parts, text_parts)
+        image_normed, text_normed = self._normed(state, modulation)
         attended = self._attention(image_normed, text_normed, state.context)
-        ahead = None if control is not None or self.following is None else [modulation[s] for s in self.following]
+        image_ahead, text_ahead = (None, None)
+        if control is None and self.following is not None:
+            image_ahead, text_ahead = self.following.norms(modulation)
 
         tokens = text.shape[1]
-        x, x_normed = self._stream(
-            x, block.attn.to_out[0](attended[:, tokens:]), block.ff, image_parts, ahead and ahead[0]
-        )
-        text, text_normed = self._stream(
-            text, block.attn.to_add_out(attended[:, :tokens]), block.ff_context, text_parts, ahead and ahead[1]
-        )
+        y = block.attn.to_out[0](attended[:, tokens:])
+        x, image_normed = self._stream(x, y, block.ff, image_parts, image_ahead)
+        y = block.attn.to_add_out(attended[:, :tokens])
+        text, text_normed = self._stream(text, y, block.ff_context, text_parts, text_ahead)
         text = clipped(text)
         if control is not None:
             x = x + control[self.index]
-        done = ahead and Ahead(x, text, self.index + 1, None, (x_normed, text_normed))
-        return replace(state, x=x, text=text, ahead=done)
+        ahead = image_ahead and Ahead(x, text, self.index + 1, None, (image_normed, text_normed))
+        return replace(state, x=x, text=text, ahead=ahead)
 
-    def _normed(self, state: State, image_parts: Any, text_parts: Any) -> tuple[torch.Tensor, ...]:
+    def norms(self, modulation: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+        """The first norm of image and text, as keywords of the arithmetic."""
+        readers = zip(self.spans, (self.image_qkv, self.text_qkv), strict=True)
+        return [
+            {"shift": modulation[span][0], "scale": modulation[span][1], "quantize": takes(qkv)}
+            for span, qkv in readers
+        ]
+
+    def _normed(self, state: State, modulation: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Both streams, normalised and modulated for attention."""
         ahead = ahead_for(state, self.index)
         if ahead is not None:
             return ahead.normed
-        assert state.text is not None
-        streams = ((state.x, image_parts), (state.text, text_parts))
-        return tuple(self.elementwise.norm(x, shift=parts[0], scale=parts[1]) for x, parts in streams)
+        streams = zip((state.x, state.text), self.norms(modulation), strict=True)
+        return tuple(self.elementwise.norm(x, **norm) for x, norm in streams)
 
     def _stream(self, x: torch.Tensor, y: torch.Tensor, mlp: Any, parts: Any, ahead: Any) -> tuple[torch.Tensor, Any]:
         """One stream after attention's share `y`: residual and MLP, and with `ahead` the next block's norm of it."""
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = parts
+        _, _, gate, shift, scale, mlp_gate = parts
         up, _, down = mlp.net
-        x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=mlp_shift, scale=mlp_scale)
-        y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
+        x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=shift, scale=scale, quantize=takes(up.proj))
+        y = down(self.elementwise.linear_gelu(up.proj, normed, quantize=takes(down)))
         if ahead is None:
             return self.elementwise.residual(x, y, gate=mlp_gate), None
-        return self.elementwise.residual_norm(x, y, gate=mlp_gate, shift=ahead[0], scale=ahead[1])
+        return self.elementwise.residual_norm(x, y, gate=mlp_gate, **ahead)
 
-    def _attention(self, image: torch.Tensor, text: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
+    def _attention(self, image_normed: Any, text_normed: Any, context: dict[str, Any]) -> torch.Tensor:
         """[B, T + S, D]: text first, as the positions are."""
-        attention = self.block.attn
-        batch, tokens, _ = text.shape
-        cos, sin = context["cos"], context["sin"]
-        shape = (batch, tokens + image.shape[1], attention.heads, attention.head_dim)
-        q, k, v = (torch.empty(shape, device=image.device, dtype=image.dtype) for _ in range(3))
-        for x, qkv, offset, end, norm_q, norm_k in (
-            (text, self.text_qkv, 0, tokens, attention.norm_added_q, attention.norm_added_k),
-            (image, self.image_qkv, tokens, None, attention.norm_q, attention.norm_k),
+        attention, cos, sin = self.block.attn, context["cos"], context["sin"]
+        text, image = self.text_qkv(text_normed), self.image_qkv(image_normed)
+        tokens = text.shape[1]
+        q, k, v = (
+            image.new_empty(len(image), tokens + image.shape[1], attention.heads, attention.head_dim) for _ in range(3)
+        )
+        for qkv, offset, end, norm_q, norm_k in (
+            (text, 0, tokens, attention.norm_added_q, attention.norm_added_k),
+            (image, tokens, None, attention.norm_q, attention.norm_k),
         ):
             self.elementwise.heads(
-                qkv(x), q=q, k=k, v=v, q_weight=norm_q.weight, k_weight=norm_k.weight, eps=norm_q.eps,
+                qkv, q=q, k=k, v=v, q_weight=norm_q.weight, k_weight=norm_k.weight, eps=norm_q.eps,
                 cos=cos[offset:end], sin=sin[offset:end], offset=offset,
             )  # fmt: skip
         return self.attend(q, k, v).flatten(2)
@@ -139,55 +134,45 @@ class DoubleBlock:
 class SingleBlock:
     """The joint stream [B, T + S, D]: attention and MLP side by side, read from one norm, joined by one projection.
 
-    `span` is the place of its modulation, `following` that of the next single block.
+    `span` is the place of its modulation, `following` is the next single block.
     """
 
-    def __init__(
-        self, block: Any, *, index: int, first: int, span: slice, following: slice | None, parts: Parts
-    ) -> None:
+    def __init__(self, block: Any, *, index: int, first: int, span: slice, parts: Parts) -> None:
         attention = block.attn
-        self.block, self.index, self.reader, self.span, self.following = block, index, first + index, span, following
+        self.block, self.index, self.reader, self.span = block, index, first + index, span
+        self.following: SingleBlock | None = None
         self.attend, self.elementwise = parts.attend, parts.elementwise
-        # One weight either way: its first rows are the QKV product, its last the MLP's.
-        self.inward = Stack([attention.to_q, attention.to_k, attention.to_v, block.proj_mlp], undo=parts.undo)
-        device = self.inward.weight.device
-        sm = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        self.wide_rows = next((rule.rows for rule in RULES if rule.sm == sm), 0)
+        # H200, 4608 rows: products of 9216 and 12288 columns run at 795 TFLOP/s, one of both together at 709, and the
+        # second of two can apply the GELU itself.
+        self.qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
 
     def __call__(self, state: State) -> State:
         assert state.text is not None
         modulation, control = state.context["modulation"], state.context["single_control"]
-        shift, scale, gate = modulation[self.span]
+        gate = modulation[self.span][2]
         ahead = ahead_for(state, self.reader)
         if ahead is not None and ahead.joint is not None:
             joint, (normed,) = ahead.joint, ahead.normed
         else:
             joint = torch.cat((state.text, state.x), dim=1)
-            normed = self.elementwise.norm(joint, shift=shift, scale=scale)
-        qkv, mlp = self._inward(normed)
-        y = self._outward(self._attention(qkv, state.context), mlp)
+            normed = self.elementwise.norm(joint, **self.norm(modulation))
+        mlp = self.elementwise.linear_gelu(self.block.proj_mlp, normed)
+        y = self._outward(self._attention(self.qkv(normed), state.context), mlp)
 
         tokens = state.text.shape[1]
         if control is not None or self.following is None:
             joint = clipped(self.elementwise.residual(joint, y, gate=gate))
             text, x = joint[:, :tokens], joint[:, tokens:]
             return replace(state, x=x if control is None else x + control[self.index], text=text, ahead=None)
-        shift, scale, _ = modulation[self.following]
-        joint, normed = self.elementwise.residual_norm(joint, y, gate=gate, shift=shift, scale=scale)
+        joint, normed = self.elementwise.residual_norm(joint, y, gate=gate, **self.following.norm(modulation))
         joint = clipped(joint)
         text, x = joint[:, :tokens], joint[:, tokens:]
         return replace(state, x=x, text=text, ahead=Ahead(x, text, self.reader + 1, joint, (normed,)))
 
-    def _inward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows [B, L, 3 D] of q, k and v, and the MLP's after its GELU."""
-        weight, bias = self.inward.weight, self.inward.bias
-        assert bias is not None
-        rows = 3 * normed.shape[-1]
-        if normed.shape[0] * normed.shape[1] > self.wide_rows:
-            mlp = self.elementwise.linear_gelu(normed, weight[rows:], bias[rows:])
-            return F.linear(normed, weight[:rows], bias[:rows]), mlp
-        both = self.inward(normed)
-        return both[..., :rows], self.elementwise.gelu(both[..., rows:])
+    def norm(self, modulation: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Its norm, as keywords of the arithmetic."""
+        shift, scale, _ = modulation[self.span]
+        return {"shift": shift, "scale": scale, "quantize": takes(self.qkv, self.block.proj_mlp)}
 
     def _attention(self, qkv: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
         attention = self.block.attn
@@ -200,8 +185,11 @@ class SingleBlock:
         return self.attend(q, k, heads[:, :, 2]).flatten(2)
 
     def _outward(self, attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
-        """The projection of both side by side, as a sum of two products: neither is copied into a joint tensor."""
+        """The projection of both side by side."""
         projection, inner = self.block.proj_out, attended.shape[-1]
+        if type(projection) is not torch.nn.Linear:
+            return projection(torch.cat((attended, mlp), dim=-1))
+        # A sum of two products, so that neither is copied into a joint tensor; H200: at 740 TFLOP/s, together at 684.
         y = F.linear(attended, projection.weight[:, :inner], projection.bias)
         y.flatten(0, 1).addmm_(mlp.flatten(0, 1), projection.weight[:, inner:].t())
         return y

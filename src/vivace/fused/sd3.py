@@ -21,7 +21,7 @@ from vivace.fused.contract import Fused
 from vivace.fused.elementwise import TORCH, Elementwise, elementwise_for
 from vivace.fused.fold import fold_zero_tokens
 from vivace.fused.modulation import Modulation
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, takes
 
 
 def check(denoiser: Any) -> str | None:
@@ -70,13 +70,14 @@ class JointBlock:
         image_parts, text_parts = (context["modulation"][span] for span in self.spans)
         last = block.context_pre_only
         text_scale, text_shift = text_parts if last else (text_parts[1], text_parts[0])
-        attended = self._attention(
-            norm(x, shift=image_parts[0], scale=image_parts[1]), norm(text, shift=text_shift, scale=text_scale), context
-        )
+        image = norm(x, shift=image_parts[0], scale=image_parts[1], quantize=takes(self.image_qkv))
+        normed = norm(text, shift=text_shift, scale=text_scale, quantize=takes(self.text_qkv))
+        attended = self._attention(self.image_qkv(image), self.text_qkv(normed), context)
         second = None
         if len(image_parts) > 6:
             shift, scale, gate = image_parts[6:]
-            second = self._second_attention(norm(x, shift=shift, scale=scale)), gate
+            image = norm(x, shift=shift, scale=scale, quantize=takes(self.second_qkv))
+            second = self._second_attention(self.second_qkv(image)), gate
         x = self._stream(x, block.attn.to_out[0](attended[:, : x.shape[1]]), block.ff, image_parts, second)
         if not last:
             text = self._stream(text, block.attn.to_add_out(attended[:, x.shape[1] :]), block.ff_context, text_parts)
@@ -91,33 +92,34 @@ class JointBlock:
             x = self.elementwise.residual(x, y, gate=gate)
             y, gate = second
         up, _, down = mlp.net
-        x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=mlp_shift, scale=mlp_scale)
-        y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
+        norm = {"shift": mlp_shift, "scale": mlp_scale, "quantize": takes(up.proj)}
+        x, normed = self.elementwise.residual_norm(x, y, gate=gate, **norm)
+        y = down(self.elementwise.linear_gelu(up.proj, normed, quantize=takes(down)))
         return self.elementwise.residual(x, y, gate=mlp_gate)
 
     def _attention(self, image: torch.Tensor, text: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
-        """`[B, S + T, D]` of the normalised image and text tokens."""
+        """`[B, S + T, D]`, from the q, k and v of image `[B, S, 3 D]` and text `[B, T, 3 D]`."""
         attention, repeats = self.block.attn, context["repeats"]
         joint = image.shape[1] + text.shape[1]
         q, k, v = (self._empty(image, joint + more) for more in (0, repeats, repeats))
-        self._heads(self.image_qkv(image), attention.norm_q, attention.norm_k, q=q, k=k, v=v)
+        self._heads(image, attention.norm_q, attention.norm_k, q=q, k=k, v=v)
         norms = attention.norm_added_q, attention.norm_added_k
-        self._heads(self.text_qkv(text), *norms, q=q, k=k, v=v, offset=image.shape[1])
+        self._heads(text, *norms, q=q, k=k, v=v, offset=image.shape[1])
         if repeats:
             k[:, joint:], v[:, joint:] = k[:, joint - 1 : joint], v[:, joint - 1 : joint]
         return self.attend(q, k, v, mask=context["bias"]).flatten(2)
 
-    def _second_attention(self, image: torch.Tensor) -> torch.Tensor:
+    def _second_attention(self, qkv: torch.Tensor) -> torch.Tensor:
         """The image tokens among themselves, where a block has that too (SD 3.5 medium): `[B, S, D]`."""
-        attention, qkv = self.block.attn2, self.second_qkv(image)
-        q, k = (self._empty(image, image.shape[1]) for _ in range(2))
+        attention = self.block.attn2
+        q, k = (self._empty(qkv, qkv.shape[1]) for _ in range(2))
         self._heads(qkv, attention.norm_q, attention.norm_k, q=q, k=k)
         v = qkv.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]
         return attention.to_out[0](self.attend(q, k, v).flatten(2))
 
-    def _empty(self, like: torch.Tensor, tokens: int) -> torch.Tensor:
+    def _empty(self, qkv: torch.Tensor, tokens: int) -> torch.Tensor:
         heads = self.block.attn.heads
-        return like.new_empty(like.shape[0], tokens, heads, like.shape[2] // heads)
+        return qkv.new_empty(qkv.shape[0], tokens, heads, qkv.shape[2] // (3 * heads))
 
     def _heads(self, qkv: torch.Tensor, norm_q: Any, norm_k: Any, **out: Any) -> None:
         weights = {} if norm_q is None else {"q_weight": norm_q.weight, "k_weight": norm_k.weight, "eps": norm_q.eps}
@@ -221,5 +223,6 @@ SD3 = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    quantised=True,
     sides=True,
 )

@@ -36,6 +36,7 @@ from vivace.fused.contract import Fused
 from vivace.fused.elementwise import Elementwise, elementwise_for
 from vivace.fused.stack import Stack, join
 from vivace.fused.unet_blocks import Parts, PixelTransformer, ResidualBlock
+from vivace.quant.linear import QuantLinear
 
 BLOCKS = (
     CrossAttnDownBlock2D,
@@ -77,6 +78,8 @@ def check(denoiser: Any) -> str | None:
         return f"its text goes through a {type(denoiser.encoder_hid_proj).__name__}"
     if not isinstance(denoiser.config.cross_attention_dim, int):
         return "its blocks read texts of different widths"
+    if len({isinstance(linear, QuantLinear) for linear in _text_linears(denoiser)}) > 1:
+        return "its text keys and values are quantised in part"
     for name, block in _levels(denoiser):
         if type(block) not in BLOCKS:
             return f"{name} is a {type(block).__name__}"
@@ -164,6 +167,11 @@ def _transformers(block: Any) -> Iterator[tuple[type, Any]]:
         yield Transformer2DModel, outer
         if isinstance(outer, Transformer2DModel):
             yield from ((BasicTransformerBlock, inner) for inner in outer.transformer_blocks)
+
+
+def _text_linears(denoiser: Any) -> Iterator[Any]:
+    """What makes keys and values of the text, wherever that is."""
+    yield from (module for name, module in denoiser.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v")))
 
 
 Level = list[tuple[ResidualBlock, PixelTransformer | None]]
@@ -299,4 +307,6 @@ SD_UNET = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    quantised=True,
+    sides=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,13 @@ class Stack:
                 side.add_to(out[..., start:end], x)
             start = end
         return out
+
+
+def takes(*readers: Any) -> Quantize | None:
+    """The row-scaled form (`quantize=` of a kernel) that all of `readers`, which share an input, take; None: 16 bit."""
+    # Adapters beside a layer read its input in 16 bit.
+    forms = {None if side_of(reader) is not None else getattr(reader, "takes", None) for reader in readers}
+    return forms.pop() if len(forms) == 1 else None
 
 
 def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:

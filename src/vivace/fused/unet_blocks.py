@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vivace.attention.backend import Attend
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +43,39 @@ class ResidualBlock:
         block, parts = self.block, self.parts
         # Something from outside (a ControlNet, an adapter) may have joined in another order.
         x = x.contiguous(memory_format=parts.layout)
-        y = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), bias=False, layout=parts.layout)
-        y = parts.norm(block.norm2, y, silu=True, add=time[:, self.span])
-        late = parts.elementwise.late_bias
-        y = _convolved(block.conv2, y, bias=not late, layout=parts.layout)
+        y, bias = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), parts)
+        add = time[:, self.span]
+        y = parts.norm(block.norm2, y, silu=True, add=add if bias is not None else add - block.conv1.bias)
+        y, bias = _convolved(block.conv2, y, parts, late=parts.elementwise.late_bias)
         x = x if block.conv_shortcut is None else _mixed(block.conv_shortcut, x)
-        y = parts.elementwise.picture_sum(x, y, bias=block.conv2.bias if late else None)
+        y = parts.elementwise.picture_sum(x, y, bias=bias)
         return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
 
-def _convolved(convolution: Any, x: torch.Tensor, *, bias: bool, layout: torch.memory_format) -> torch.Tensor:
-    y = F.conv2d(x, convolution.weight, convolution.bias if bias else None, convolution.stride, convolution.padding)
+def _convolved(
+    convolution: Any, x: torch.Tensor, parts: Parts, *, late: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The convolution of `x`, and the bias that is left to be added when that may come `late`."""
+    if type(convolution) is torch.nn.Conv2d and late:
+        bias = convolution.bias
+        y = F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
+    else:
+        y, bias = convolution(x), None
     # Changes nothing but for tensors without values, whose convolution does not keep the order.
-    return y.contiguous(memory_format=layout)
+    return y.contiguous(memory_format=parts.layout), bias
 
 
 def _mixed(convolution: Any, x: torch.Tensor) -> torch.Tensor:
     """A convolution of one pixel; a linear product, with its bias, where channels are innermost."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if type(convolution) is not torch.nn.Conv2d or not x.is_contiguous(memory_format=torch.channels_last):
         return convolution(x)
     rows = F.linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias)
     return rows.permute(0, 3, 1, 2)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """A picture [B, C, H, W] as [B, H W, C] with contiguous rows; a view where channels are innermost."""
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 
 class PixelTransformer:
@@ -79,16 +91,24 @@ class PixelTransformer:
     def __call__(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """`x` [B, C, H, W]; `text` [B, T, sum] the keys and values of all cross attentions."""
         block, parts = self.block, self.parts
-        normed = parts.norm(block.norm, x, silu=False)
-        # A view where channels are innermost.
-        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = F.linear(tokens, block.proj_in.weight.flatten(1), block.proj_in.bias)
-        normed = _layer_norm(parts.elementwise, self.blocks[0].block.norm1, tokens)
+        tokens = self._inward(parts.norm(block.norm, x, silu=False))
+        normed = parts.elementwise.norm(tokens, **self.blocks[0].first_norm)
         for inner, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             tokens, normed = inner(tokens, normed, text, following)
-        y = F.linear(tokens, block.proj_out.weight.flatten(1), block.proj_out.bias)
-        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        y = self._outward(tokens, x.shape[2:])
         return parts.elementwise.picture_sum(x, y.contiguous(memory_format=parts.layout))
+
+    def _inward(self, picture: torch.Tensor) -> torch.Tensor:
+        projection = self.block.proj_in
+        if isinstance(projection, torch.nn.Conv2d):
+            return _tokens(_mixed(projection, picture))
+        return projection(_tokens(picture))
+
+    def _outward(self, tokens: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        projection = self.block.proj_out
+        linear = not isinstance(projection, torch.nn.Conv2d)
+        picture = (projection(tokens) if linear else tokens).unflatten(1, size).permute(0, 3, 1, 2)
+        return picture if linear else _mixed(projection, picture)
 
 
 class TransformerBlock:
@@ -107,29 +127,32 @@ class TransformerBlock:
     ) -> tuple[torch.Tensor, Any]:
         """`x` [B, S, D] and its first norm; the next block's comes back with the new x, None after the last."""
         block, elementwise = self.block, self.parts.elementwise
-        x, normed = _joined(elementwise, x, self._self_attention(normed), block.norm2)
-        x, normed = _joined(elementwise, x, self._cross_attention(normed, text), block.norm3)
         up, _, down = block.ff.net
-        y = down(elementwise.geglu(up.proj(normed)))
+        x, normed = elementwise.residual_norm(x, self._self_attention(normed), **_norm(block.norm2, block.attn2.to_q))
+        y = self._cross_attention(normed, text)
+        x, normed = elementwise.residual_norm(x, y, **_norm(block.norm3, up.proj))
+        y = down(elementwise.geglu(up.proj(normed), quantize=takes(down)))
         if following is None:
             return elementwise.residual(x, y), None
-        return _joined(elementwise, x, y, following.block.norm1)
+        return elementwise.residual_norm(x, y, **following.first_norm)
 
-    def _self_attention(self, normed: torch.Tensor) -> torch.Tensor:
+    @property
+    def first_norm(self) -> dict[str, Any]:
+        """The norm before self attention, as keywords of the arithmetic."""
+        return _norm(self.block.norm1, self.qkv)
+
+    def _self_attention(self, normed: Any) -> torch.Tensor:
         attention = self.block.attn1
         q, k, v = self.qkv(normed).unflatten(-1, (3, attention.heads, -1)).unbind(2)
         return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
 
-    def _cross_attention(self, normed: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _cross_attention(self, normed: Any, text: torch.Tensor) -> torch.Tensor:
         attention = self.block.attn2
         q = attention.to_q(normed).unflatten(-1, (attention.heads, -1))
         k, v = text[..., self.span].unflatten(-1, (2, attention.heads, -1)).unbind(2)
         return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
 
 
-def _layer_norm(elementwise: Elementwise, norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return elementwise.norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-
-
-def _joined(elementwise: Elementwise, x: torch.Tensor, y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return elementwise.residual_norm(x, y, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+def _norm(norm: Any, reader: Any) -> dict[str, Any]:
+    """A LayerNorm module whose result `reader` takes, as keywords of the arithmetic."""
+    return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "quantize": takes(reader)}

@@ -21,8 +21,8 @@ class Rule:
     convolutional: bool | None = None
 
 
-# Guesses, to be replaced by measurements. A launch from Python costs the host 5 to 15 microseconds: some 600 of them
-# for SD 1.5 take longer than the 3 ms of work they start on an H200; the 1,600 of SDXL half its time, FLUX a tenth.
+# Guesses, to be replaced by measurements. A launch from Python costs the host 5 to 15 microseconds: the 530 of
+# SD 1.5 take longer than the 3 ms of work they start on an H200, the 1,100 of SDXL a third of its time.
 RULES: tuple[Rule, ...] = (
     Rule(parameters=1_000_000_000),
     Rule(parameters=3_000_000_000, convolutional=True),

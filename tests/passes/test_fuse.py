@@ -1,0 +1,172 @@
+"""Fused blocks step aside for what they do not compute; on a GPU their kernels are compiled before the first call."""
+
+import copy
+from collections import Counter
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+import vivace
+from vivace.attention.native import NATIVE
+from vivace.families import FAMILIES
+from vivace.fused import flux, sd3
+from vivace.fused.elementwise import KERNELS
+from vivace.quant.linear import QuantLinear
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def served(denoiser) -> dict[str, int]:
+    return vivace.report(denoiser).calls["denoiser"]
+
+
+def unet_image(unet):
+    """Random weights in the layout of the published IP-Adapters, with 4 tokens a picture, and the argument they add."""
+    width = unet.config.cross_attention_dim
+    image = {"proj.weight": torch.randn(4 * width, 32), "proj.bias": torch.zeros(4 * width)}
+    image |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    keys = {}
+    for index, name in enumerate(name for name in unet.attn_processors):
+        if "attn2" in name:
+            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            keys |= {f"{index}.to_k_ip.weight": torch.randn(inner, width)}
+            keys |= {f"{index}.to_v_ip.weight": torch.randn(inner, width)}
+    argument = {"added_cond_kwargs": {"image_embeds": [torch.randn(1, 1, 32)]}}
+    return {"image_proj": image, "ip_adapter": keys}, argument
+
+
+def flux_image(transformer):
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    image = {"proj.weight": torch.randn(4 * width, 16), "proj.bias": torch.randn(4 * width)}
+    image |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    keys = {}
+    for index in range(len(transformer.transformer_blocks)):
+        for name in ("to_k_ip", "to_v_ip"):
+            keys |= {f"{index}.{name}.weight": torch.randn(inner, width), f"{index}.{name}.bias": torch.randn(inner)}
+    argument = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(1, 1, 16)]}}
+    return {"image_proj": image, "ip_adapter": keys}, argument
+
+
+@pytest.mark.parametrize(("family", "image"), [("sd", unet_image), ("flux", flux_image)])
+def test_an_ip_adapter_takes_the_stock_path(family, image):
+    pipe = FAMILIES[family].tiny()
+    denoiser = getattr(pipe, FAMILIES[family].denoisers[0])
+    stock = copy.deepcopy(denoiser)
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=7, seed=0)
+    weights, argument = image(denoiser)
+    with torch.no_grad():
+        vivace.accelerate(denoiser)
+        torch.testing.assert_close(denoiser(**arguments)[0], stock(**arguments)[0], **CLOSE)
+        assert served(denoiser) == {"fused blocks": 1}
+        for model in (denoiser, stock):
+            model._load_ip_adapter_weights([copy.deepcopy(weights)])
+        ours, theirs = (model(**arguments, **copy.deepcopy(argument))[0] for model in (denoiser, stock))
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        assert any("IPAdapter" in reason or "ImageProjection" in reason for reason in served(denoiser))
+
+
+TARGETS = {
+    "sd": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2"],
+    "sdxl": ["to_q", "to_v", "to_out.0", "proj_in", "net.2", "conv_shortcut", "time_emb_proj"],
+    "flux": ["to_q", "to_v", "to_out.0", "to_add_out", "proj_mlp", "proj_out", "net.0.proj", "net.2", "norm.linear"],
+    "sd3": ["to_q", "add_k_proj", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "context_embedder"],
+}
+
+
+@pytest.mark.parametrize("effect", ["side", "merged"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_adapters_inside_fused_blocks(family, effect):
+    """Beside a linear, a convolution or a part of a stack: what PEFT computes, on the fused path."""
+    from peft import LoraConfig
+
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    stock = copy.deepcopy(denoiser)
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad():
+        vivace.accelerate(denoiser, lora=effect)
+        plain = denoiser(**arguments)[0]
+        for model in (denoiser, stock):
+            torch.manual_seed(3)
+            model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False))
+        ours, theirs = denoiser(**arguments)[0], stock(**arguments)[0]
+    assert not torch.allclose(ours, plain, **CLOSE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert served(denoiser) == {"fused blocks": 2}
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_quantised_layers_inside_fused_blocks(family, format):
+    """As far from the 16-bit model as the stock blocks with the same layers are."""
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    arguments = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad():
+        exact = denoiser(**arguments)[0]
+        vivace.accelerate(denoiser, quant=format, fuse="off")
+        stock = denoiser(**arguments)[0]
+        vivace.accelerate(denoiser, quant=format, fuse="on")
+        fused = denoiser(**arguments)[0]
+        ours, theirs = ((out - exact).norm() / exact.norm() for out in (fused, stock))
+        assert 1e-5 < ours < 1.5 * theirs
+        assert served(denoiser) == {"fused blocks": 1}
+        assert torch.equal(vivace.restore(denoiser)(**arguments)[0], exact)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkeypatch):
+    taken = Counter()
+    product = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: (taken.update([type(x).__name__]), product(self, x))[1])
+    denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
+    arguments = FAMILIES[family].inputs(denoiser, size=(32, 32), batch=1, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad(), ExitStack() as undo:
+        vivace.accelerate(denoiser, quant="fp8", fuse="off")
+        stock = denoiser(**arguments)[0]
+        taken.clear()
+        module = {"flux": flux, "sd3": sd3}[family]
+        call = module.fuse_with(denoiser, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
+        fused = call(**arguments)[0]
+    assert taken["RowScaled"] > taken["Tensor"]
+    assert (fused - stock).norm() < 0.05 * stock.norm()
+
+
+def test_weights_of_several_types_stay_stock():
+    unet = FAMILIES["sd"].tiny().unet
+    unet.conv_out.to(torch.bfloat16)
+    vivace.accelerate(unet)
+    notes = {note.name: note for note in vivace.report(unet).passes}
+    assert notes["fuse"].detail == "its weights are of several types, bfloat16 and float32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["flux", "sd", "sdxl", "lcm", "sd3"])
+def test_on_a_gpu(family, dtype):
+    """As near to fp64 as stock, at sizes that compile nothing more."""
+    import triton
+
+    pipe = FAMILIES[family].tiny().to("cuda", dtype)
+    denoiser = getattr(pipe, FAMILIES[family].denoisers[0])
+    exact = copy.deepcopy(denoiser).double()
+    stock = copy.deepcopy(denoiser)
+    vivace.accelerate(denoiser, graphs="off")
+    notes = {note.name: note.detail for note in vivace.report(denoiser).passes}
+    assert "kernels compiled in" in notes["fuse"], notes["fuse"]
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["fn"].name)
+    try:
+        for size, batch in (((64, 64), 2), ((256, 192), 1), ((528, 784), 3)):
+            arguments = FAMILIES[family].inputs(denoiser, size=size, batch=batch, frames=1, text_tokens=77, seed=0)
+            wide = torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments
+            )
+            with torch.no_grad():
+                right = exact(**wide)[0]
+                ours, theirs = ((m(**arguments)[0] - right).norm() / right.norm() for m in (denoiser, stock))
+            assert ours <= 1.2 * theirs + 1e-3, (size, batch)
+        assert compiled == []
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert set(served(denoiser)) == {"fused blocks"}
