@@ -81,6 +81,6 @@ def test_a_signal_per_sample_where_guidance_is_batched(pipe):
     b[1] += 0.5
     assert relative_change(b, a) == pytest.approx(0.5)
     assert relative_change(a, a) == 0.0
-    assert relative_change(a, torch.zeros_like(a)) == float("inf") or relative_change(a, torch.zeros_like(a)) > 1e30
+    assert relative_change(a, torch.zeros_like(a)) == float("inf")
     a[0, 0, 0] = float("nan")
-    assert relative_change(a, b) > 1e30
+    assert relative_change(a, b) == float("inf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vivace.kernels import (
     activate,
+    change,
     gate_residual,
     geglu,
     group_norm_silu,
@@ -29,5 +30,6 @@ KERNELS: dict[str, Kernel] = {
         quant_rows,
         unpack_rows,
         int8_linear,
+        change,
     )
 }
