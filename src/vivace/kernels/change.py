@@ -17,15 +17,17 @@ CHUNK = 8192
 
 
 def change_ref(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    """The operation in torch: of x and y `[B, N]` the sums `[B, chunks, 2]` in fp32."""
-    x, y = x.float(), y.float()
+    """The operation in torch: of x and y `[B, S, D]` the sums `[B, chunks, 2]` in fp32."""
+    x, y = x.flatten(1).float(), y.flatten(1).float()
     rest = -x.shape[1] % CHUNK
     parts = torch.stack([(x - y).abs(), y.abs()], dim=-1)  # [B, N, 2]
     return [F.pad(parts, (0, 0, 0, rest)).unflatten(1, (-1, CHUNK)).sum(2)]
 
 
-@jit(do_not_specialize=("length", "chunks"))
-def _change_kernel(x, y, out, length, chunks, CHUNK: tl.constexpr):
+@jit(do_not_specialize=("tokens", "chunks"))
+def _change_kernel(x, y, out, tokens, width, chunks, CHUNK: tl.constexpr):
+    # As a product, so that the width says how the memory is aligned.
+    length = tokens * width
     batch = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     inside = at < length
@@ -37,10 +39,10 @@ def _change_kernel(x, y, out, length, chunks, CHUNK: tl.constexpr):
 
 
 def _launch(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    batch, length = x.shape
-    chunks = ceil_div(length, CHUNK)
+    batch, tokens, width = x.shape
+    chunks = ceil_div(tokens * width, CHUNK)
     out = torch.empty(batch, chunks, 2, device=x.device, dtype=torch.float32)
-    _change_kernel[(chunks, batch)](x, y, out, length, chunks, CHUNK=CHUNK, num_warps=8)
+    _change_kernel[(chunks, batch)](x, y, out, tokens, width, chunks, CHUNK=CHUNK, num_warps=8)
     return [out]
 
 
@@ -54,11 +56,12 @@ def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """
     if x.shape != y.shape or x.ndim < 2:
         raise ValueError(f"x and y must be [B, ...] of one shape, got {list(x.shape)} and {list(y.shape)}")
-    return _op(x.flatten(1).contiguous(), y.flatten(1).contiguous())[0].sum(1)
+    rows = [t.reshape(len(t), -1, t.shape[-1]).contiguous() for t in (x, y)]
+    return _op(*rows)[0].sum(1)
 
 
 def _make(draw: Draw, *, batch: int = 1, tokens: int, width: int) -> dict[str, Any]:
-    return {"x": draw(batch, tokens * width), "y": draw(batch, tokens * width)}
+    return {"x": draw(batch, tokens, width), "y": draw(batch, tokens, width)}
 
 
 KERNEL = Kernel(

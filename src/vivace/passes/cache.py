@@ -33,7 +33,7 @@ def _apply(target: Target) -> None:
     bound = policy.bind(target)
     for name, lane in target.lanes.items():
         denoiser = target.denoisers[name]
-        lane.cache = Cache(bound, denoiser, family=target.family)
+        lane.cache = Cache(bound, denoiser, family=target.family, spelled=spell(policy))
         for inner, module in attentions(denoiser) if policy.modules else ():
             target.undo.callback(give_class(module, broadcasting(inner, module)))
     target.done("cache", spell(policy))
