@@ -65,3 +65,13 @@ def main():
             kernel.launch(**kernel.arguments(case, device="meta", dtype=torch.float16))
             counts.append(len(compiled))
         asm = "".join(c.asm["ptx"] for c in list(compiled.values())[counts[0] :])
+        # Products load through asynchronous copies, of 16 bytes as well.
+        loads = "ld.global.v4.b32" in asm or ("cp.async.cg.shared.global" in asm and ", 0x10" in asm)
+        stores = "st.global.v4.b32" in asm or writes_little(kernel, case)
+        widest = "v4" if loads and stores else "narrow"
+        row = kernel.name, case.name, counts[1] - counts[0], counts[2] - counts[1], widest
+        sys.stdout.write("\t".join(map(str, row)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
