@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vivace.config import Config, preset_name, resolve
+from vivace.config import Config, plain, preset_name, resolve
 from vivace.errors import InputError
 from vivace.load import Source, find, resolve_device, resolve_dtype
 from vivace.passes.target import Note
@@ -98,7 +98,7 @@ def plan(
         pipeline=source.pipeline,
         family=source.family.name if source.family else None,
         preset=preset_name(config),
-        config=asdict(config),
+        config=plain(config),
         device=str(place),
         dtype=str(number).removeprefix("torch."),
         passes=tuple(sorted(target.notes, key=lambda note: order.index(note.name))),

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
-from vivace.cache import spell
-from vivace.config import Config, preset_name
+from vivace.config import plain, preset_name
 from vivace.passes.attention import attention_of
 from vivace.passes.target import Note
 from vivace.quant.layers import Layer, condensed
@@ -70,7 +69,7 @@ def report(subject: Any) -> Report:
         pipeline=type(target.subject).__name__,
         family=target.family.name if target.family else None,
         preset=preset_name(target.config),
-        config=_plain(target.config),
+        config=plain(target.config),
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
@@ -85,11 +84,6 @@ def report(subject: Any) -> Report:
         ),
         peak_bytes=torch.cuda.max_memory_allocated(target.device) if target.device.type == "cuda" else None,
     )
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    cache = None if config.cache is None else spell(config.cache)
-    return {**asdict(config), "cache": cache}
 
 
 def _cached(found: dict[str, Any]) -> str:
