@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vivace.attention import BACKENDS
-from vivace.cache import Policy, parse
+from vivace.cache import Policy, parse, spell
 from vivace.errors import InputError
 
 Switch = Literal["auto", "on", "off"]
@@ -106,6 +106,11 @@ def parse_fields(assignments: Iterable[str]) -> dict[str, Any]:
 def preset_name(config: Config) -> str:
     """The name of the preset that `config` is a row of, or `custom`."""
     return next((name for name, row in PRESETS.items() if row == config), "custom")
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The fields as JSON values; the cache as the command line spells it."""
+    return {**dataclasses.asdict(config), "cache": None if config.cache is None else spell(config.cache)}
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

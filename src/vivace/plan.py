@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vivace.config import Config, preset_name, resolve
+from vivace.config import Config, plain, preset_name, resolve
 from vivace.errors import InputError
 from vivace.load import Source, find, resolve_device, resolve_dtype
 from vivace.passes.target import Note

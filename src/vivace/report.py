@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
-from vivace.cache import spell
-from vivace.config import Config, preset_name
+from vivace.config import plain, preset_name
 from vivace.passes.attention import attention_of
 from vivace.passes.target import Note
 from vivace.quant.layers import Layer, condensed

@@ -59,6 +59,19 @@ def test_skips_and_comes_close(pipe, draw, last, spelled, fuse):
     assert torch.equal(draw(pipe), exact)
 
 
+@pytest.mark.parametrize("spelled", [*LOOSE.values(), "firstblock:threshold=0.4,order=2", "taylorseer:order=2"])
+def test_memory_stays_within_the_forecast(pipe, draw, spelled):
+    tokens, width = 4 * 4, pipe.transformer.inner_dim
+    sizes = {"output": 2 * 16 * 8 * 8 * 4, "hidden": 2 * tokens * width * 4, "text": 2 * (77 + 256) * width * 4}
+    modules = sum(
+        1 for block in pipe.transformer.transformer_blocks for a in (block.attn, block.attn2) if a is not None
+    )
+    vivace.accelerate(pipe, cache=spelled, fuse="off")
+    draw(pipe, steps=30)
+    peak = vivace.report(pipe).cache["transformer"]["peak_bytes"]
+    assert 0 < peak <= parse(spelled).holds.nbytes(**sizes, modules=modules)
+
+
 @pytest.mark.parametrize("spelled", TIGHT.values(), ids=TIGHT)
 def test_with_nothing_to_skip_nothing_changes(pipe, draw, last, spelled):
     fuse = "off" if parse(spelled).modules else "on"

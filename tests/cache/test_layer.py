@@ -12,6 +12,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, PND
 import vivace
 from vivace import request
 from vivace.families import FAMILIES
+from vivace.fused import FUSED
 
 POLICIES = (
     "firstblock:threshold=0.4",
@@ -232,8 +233,10 @@ STACKED = (
 ANY = ("steps:compute=0", "taylorseer:warmup=1,interval=9", "pab:warmup=0,cooldown=0,self_every=9,cross_every=9")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_that_repeats_the_last_ones_input_is_skipped_without_loss(family):
+@pytest.mark.parametrize(
+    ("family", "fuse"), [(name, fuse) for name in FAMILIES for fuse in ("off", "on") if fuse == "off" or name in FUSED]
+)
+def test_a_step_that_repeats_the_last_ones_input_is_skipped_without_loss(family, fuse):
     """Whatever is reused is then right, so the output must be what was computed."""
     one = FAMILIES[family]
     denoiser = one.denoisers[0]
@@ -241,11 +244,12 @@ def test_a_step_that_repeats_the_last_ones_input_is_skipped_without_loss(family)
     frames = {"frames": 5} if one.media == "video" else {}
     arguments = one.inputs(denoiser, size=(64, 64), **frames)
     unet = "up_blocks" in one.blocks
-    spelled = [*ANY, *(("deepcache", "deepcache:levels=2") if unet else STACKED)]
+    spelled = [one for one in ANY if fuse == "off" or "pab" not in one]
+    spelled += ("deepcache", "deepcache:levels=2") if unet else STACKED
     if one.signal is not None:
         spelled.append("teacache:coefficients=0+0,threshold=9")
     for cache in spelled:
-        vivace.accelerate(denoiser, cache=cache, fuse="off")
+        vivace.accelerate(denoiser, cache=cache, fuse=fuse)
         outputs = same_input_twice(denoiser, arguments)
         (found,) = vivace.report(denoiser).cache.values()
         assert found["last_request"]["skipped_steps"] == [1], cache
@@ -260,8 +264,9 @@ def same_input_twice(denoiser, arguments) -> list[torch.Tensor]:
     return [out if isinstance(out, torch.Tensor) else torch.stack(list(out)) for out in outputs]
 
 
+@pytest.mark.parametrize("fuse", ["on", "off"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_deepcache_keeps_a_controlnets_residuals(levels):
+def test_deepcache_keeps_a_controlnets_residuals(levels, fuse):
     pipe = FAMILIES["sd"].tiny("StableDiffusionControlNetPipeline")
     arguments = FAMILIES["sd"].inputs(pipe.unet, size=(64, 64))
     picture = torch.rand(2, 3, 64, 64)
@@ -270,7 +275,7 @@ def test_deepcache_keeps_a_controlnets_residuals(levels):
             arguments["sample"], arguments["timestep"], arguments["encoder_hidden_states"], picture, return_dict=False
         )
     arguments |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    vivace.accelerate(pipe.unet, cache=f"deepcache:levels={levels}")
+    vivace.accelerate(pipe.unet, cache=f"deepcache:levels={levels}", fuse=fuse)
     first, second = same_input_twice(pipe.unet, arguments)
     torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
 

@@ -34,7 +34,7 @@ class BlockDance(Policy):
     name: ClassVar[str] = "blockdance"
     blocks: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
-    holds: ClassVar[Holds] = Holds(hiddens=2)
+    holds: ClassVar[Holds] = Holds(streams=1)
 
     after: int | None = None
     """Blocks whose result is reused; None: 20, or a third of a smaller model's."""

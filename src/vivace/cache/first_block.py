@@ -35,7 +35,7 @@ class FirstBlock(Windowed):
     name: ClassVar[str] = "firstblock"
     blocks: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
-    holds: ClassVar[Holds] = Holds(hiddens=3)
+    holds: ClassVar[Holds] = Holds(hiddens=4)
 
     threshold: float = 0.1
     """Relative change of what the first block adds, from which the others are computed."""

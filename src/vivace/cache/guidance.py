@@ -29,7 +29,7 @@ class GuidanceReuse(Policy):
     """Compute the unconditional half only now and then."""
 
     name: ClassVar[str] = "guidance"
-    holds: ClassVar[Holds] = Holds(outputs=2)
+    holds: ClassVar[Holds] = Holds(outputs=1)
 
     every: int = 2
     """One step in so many computes both halves."""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from vivace import request
 from vivace.cache.call import Call, Schedule
-from vivace.cache.policy import Policy, spell
+from vivace.cache.policy import Policy
 from vivace.cache.tally import Count, Tally, mark
 from vivace.passes.target import device_of
 from vivace.request import Request
@@ -41,8 +41,9 @@ class Branch:
 class Cache:
     """The cache of one denoiser. What it remembers lives in the request and ends with it; here are only counts."""
 
-    def __init__(self, policy: Policy, denoiser: torch.nn.Module, *, family: Family | None) -> None:
+    def __init__(self, policy: Policy, denoiser: torch.nn.Module, *, family: Family | None, spelled: str) -> None:
         self.policy = policy
+        self.spelled = spelled  # as it was asked for, before the model's own values were filled in
         self.denoiser = denoiser
         self.family = family
         self.tally = Tally()
@@ -73,7 +74,7 @@ class Cache:
 
     def to_dict(self) -> dict[str, Any]:
         """What happened so far as plain values, ready for JSON."""
-        return {"policy": spell(self.policy), **self.tally.to_dict(), "idle": dict(self.idle)}
+        return {"policy": self.spelled, **self.tally.to_dict(), "idle": dict(self.idle)}
 
     def release(self) -> None:
         """Forget what was built from the denoiser as it was."""

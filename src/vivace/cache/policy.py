@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Holds:
-    """How many tensors a policy keeps for one guidance branch, for the forecast of its memory."""
+    """How many tensors a policy keeps at most for one call of the denoiser, for the forecast of its memory."""
 
-    outputs: int = 0  # of the denoiser's output
-    hiddens: int = 0  # of the stream between the blocks
-    attentions: int = 0  # of the stream, for every attention module
+    outputs: int = 0  # of the denoiser's output, in fp32
+    hiddens: int = 0  # of the picture's stream between the blocks
+    streams: int = 0  # of that and the text's together
+    attentions: int = 0  # of both streams, for every attention module
+
+    def nbytes(self, *, output: int, hidden: int, text: int = 0, modules: int = 0) -> int:
+        """The most that is kept, from the bytes of an output in fp32 and of the two streams; `modules` of attention."""
+        both = hidden + text
+        return self.outputs * output + self.hiddens * hidden + (self.streams + self.attentions * modules) * both
 
 
 @dataclass(frozen=True, kw_only=True)

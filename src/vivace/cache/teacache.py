@@ -6,10 +6,12 @@ output. The mapped changes add up; while they are below `threshold`, the blocks 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vivace.cache.calibration import calibration_of
 from vivace.cache.policy import Holds
 from vivace.cache.window import Windowed
 
@@ -44,21 +46,29 @@ class TeaCache(Windowed):
     """Sum of expected relative changes of the output, from which a step is computed."""
 
     coefficients: tuple[float, ...] | None = None
-    """The polynomial, highest power first; None: as published for the model, or as calibrated."""
+    """The polynomial, highest power first; None: as calibrated, or as published for the model."""
+
+    file: str | None = None
+    """A calibration, from `vivace calibrate`; None: the one that ships with the model, if any."""
 
     def refuses(self, target: Target) -> str | None:
         family = target.family
         if family is None or family.signal is None:
             return "TeaCache has no signal for this model; use firstblock, which needs none"
-        if self.coefficients is None and len(_published(target)) != 1:
-            return _choice(target)
-        return None
+        return None if len(self._known(target)) == 1 else _choice(target)
 
     def bind(self, target: Target) -> TeaCache:
-        if self.coefficients is not None:
-            return self
-        (coefficients,) = set(_published(target).values())
+        (coefficients,) = self._known(target)
         return replace(self, coefficients=coefficients)
+
+    def _known(self, target: Target) -> set[tuple[float, ...]]:
+        """The polynomials that may be meant."""
+        if self.coefficients is not None:
+            return {self.coefficients}
+        calibration = calibration_of(target, file=self.file)
+        if calibration is not None and calibration.teacache is not None:
+            return {calibration.teacache}
+        return set() if self.file else set(_published(target).values())
 
     def fresh(self) -> Memory:
         return Memory()
@@ -91,17 +101,18 @@ def polynomial(coefficients: Sequence[float], x: float) -> float:
 
 
 def _published(target: Target) -> Mapping[str, tuple[float, ...]]:
-    """Variant -> its polynomial, for the variants that this denoiser's configuration fits."""
+    """Variant -> its polynomial, for the variants of exactly this denoiser's configuration."""
     assert target.family is not None
-    config = next(iter(target.denoisers.values())).config
-    fitting = {name: v for name, v in target.family.variants.items() if v.teacache and _fits(v, config)}
-    # Variants that spell out more of the configuration know it better.
-    most = max((len(v.denoiser) for v in fitting.values()), default=0)
-    return {name: v.teacache for name, v in fitting.items() if v.teacache and len(v.denoiser) == most}
+    denoiser = next(iter(target.denoisers.values()))
+    variants = {name: variant for name, variant in target.family.variants.items() if _fits(variant, denoiser)}
+    return {name: variant.teacache for name, variant in variants.items() if variant.teacache}
 
 
-def _fits(variant: Variant, config: Any) -> bool:
-    return all(_plain(config.get(name)) == _plain(value) for name, value in variant.denoiser.items())
+def _fits(variant: Variant, denoiser: Any) -> bool:
+    """Whether the variant, with its class's defaults where it says nothing, has the denoiser's configuration."""
+    parameters = inspect.signature(type(denoiser).__init__).parameters
+    known = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(variant.denoiser)
+    return all(_plain(denoiser.config.get(name)) == _plain(value) for name, value in known.items())
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ import torch
 
 from vivace.errors import InputError, first_line
 
-INSTALL = "pip install 'vivace[eval]'"
 CLIP = "openai/clip-vit-base-patch16"
 
 
@@ -67,11 +66,13 @@ def clip_score(
             f"the CLIP score has no model {str(model)!r}: {first_line(error)}; give a folder with --clip"
         ) from error
 
+    bare: Any = _Features(network)
+
     def measure(pictures: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
         pairs = zip(pixels, captions, strict=True)
         with torch.no_grad():
-            found = [score(picture.to(device), text, lambda: (network, processor)) for picture, text in pairs]
+            found = [score(picture.to(device), text, lambda: (bare, processor)) for picture, text in pairs]
         return torch.stack([value.detach().cpu() for value in found])
 
     return measure
@@ -98,9 +99,32 @@ def inception(weights: Path | None = None, *, device: torch.device | str = "cpu"
     return features
 
 
+class _Features:
+    """A CLIP model as torchmetrics calls it: transformers 5 wraps the features, which it takes bare."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+
+    def to(self, device: torch.device) -> _Features:
+        self.model.to(device)
+        return self
+
+    def get_image_features(self, *given: torch.Tensor) -> torch.Tensor:
+        return _bare(self.model.get_image_features(*given))
+
+    def get_text_features(self, *given: torch.Tensor) -> torch.Tensor:
+        return _bare(self.model.get_text_features(*given))
+
+
+def _bare(found: Any) -> torch.Tensor:
+    return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
 def _needs(package: str, what: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"{what} needs the package {package}, which is not installed; {INSTALL}")
+        raise InputError(
+            f"{what} needs the package {package}, which is not installed; pip install {package.replace('_', '-')}"
+        )
 
 
 def _load_backbone(net: torch.nn.Module, path: Path) -> None:

@@ -79,7 +79,8 @@ class Store:
         middle = pixels[len(pixels) // 2].permute(1, 2, 0)
         Image.fromarray(middle.numpy()).save(path.with_suffix(".png"))
         with self._own.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            # The newline comes first: a run that was killed may have left half a line.
+            file.write("\n" + json.dumps(asdict(record)))
 
     def drawn(self, contestant: str, index: int) -> Drawn:
         """A drawing, with its pixels as they were rounded to 8 bits."""

@@ -264,7 +264,7 @@ def _mid(level: Level, index: int, state: State) -> State:
 
 def _up(block: Any, level: Level, index: int, last: int, state: State) -> State:
     context = state.context
-    if index == 0 and context["control"] is not None:
+    if context["control"] is not None:
         state = join_control(state)
     x, skips, own = state.x, state.skips[: -len(level)], state.skips[-len(level) :]
     strengths = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")}

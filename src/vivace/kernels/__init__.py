@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vivace.kernels import (
     activate,
+    change,
     gate_residual,
     geglu,
     group_norm_silu,
@@ -35,5 +36,6 @@ KERNELS: dict[str, Kernel] = {
         int8_linear,
         quant_heads,
         unscale_heads,
+        change,
     )
 }

@@ -1,0 +1,47 @@
+"""The calibrations that ship: they are the built-in model's own, and they run."""
+
+import pytest
+
+import vivace
+from vivace import builtin
+from vivace.cache.calibration import SHIPPED, fingerprint, read
+from vivace.errors import InputError
+
+try:
+    builtin.folder()
+except InputError:
+    pytest.skip("the built-in model is not there", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    found = vivace.load("builtin", device="cpu")
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def test_every_file_is_a_calibration():
+    assert list(SHIPPED.glob("*.json"))
+    for path in SHIPPED.glob("*.json"):
+        found = read(path)
+        for plan in found.plans:
+            assert plan.compute[0] == 0
+            assert set(plan.compute) | set(plan.orders) == set(range(plan.steps))
+
+
+def test_the_built_in_models(pipe):
+    own = read(SHIPPED / "builtin.json")
+    assert own.denoiser == fingerprint(pipe.transformer)
+    scheduler = type(pipe.scheduler).__name__
+    assert any((plan.steps, plan.scheduler) == (28, scheduler) for plan in own.plans)
+    assert own.teacache is not None
+
+
+@pytest.mark.parametrize("spelled", ["planned:computed=0.36", "teacache"])
+def test_the_built_in_model_runs_with_them(pipe, spelled, last):
+    vivace.accelerate(pipe, cache=spelled)
+    try:
+        pipe("a red circle", num_inference_steps=28, guidance_scale=3.0, height=64, width=64, output_type="latent")
+        assert 0.2 < last(pipe)["hit_rate"] < 0.9
+    finally:
+        vivace.restore(pipe)

@@ -1,0 +1,69 @@
+"""The segments that caches declare, recorded as CUDA graphs are: fixed inputs, outputs that a replay overwrites."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import vivace
+from vivace.accelerate import acceleration_of
+from vivace.graph import Graphs, Recording
+
+POLICIES = (
+    "firstblock:threshold=0.4",
+    "firstblock:threshold=0.4,order=1",
+    "teacache:threshold=0.5,coefficients=1+0",
+    "dicache:threshold=0.5",
+    "magcache:ratios=1+1.01+1.01+0.99,threshold=0.2",
+    "steps:compute=0-3,5,7,9,11,order=2",
+    "taylorseer:interval=3",
+    "meancache:of50=17",
+    "blockdance:after=1",
+    "guidance:every=2",
+)
+
+
+class Recorder:
+    def __init__(self):
+        self.names = []
+
+    def __call__(self, segment, leaves, spec):
+        static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in static if isinstance(leaf, torch.Tensor)]
+        output = segment(**tree_unflatten(static, spec))
+        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
+
+        def replay():
+            again = tree_flatten(segment(**tree_unflatten(static, spec)))[0]
+            fresh = [leaf.clone() for leaf in again if isinstance(leaf, torch.Tensor)]
+            for old, new in zip(outputs, fresh, strict=True):
+                old.copy_(new)
+
+        return Recording(inputs=inputs, output=output, replay=replay, nbytes=1)
+
+
+@pytest.mark.parametrize("spelled", POLICIES)
+@pytest.mark.parametrize("fuse", ["on", "off"])
+def test_recorded_segments_give_what_direct_ones_do(pipe, draw, last, monkeypatch, spelled, fuse):
+    # A CPU tensor's value would be frozen into a real recording.
+    monkeypatch.setattr("vivace.graph.HOST", "elsewhere")
+    vivace.accelerate(pipe, cache=spelled, fuse=fuse)
+    direct, skipped = [draw(pipe, seed=seed) for seed in (0, 1)], last(pipe)["skipped_steps"]
+    lane = acceleration_of(pipe).target.lanes["transformer"]
+    lane.run = Graphs(budget=1000, record=Recorder())
+    for seed, expected in enumerate(direct):
+        torch.testing.assert_close(draw(pipe, seed=seed), expected, rtol=1e-5, atol=1e-5)
+    assert last(pipe)["skipped_steps"] == skipped
+    recorded = [key[0] for key in lane.run.recordings]
+    assert recorded
+    # One recording a segment: nothing that changes from step to step is in its signature.
+    assert len(recorded) <= 2 * len(set(recorded))
+
+
+def test_a_policy_that_works_in_modules_is_not_recorded(pipe, draw, last, monkeypatch):
+    monkeypatch.setattr("vivace.graph.HOST", "elsewhere")
+    vivace.accelerate(pipe, cache="pab:warmup=2,cooldown=2")
+    direct = draw(pipe)
+    lane = acceleration_of(pipe).target.lanes["transformer"]
+    lane.run = Graphs(budget=1000, record=Recorder())
+    assert torch.equal(draw(pipe), direct)
+    assert not lane.run.recordings

@@ -1,0 +1,156 @@
+"""Contestants on disk: resumable, beside floor and controls, and judged by what they drew."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from vivace import Config, InputError
+from vivace.accelerate import acceleration_of
+from vivace.evals.comparison import draw_all, write_all
+from vivace.evals.contest import Contest, Contestant, contestants, controls_of
+from vivace.evals.store import Record, Store, key_of
+from vivace.evals.verdict import judge, temporal_error
+from vivace.families import FAMILIES
+
+PROMPTS = ("a fox", "a red house", "seven cats")
+CACHES = {"gentle": Config(cache="steps:compute=0-5,7"), "bold": Config(cache="steps:compute=0-1,5")}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FAMILIES["sd3"].tiny()
+
+
+def contest_in(folder, pipe, **fields) -> Contest:
+    call = {"height": 64, "width": 64, "guidance_scale": 4.0}
+    fields = {"model": "tiny", "prediction": "flow", "prompts": PROMPTS, "steps": 8, "call": call, **fields}
+    return Contest(pipe=pipe, store=Store(folder), **fields)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    contest = contest_in(tmp_path_factory.mktemp("contest"), tiny)
+    reference, others = draw_all(contest, presets=["exact"], configs=CACHES)
+    return contest, write_all(contest, reference, others, about={"model": "tiny", "seed": 0})
+
+
+def test_the_closer_cache_is_closer_and_the_floor_is_closest(compared):
+    _, written = compared
+    mean = {v.contestant.name: v.distances["PSNR"].mean() for v in written.verdicts if v.distances}
+    assert mean["floor: stock, in pairs"] > mean["gentle"] > mean["bold"]
+    shares = {v.contestant.name: v.computed for v in written.verdicts}
+    assert (shares["gentle"], shares["bold"], shares["exact"]) == (7 / 8, 3 / 8, None)
+
+
+def test_what_is_written(compared):
+    contest, written = compared
+    folder = contest.store.folder
+    document = json.loads((folder / "metrics.json").read_text())
+    assert [v["name"] for v in document["verdicts"]][:4] == ["exact", "floor: stock, in pairs", "gentle", "bold"]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert len(rows) == len(PROMPTS) * len(written.verdicts)
+    assert {float(row["PSNR"]) > 20 for row in rows if row["contestant"] == "gentle"} == {True}
+    page = written.report.read_text()
+    assert page.count("data:image/jpeg;base64,") >= 3 * len(PROMPTS)
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    for name in ("gentle", "bold", "a red house"):
+        assert name in page
+    sheet = Image.open(written.sheet)
+    assert sheet.width > sheet.height > 3 * 192
+    assert Image.open(folder / "speed_quality.png").width > 1000
+
+
+def test_a_second_run_draws_nothing_and_the_pipeline_is_stock(compared, tiny):
+    contest, _ = compared
+    before = contest.store.records()
+    again = contest_in(contest.store.folder, tiny)
+
+    def fail(*args):
+        raise AssertionError("drawn again")
+
+    again._draw = fail
+    reference, candidates = contestants(presets=["exact"], configs=CACHES, steps=8)
+    for contestant in (reference, *candidates):
+        again.run(contestant)
+    assert again.store.records() == before
+    assert acceleration_of(tiny) is None
+
+
+def test_other_settings_are_drawn_anew(compared, tiny):
+    contest, _ = compared
+    reference, _ = contestants(presets=["exact"], configs={}, steps=8)
+    other = contest_in(contest.store.folder, tiny, seed=5)
+    assert len(contest.of(reference)) == 3
+    assert other.of(reference) == []
+
+
+def test_stopped_and_resumed(tiny, tmp_path):
+    contest = contest_in(tmp_path, tiny)
+    reference, _ = contestants(presets=["exact"], configs={}, steps=8)
+    stock, count = contest._draw, []
+
+    def draw(*args):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    contest._draw = draw
+    with pytest.raises(KeyboardInterrupt):
+        contest.run(reference)
+    assert len(contest.of(reference)) == 1
+    (tmp_path / "records-0.jsonl").open("a").write('{"contestant": "exact", "ind')
+    contest._draw = stock
+    contest.run(reference)
+    assert len(contest.of(reference)) == 3
+
+
+def test_two_processes_draw_their_shares(tiny, tmp_path):
+    reference, _ = contestants(presets=["exact"], configs={}, steps=4)
+    for rank in range(2):
+        contest = contest_in(tmp_path, tiny, steps=4, rank=rank, ranks=2)
+        contest.store.rank = rank
+        contest.run(reference)
+    assert [record.index for record in contest.of(reference)] == [0, 1, 2]
+
+
+def test_controls_have_the_candidates_time(tiny, tmp_path):
+    contest = contest_in(tmp_path, tiny)
+    reference = Contestant(name="exact", role="reference", config=Config(), steps=8)
+    half = replace(reference, name="half", role="candidate")
+    for contestant, seconds in ((reference, 2.0), (half, 1.0)):
+        for index in range(3):
+            record = Record(
+                contestant=contestant.name, index=index, prompt="", seed=index, seconds=seconds, computed=None,
+                key=key_of(contestant.settings(contest)),
+            )  # fmt: skip
+            contest.store.keep(record, latents=torch.zeros(1, 2), frames=torch.zeros(1, 3, 16, 16))
+    controls = controls_of(contest, reference, [half])
+    assert {(c.scheduler, c.steps) for c in controls} == {(None, 4), ("unipc", 4), ("dpmsolvermultistep", 4)}
+    verdicts = judge(contest, reference, [half])
+    assert verdicts[1].speedup == 2.0
+    assert verdicts[1].wins == "no control is as fast"
+
+
+def test_a_flicker_is_seen_by_no_frame_but_by_their_order():
+    from vivace.evals.store import Drawn
+
+    still = Drawn(latents=torch.zeros(1), frames=torch.rand(5, 3, 16, 16))
+    flicker = Drawn(
+        latents=torch.zeros(1), frames=still.frames + 0.1 * torch.tensor([1, -1, 1, -1, 1]).view(5, 1, 1, 1)
+    )
+    brighter = Drawn(latents=torch.zeros(1), frames=still.frames + 0.1)
+    assert temporal_error(still, still).item() == 0
+    assert temporal_error(brighter, still).item() == pytest.approx(0, abs=1e-6)
+    assert temporal_error(flicker, still).item() > 0.3
+
+
+def test_mistakes_are_said():
+    with pytest.raises(InputError, match="unknown preset 'fastest'"):
+        contestants(presets=["exact", "fastest"], configs={}, steps=8)
+    with pytest.raises(InputError, match="a candidate too"):
+        contestants(presets=["exact"], configs={"exact": Config()}, steps=8)
