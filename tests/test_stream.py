@@ -6,7 +6,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from vivace.stream import Stream, Turn, spread
+from vivace import InputError
+from vivace.stream import Stream, Turn
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
@@ -78,6 +79,25 @@ def test_blocks_out_of_order_and_skipped():
         torch.testing.assert_close(tower.blocks[index](x), wanted[index])
 
 
+def test_the_order_of_the_calls_is_learned():
+    class Odd(Tower):
+        def forward(self, x):
+            for index in (3, 1, 4):
+                x = self.blocks[index](x)
+            return x
+
+    odd, x = Odd(), torch.randn(2, 16)
+    wanted = odd(x)
+    stream, _ = placed(odd, CPU, streamed=range(5))
+    torch.testing.assert_close(odd(x), wanted)
+    assert stream.order == [3, 1, 4]
+    fetched, fetch = [], stream._fetch
+    stream._fetch = lambda index, **options: fetched.append((index, index in stream._coming)) or fetch(index, **options)
+    torch.testing.assert_close(odd(x), wanted)
+    # Each is under way when its call comes.
+    assert all(under_way for index, under_way in fetched[1::2])
+
+
 def test_a_call_that_fails_leaves_the_weights_at_home():
     tower = Tower()
     stream, _ = placed(tower, CPU, streamed=(1, 2), stay="call")
@@ -97,11 +117,14 @@ def test_one_of_two_experts_is_parked():
         assert turn.holder is streams[1 - other]
 
 
-def test_streamed_blocks_lie_evenly():
-    assert spread(0, of=5) == []
-    assert spread(5, of=5) == [0, 1, 2, 3, 4]
-    assert spread(2, of=6) == [0, 3]
-    assert len(spread(19, of=57)) == 19
+def test_moving_and_casting_are_refused():
+    tower = Tower()
+    _, undo = placed(tower, CPU, streamed=(1,))
+    assert tower.to(CPU) is tower
+    with pytest.raises(InputError, match="placed by vram="):
+        tower.to(torch.float64)
+    undo.close()
+    assert tower.to(torch.float64).inward.weight.dtype == torch.float64
 
 
 @pytest.mark.gpu

@@ -79,7 +79,7 @@ def plan(
     from vivace.memory import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
-    from vivace.report import plain
+    from vivace.config import plain
 
     config = resolve(preset, **fields)
     source = source_of(os.fspath(model))

@@ -86,12 +86,6 @@ def report(subject: Any) -> Report:
     )
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """A Config as JSON values, its cache as the command line spells it."""
-    cache = None if config.cache is None else spell(config.cache)
-    return {**asdict(config), "cache": cache}
-
-
 def _cached(found: dict[str, Any]) -> str:
     last = found["last_request"]
     of = last["computed"] + last["skipped"]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from vivace.errors import InputError
 from vivace.one_off import give_class
 from vivace.pinned import hold
+from vivace.placement import SLOTS
 
 ALIGN = 256  # bytes: what the widest loads of kernels and copies want
-SLOTS = 2  # one block computes while the next one comes
-
 Stay = Literal["always", "turn", "call"]
 """How long what is not streamed stays on the device: until the undo, until another takes its turn, for one call."""
 
@@ -80,9 +80,9 @@ class Turn:
 class Stream:
     """The weights of one module: some blocks and everything outside of blocks held together, the others streamed.
 
-    `blocks` are the module's repeated blocks in the order of their calls, `streamed` the indices of those whose weights
-    come for their call alone. What is held stays as long as `stay` says. Nothing is ever written back: weights that
-    change while they are on the device (in training) lose that.
+    `blocks` are the module's repeated blocks, `streamed` the indices of those whose weights come for their call alone;
+    which one is called after which is learned in the first call. What is held stays as long as `stay` says. Nothing is
+    ever written back: weights that change while they are on the device (in training) lose that.
     """
 
     def __init__(
@@ -96,13 +96,15 @@ class Stream:
         turn: Turn | None = None,
     ) -> None:
         self.module, self.device, self.stay, self.turn = module, device, stay, turn
-        self.order = sorted(streamed)
+        self.order = sorted(streamed)  # of their calls, as far as it is known
+        self._called: dict[int, None] | None = {}  # in the first call, in their order
         pin = device.type == "cuda"
         mine = {index: _tensors(blocks[index]) for index in self.order}
         away = {id(tensor) for tensors in mine.values() for tensor in tensors}
         held = [tensor for tensor in _tensors(module) if id(tensor) not in away]
         self.groups = {index: Group(tensors, pin=pin) for index, tensors in mine.items()}
         self.held = Group(held, pin=pin)
+        self._known = {id(tensor) for group in (self.held, *self.groups.values()) for tensor, _ in group.home}
         self._arrived: torch.Tensor | None = None  # the held group's bytes on the device
         self._slots: list[torch.Tensor] = []
         self._coming: dict[int, int] = {}  # block -> the slot it is in, or on the way to
@@ -114,10 +116,15 @@ class Stream:
     def install(self, *, blocks: Sequence[torch.nn.Module], undo: ExitStack) -> None:
         """Let the module's and its blocks' calls bring the weights they need."""
         undo.callback(self._give_back)
-        for index in self.order:
+        for index in self.groups:
             undo.callback(give_class(blocks[index], {"forward": self._block_forward(blocks[index], index)}))
-        members = {"forward": self._module_forward(), "device": property(lambda _: self.device)}
-        undo.callback(give_class(self.module, {**members, "vivace_device": self.device}))
+        members = {
+            "forward": self._module_forward(),
+            "_apply": self._module_apply(),
+            "device": property(lambda _: self.device),
+            "vivace_device": self.device,
+        }
+        undo.callback(give_class(self.module, members))
         if self.stay == "always":
             self.arrive()
 
@@ -131,7 +138,7 @@ class Stream:
         if self._arrived is None:
             self._arrived = self.held.host.to(self.device, non_blocking=True)
             self.held.point(self._arrived)
-        if self.order and not self._slots:
+        if self.groups and not self._slots:
             size = max(group.nbytes for group in self.groups.values())
             self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
             if self._copies is not None:
@@ -147,6 +154,13 @@ class Stream:
         self._arrived, self._slots = None, []
         self._coming.clear()
 
+    def written(self) -> None:
+        """Weights were changed in place, what is held on the device, the others on the host."""
+        # What is on its way may be from before.
+        self._coming.clear()
+        if self._arrived is not None and self.stay != "always":
+            self.held.host.copy_(self._arrived)
+
     @contextmanager
     def during_call(self) -> Iterator[None]:
         """The weights of one call of the module."""
@@ -155,10 +169,13 @@ class Stream:
                 self.turn.take(self)
             else:
                 self.arrive()
+            self._bring_strays()
             if self.order:
                 self._fetch(self.order[0])
             try:
                 yield
+                if self._called:
+                    self.order, self._called = list(self._called), None
             finally:
                 if self.stay == "call":
                     self.leave()
@@ -171,17 +188,26 @@ class Stream:
             torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
         group = self.groups[index]
         group.point(self._slots[slot])
-        place = self.order.index(index)
-        last = place + 1 == len(self.order)
-        # Behind the last one comes the first of the next step.
-        if len(self.order) > 1 and not (last and self.stay == "call"):
-            self._fetch(self.order[(place + 1) % len(self.order)], keep=index)
+        if self._called is not None:
+            self._called[index] = None
+        following = self._after(index)
+        if following is not None:
+            self._fetch(following, keep=index)
         try:
             yield
         finally:
             group.point(group.host)
             if self._copies is not None:
                 self._free[slot].record(torch.cuda.current_stream(self.device))
+
+    def _after(self, index: int) -> int | None:
+        """The block that is called after this one; after the last, the first of the next step."""
+        if index not in self.order or len(self.order) < 2:
+            return None
+        place = self.order.index(index) + 1
+        if place < len(self.order):
+            return self.order[place]
+        return None if self.stay == "call" else self.order[0]
 
     def _fetch(self, index: int, *, keep: int | None = None) -> int:
         """Start a block's copy unless it is under way; returns its slot. Block `keep` is computing."""
@@ -202,6 +228,26 @@ class Stream:
             if self._copies is not None:
                 self._ready[slot].record(self._copies)
         return slot
+
+    def _bring_strays(self) -> None:
+        """Adapters that came later belong to no group: they stay on the device."""
+        if getattr(self.module, "peft_config", None):
+            for tensor in _tensors(self.module):
+                if id(tensor) not in self._known:
+                    tensor.data = tensor.data.to(self.device)
+
+    def _module_apply(self) -> Callable[..., Any]:
+        def _apply(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+            dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
+            made = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if (made.dtype, made.device.type) != (dtype, self.device.type):
+                raise InputError(
+                    f"the weights of this {type(module).__name__} are placed by vram=; call vivace.restore before "
+                    "moving or casting it"
+                )
+            return module
+
+        return _apply
 
     def _module_forward(self) -> Callable[..., Any]:
         stock = type(self.module)
@@ -227,11 +273,6 @@ class Stream:
         self.leave()
         for group in (self.held, *self.groups.values()):
             group.give_back()
-
-
-def spread(count: int, *, of: int) -> list[int]:
-    """`count` of `of` indices, as evenly as they go: between two streamed blocks the others give the copy time."""
-    return sorted({index * of // count for index in range(count)}) if count else []
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vivace import lora
 from vivace.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.config import Config, Switch
 from vivace.merged import Merged
-from vivace.passes.target import Pass, Target
+from vivace.passes.target import Pass, Target, device_of
 from vivace.side import Sides
 
 if TYPE_CHECKING:
     from vivace.lane import Lane
-
-EFFECTS = {"auto": Merged, "merged": Merged, "side": Sides}
-DETAILS = {Merged: "merged into the weights in place", Sides: "low-rank products beside the linears"}
 
 
 def _wants(config: Config) -> Switch:
@@ -34,21 +30,29 @@ def _check(target: Target) -> str | None:
 
 
 def _apply(target: Target) -> None:
-    effect = EFFECTS[target.config.lora]
+    beside = target.config.lora == "side"
     for lane in target.lanes.values():
-        lane.adapters = Adapters(lane.denoiser, effect=effect(changed=_clearing(lane)))
+        effect = _sides(lane) if beside else _merged(lane, target)
+        # The list, which the pass that quantises fills.
+        lane.adapters = Adapters(lane.denoiser, effect=effect, bases=target.bases)
         lane.adapters.lift()
         target.undo.callback(lane.adapters.close)
     target.done("lora", _forecast(target))
 
 
 def _forecast(target: Target) -> str:
-    return DETAILS[EFFECTS[target.config.lora]]
+    return "low-rank products beside the linears" if target.config.lora == "side" else "merged into the weights in place"
 
 
-def _clearing(lane: Lane) -> Callable[[], None]:
+def _merged(lane: Lane, target: Target) -> Merged:
+    # On the CPU products keep a form of their own of a quantised weight; elsewhere they read what is written in place.
+    rebuilt = lane.release if target.device.type == "cpu" else lambda: None
+    return Merged(on_device=target.config.vram is None, rebuilt=rebuilt)
+
+
+def _sides(lane: Lane) -> Sides:
     # Looked up when it is called: a later pass sets the lane's runner.
-    return lambda: lane.run.clear()
+    return Sides(changed=lambda: lane.run.clear(), device=lambda: device_of(lane.denoiser))
 
 
 def lora_methods(target: Target) -> dict[str, Any]:
