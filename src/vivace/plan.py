@@ -79,7 +79,6 @@ def plan(
     from vivace.memory import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
-    from vivace.config import plain
 
     config = resolve(preset, **fields)
     source = source_of(os.fspath(model))

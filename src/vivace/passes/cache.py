@@ -42,12 +42,6 @@ def _apply(target: Target) -> None:
 
 
 def _forecast(target: Target) -> str:
-    policy = target.config.cache
-    assert policy is not None
-    return spell(policy)
-
-
-def _forecast(target: Target) -> str:
     """The policy, and the most that it will hold for a call of the family's usual size."""
     policy = target.config.cache
     assert policy is not None

@@ -41,7 +41,9 @@ def _apply(target: Target) -> None:
 
 
 def _forecast(target: Target) -> str:
-    return "low-rank products beside the linears" if target.config.lora == "side" else "merged into the weights in place"
+    return (
+        "low-rank products beside the linears" if target.config.lora == "side" else "merged into the weights in place"
+    )
 
 
 def _merged(lane: Lane, target: Target) -> Merged:
