@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a large green triangle to the right of a small red circle on a yellow background
 PYTEST ?=
 
-.PHONY: demo test test-all check lint size format timings clean
+.PHONY: calibrations demo test test-all check lint size format timings clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this machine has
@@ -33,6 +33,10 @@ size:
 
 timings: $(VENV)/.run  ## cold starts of this machine, to benchmarks/<date>-cpu-timings.json
 	$(BIN)/python -m vivace.bench.timings
+
+calibrations: $(VENV)/.run  ## fits the step caches to the built-in model; a GPU needs minutes
+	mkdir -p src/vivace/cache/calibrations
+	$(BIN)/vivace calibrate builtin --captions 48 --shares 0.25,0.36,0.5,0.67 -o src/vivace/cache/calibrations/builtin.json
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache

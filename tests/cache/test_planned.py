@@ -54,6 +54,19 @@ def test_another_number_of_steps_is_an_error(pipe, draw, file):
         draw(pipe, steps=9)
 
 
+def test_another_shift_of_the_noise_is_an_error(pipe, draw, last, file):
+    text = json.loads(file.read_text())
+    pipe.scheduler.set_timesteps(12)
+    for row in text["planned"]:
+        row["times"] = pipe.scheduler.timesteps.tolist()
+    file.write_text(json.dumps(text))
+    draw(vivace.accelerate(pipe, cache=f"planned:file={file}"))
+    assert last(pipe)["skipped"] == 5
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=1.0)
+    with pytest.raises(InputError, match="at these noise levels"):
+        draw(pipe)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

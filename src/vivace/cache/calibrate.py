@@ -219,7 +219,7 @@ def _planned(
         row = {
             "steps": errors.steps, "scheduler": scheduler, "compute": list(schedule.compute),
             "orders": {str(step): order for step, order in schedule.orders.items()},
-            "error": measured, "expected_error": schedule.error,
+            "times": list(errors.times), "error": measured, "expected_error": schedule.error,
             "controls": {**controls, f"{count} steps": bench.error(test, None, steps=count)},
         }  # fmt: skip
         if measured < min(controls.values()):

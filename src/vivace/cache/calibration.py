@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,10 @@ SHIPPED = Path(__file__).parent / "calibrations"
 """Calibrations of models that come with the package."""
 
 
+TOLERANCE = 0.1
+"""Of the whole range of time, by which a step may stand elsewhere than where it was calibrated."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Which of `steps` steps are computed, and by which order the others are extrapolated."""
@@ -27,6 +31,18 @@ class Plan:
     compute: tuple[int, ...]
     orders: Mapping[int, int] = field(default_factory=dict)  # of every other step
     error: float | None = None  # relative, of the final latent on held-out prompts
+    times: tuple[float, ...] = ()  # of every step, as the scheduler counted; empty: not told
+
+    def fits(self, *, steps: int, scheduler: str, times: Sequence[float]) -> bool:
+        """Whether it was made for such a run; `times` are those of its last steps (image to image starts late).
+
+        Another shift of the noise schedule puts other noise at the same step, and the plan would be of no worth.
+        """
+        if (self.steps, self.scheduler) != (steps, scheduler):
+            return False
+        own = self.times[len(self.times) - len(times) :] if self.times else times
+        allowed = TOLERANCE * max(map(abs, (*own, *times)))
+        return all(abs(a - b) <= allowed for a, b in zip(own, times, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +66,7 @@ def read(path: Path) -> Calibration:
                 compute=tuple(map(int, row["compute"])),
                 orders={int(step): int(order) for step, order in row.get("orders", {}).items()},
                 error=row.get("error"),
+                times=tuple(map(float, row.get("times", ()))),
             )
             for row in found.get("planned", ())
         )

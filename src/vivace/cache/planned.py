@@ -15,7 +15,7 @@ from vivace.cache.policy import Holds, Policy
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
-    from vivace.cache.call import Call
+    from vivace.cache.call import Call, Schedule
     from vivace.cache.trail import Trail
     from vivace.passes.target import Target
 
@@ -54,14 +54,15 @@ class Planned(Policy):
         assert calibration is not None
         return replace(self, plans=calibration.plans)
 
-    def plan(self, *, steps: int, scheduler: str) -> Plan:
-        """The plan for a run of `steps` of `scheduler`. Raises InputError where none was calibrated."""
-        fitting = [plan for plan in self.plans if (plan.steps, plan.scheduler) == (steps, scheduler)]
+    def plan(self, schedule: Schedule) -> Plan:
+        """The plan for such a run. Raises InputError where none was calibrated."""
+        steps, scheduler = schedule.whole, schedule.scheduler
+        fitting = [p for p in self.plans if p.fits(steps=steps, scheduler=scheduler, times=schedule.times)]
         if not fitting:
             known = ", ".join(sorted({f"{plan.steps} steps of {plan.scheduler}" for plan in self.plans}))
             raise InputError(
-                f"no plan for {steps} steps of {scheduler}; this calibration has {known}: use these, calibrate with "
-                f"--steps {steps}, or use firstblock"
+                f"no plan for {steps} steps of {scheduler} at these noise levels; this calibration has {known}: "
+                f"use these, calibrate with --steps {steps}, or use firstblock"
             )
         return min(fitting, key=lambda plan: abs(len(plan.compute) / plan.steps - self.computed))
 
@@ -74,6 +75,6 @@ class Planned(Policy):
         from vivace.cache.steps import serve_step
 
         schedule = call.schedule
-        plan = self.plan(steps=schedule.whole, scheduler=schedule.scheduler)
+        plan = self.plan(schedule)
         step = schedule.first + call.step
         return serve_step(memory, call, computed=step in plan.compute, order=plan.orders.get(step, 1))
