@@ -3,7 +3,7 @@
 import pytest
 
 from vivace import InputError
-from vivace.placement import CONTEXT, GIB, LEVELS, SPARE, Part, budget_of, place
+from vivace.placement import CONTEXT, GIB, LEVELS, SPARE, Part, budget_of, place, spread
 
 
 def flux(*, experts=1):
@@ -98,3 +98,10 @@ def test_a_plan_in_words():
     text = str(place(flux(), budget=12 * GIB))
     for part in ("transformer 22.00 GiB", "blocks streamed from the host", "a step moves", "strip by strip", "peak"):
         assert part in text
+
+
+def test_streamed_blocks_lie_evenly():
+    assert spread(0, of=5) == []
+    assert spread(5, of=5) == [0, 1, 2, 3, 4]
+    assert spread(2, of=6) == [0, 3]
+    assert len(spread(19, of=57)) == 19

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from vivace.stream import Stream, Turn, spread
+from vivace import InputError
+from vivace.stream import Stream, Turn
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
@@ -97,11 +98,14 @@ def test_one_of_two_experts_is_parked():
         assert turn.holder is streams[1 - other]
 
 
-def test_streamed_blocks_lie_evenly():
-    assert spread(0, of=5) == []
-    assert spread(5, of=5) == [0, 1, 2, 3, 4]
-    assert spread(2, of=6) == [0, 3]
-    assert len(spread(19, of=57)) == 19
+def test_moving_and_casting_are_refused():
+    tower = Tower()
+    _, undo = placed(tower, CPU, streamed=(1,))
+    assert tower.to(CPU) is tower
+    with pytest.raises(InputError, match="placed by vram="):
+        tower.to(torch.float64)
+    undo.close()
+    assert tower.to(torch.float64).inward.weight.dtype == torch.float64
 
 
 @pytest.mark.gpu

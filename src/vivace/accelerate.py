@@ -16,7 +16,8 @@ from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.lane import Lane, holds_own_forward
 from vivace.passes import PASSES
 from vivace.passes.lora import lora_methods
-from vivace.passes.target import Note, Pass, Target
+from vivace.passes.target import Note, Pass, Target, hooks_of
+from vivace.passes.vram import device_for
 from vivace.quant.base import Base
 from vivace.request import scope_pipeline
 
@@ -97,7 +98,14 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
     started = time.perf_counter()
     family = _family(subject)
     denoisers = _denoisers(subject, family)
-    target = Target(subject=subject, family=family, config=config, denoisers=denoisers, bases=list(bases))
+    target = Target(
+        subject=subject,
+        family=family,
+        config=config,
+        denoisers=denoisers,
+        place=device_for(config),
+        bases=list(bases),
+    )
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
     wanted = wanted_passes(target)
@@ -200,8 +208,7 @@ def _check_denoiser(name: str, denoiser: torch.nn.Module, subject: Any) -> None:
         )
     if getattr(denoiser, "hf_device_map", None):
         raise InputError(f"the {name} is spread over devices (device_map); load it without device_map")
-    # The registry itself stays behind wherever a pipeline named its branches.
-    if getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", None):
+    if hooks_of(denoiser):
         raise InputError(
             f"the {name} carries diffusers hooks (group offload, layerwise casting or a cache); accelerate it first "
             "and enable them afterwards"

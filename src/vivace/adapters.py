@@ -135,6 +135,7 @@ class Adapters:
         self.denoiser, self.effect = denoiser, effect
         self.version = 0  # counts what may have changed the denoiser's results
         self.refused: str | None = None  # why the layers are left in the tree
+        self.written: Callable[[], None] = lambda: None  # to be told that weights were written
         self._places: list[Place] = []  # what is held out
         self._settled: Strength | None = None  # None: not yet
         self._depth = 0
@@ -168,6 +169,7 @@ class Adapters:
             self.effect.settle(self._places, strength)
             self._settled = strength
             self.version += 1
+            self.written()
 
     @contextmanager
     def lowered(self, kind: str = REWRITES) -> Iterator[None]:
@@ -175,6 +177,7 @@ class Adapters:
         with self._lock:
             if kind in (SHOWS, REWRITES):
                 self.effect.withdraw()
+                self.written()
                 self._settled = None
             self._rewritten |= kind == REWRITES
             if self._depth == 0:

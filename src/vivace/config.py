@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vivace.attention import BACKENDS
 from vivace.cache import Policy, parse
 from vivace.errors import InputError
+from vivace.placement import budget_of
 
 Switch = Literal["auto", "on", "off"]
 """`auto` decides and says why in the report; `on` is done or is an error; `off` is left alone."""
@@ -45,6 +46,9 @@ class Config:
 
     keep_base: KeepBase = "auto"
     """Where the 16-bit weights of quantised linears stay, for `restore`: auto is file where that is true, else host."""
+
+    vram: str | None = None
+    """Device memory for the run: a size like 24GB, auto, or a level of `vivace.placement.LEVELS`; None: as it is."""
 
     fuse: Switch = "auto"
     """Hand-fused blocks, for the families that have them."""
@@ -126,6 +130,9 @@ def _check(name: str, value: Any) -> None:
         allowed = ("auto", *BACKENDS)
         if value not in allowed:
             raise InputError(f"unknown attention backend {value!r}; {_nearest(str(value), allowed)}")
+    elif name == "vram":
+        if value is not None and value != "auto":
+            budget_of(str(value))
     elif typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         if value not in allowed:

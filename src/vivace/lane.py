@@ -83,7 +83,7 @@ class Lane:
         self._unfusable: str | None = None
         self._split_undo = ExitStack()
         self._watch: Watch | None = None
-        self._open = False
+        self._open = self._moves = False
         self._lock = threading.RLock()
 
     def install(self, *, members: dict[str, Any], undo: ExitStack) -> None:
@@ -123,6 +123,10 @@ class Lane:
         """Serve calls with these fused blocks from now on."""
         self._fused = fused
         self._build()
+
+    def place(self, device: torch.device, *, moves: bool) -> None:
+        """The denoiser computes on `device` from now on; with `moves` its weights come and go."""
+        self._device_type, self._moves = device.type, moves
 
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
@@ -195,7 +199,7 @@ class Lane:
             self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
             if self._named_blocks:
                 self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))
-        self._watch = Watch(self.denoiser)
+        self._watch = Watch(self.denoiser, storages=not self._moves)
 
     def _once(self, split: Split, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the split computes once per prompt, remembered for the length of the request."""

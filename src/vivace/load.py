@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import builtin, checkpoint
+from vivace.config import resolve
 from vivace.errors import InputError, first_line
 from vivace.family import Family, UnknownFamilyError, Variant, family_of
 
@@ -72,14 +73,25 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     variant: str | None = None,
+    vram: str | None = None,
 ) -> DiffusionPipeline:
     """A stock diffusers pipeline on its device.
 
     `model` is "builtin", a diffusers folder, an original-layout `.safetensors` file (SD 1.5, SDXL, FLUX), or a hub id.
     `dtype` defaults to bfloat16 on a GPU that has it, else float32; `device` to the GPU if there is one, else the CPU.
     `variant` names a weight variant of a folder or hub id ("fp16"), or the family's variant a single file is.
-    Raises InputError for anything that is not such a model, before any weight is read.
+    With `vram` ("24GB", "auto", a level's name) the weights are read on the host and placed from there as `accelerate`
+    places them, so that nothing passes through a size that does not fit; whoever accelerates the pipeline further names
+    the budget again. Raises InputError for anything that is not such a model, before any weight is read.
     """
+    if vram is not None:
+        from vivace.accelerate import accelerate
+
+        config = resolve(vram=vram)
+        place = resolve_device(device)
+        number = resolve_dtype(dtype, place)
+        pipe = load_source(find(model, variant=variant), dtype=number, device="cpu", variant=variant)
+        return accelerate(pipe, config)
     return load_source(find(model, variant=variant), dtype=dtype, device=device, variant=variant)
 
 

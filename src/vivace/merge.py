@@ -71,7 +71,7 @@ def _settle(pipe: Any) -> None:
         component: Any = getattr(pipe, slot, None)
         if not getattr(component, "peft_config", None):
             continue
-        adapters = Adapters(component, effect=Merged(changed=lambda: None))
+        adapters = Adapters(component, effect=Merged())
         adapters.lift()
         adapters.settle()
         if adapters.refused:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from vivace.adapters import Factor, Place, Strength
 from vivace.errors import InputError
+from vivace.pinned import hold
 
 
 @dataclass(kw_only=True)
@@ -29,9 +30,8 @@ class Merged:
     a quarter of it stays free, else in host memory.
     """
 
-    def __init__(self, *, changed: Callable[[], None]) -> None:
-        # Never called: graphs and fused views follow what is written in place.
-        self._changed = changed
+    def __init__(self, *, on_device: bool = True) -> None:
+        self._on_device = on_device  # whether untouched weights may take the device's memory
         self._bases: dict[int, Base] = {}
 
     @property
@@ -95,8 +95,17 @@ class Merged:
         base = self._bases.get(id(parameter))
         # An id names a parameter only as long as it lives.
         if base is None or base.parameter() is not parameter:
-            base = self._bases[id(parameter)] = Base(parameter=weakref.ref(parameter), value=_copy(parameter.data))
+            base = self._bases[id(parameter)] = Base(parameter=weakref.ref(parameter), value=self._copy(parameter.data))
         return base
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.clone()
+        free, total = torch.cuda.mem_get_info(tensor.device)
+        if self._on_device and free - tensor.nbytes > total / 4:
+            return tensor.clone()
+        flat = hold(tensor.nbytes, pin=True)
+        return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _put_back(base: Base) -> None:
@@ -104,12 +113,3 @@ def _put_back(base: Base) -> None:
     if base.changed and parameter is not None:
         parameter.data.copy_(base.value)
     base.changed = False
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "cuda":
-        return tensor.clone()
-    free, total = torch.cuda.mem_get_info(tensor.device)
-    if free - tensor.nbytes > total / 4:
-        return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vivace.errors import InputError
-from vivace.stream import SLOTS, spread
 
 GIB = 2**30
+SLOTS = 2
+"""Blocks of a streamed module that are on the device: one computes while the next one comes."""
 CONTEXT = GIB
 """Of a budget given in GB, what the CUDA context and the libraries take."""
 SPARE = GIB // 4
@@ -105,6 +106,13 @@ class Placement:
         """Bytes of page-locked host memory."""
         return sum(one.part.nbytes for one in self.placed if one.streamed or one.leaves or self._parks(one))
 
+    @property
+    def moves(self) -> str | None:
+        """Why weights of a denoiser are not always in one place, None where they are."""
+        if any(one.streamed for one in self.placed if one.part.kind == "denoiser"):
+            return "its blocks are streamed"
+        return "the denoisers take turns on the device" if self.parked else None
+
     def place_of(self, name: str) -> Placed:
         """Where the component of that name lives; KeyError where there is none."""
         return next(one for one in self.placed if one.part.name == name)
@@ -172,6 +180,11 @@ def place(parts: Sequence[Part], *, budget: int | None, level: str | None = None
             f"{_gib(candidates[-1].peak)}; give at least vram='{-(-smallest * 10 // GIB) / 10:g}GB'"
         )
     return replace(found, budget=budget)
+
+
+def spread(count: int, *, of: int) -> list[int]:
+    """`count` of `of` indices, as evenly as they go: between two streamed blocks the others give the copy time."""
+    return sorted({index * of // count for index in range(count)}) if count else []
 
 
 def _candidates(parts: Sequence[Part]) -> list[Placement]:

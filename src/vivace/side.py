@@ -22,10 +22,10 @@ class Side:
     graphs stay valid.
     """
 
-    def __init__(self, module: torch.nn.Module, *, capacity: int) -> None:
+    def __init__(self, module: torch.nn.Module, *, capacity: int, device: torch.device) -> None:
         weight = module.get_parameter("weight")
         dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
-        place = {"device": weight.device, "dtype": dtype}
+        place = {"device": device, "dtype": dtype}
         self.capacity = capacity
         self.down = torch.zeros(capacity, *weight.shape[1:], **place)  # [R, in], of a convolution [R, in, *kernel]
         self.up = torch.zeros(weight.shape[0], capacity, **place)  # [out, R], with scale and strength multiplied in
@@ -34,7 +34,7 @@ class Side:
 
     def fits(self, module: torch.nn.Module, rank: int) -> bool:
         weight = module.get_parameter("weight")
-        return rank <= self.capacity and self.down.device == weight.device and self.up.shape[0] == weight.shape[0]
+        return rank <= self.capacity and self.up.shape[0] == weight.shape[0] and self.down.shape[1:] == weight.shape[1:]
 
     def fill(self, factors: Sequence[Factor], strength: Strength) -> None:
         """Hold these factors from now on."""
@@ -87,8 +87,9 @@ def side_of(module: torch.nn.Module) -> Side | None:
 class Sides:
     """Adapters beside their modules: nothing is written to a weight."""
 
-    def __init__(self, *, changed: Callable[[], None]) -> None:
+    def __init__(self, *, changed: Callable[[], None], device: Callable[[], torch.device]) -> None:
         self._changed = changed  # recorded graphs hold no longer
+        self._device = device  # where the denoiser computes
         self._sides: dict[torch.nn.Module, tuple[Side, Callable[[], None]]] = {}
 
     @property
@@ -131,7 +132,7 @@ class Sides:
                 return side
             remove()
             self._changed()
-        side = Side(module, capacity=-(-rank // RANK_STEP) * RANK_STEP)
+        side = Side(module, capacity=-(-rank // RANK_STEP) * RANK_STEP, device=self._device())
         forward = _linear if isinstance(module, torch.nn.Linear) else _convolution
         remove = give_class(module, {"forward": forward(type(module)), "vivace_side": side})
         self._sides[module] = (side, remove)

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from vivace.errors import InputError
 from vivace.one_off import give_class
 from vivace.pinned import hold
+from vivace.placement import SLOTS
 
 ALIGN = 256  # bytes: what the widest loads of kernels and copies want
-SLOTS = 2  # one block computes while the next one comes
-
 Stay = Literal["always", "turn", "call"]
 """How long what is not streamed stays on the device: until the undo, until another takes its turn, for one call."""
 
@@ -103,6 +103,7 @@ class Stream:
         held = [tensor for tensor in _tensors(module) if id(tensor) not in away]
         self.groups = {index: Group(tensors, pin=pin) for index, tensors in mine.items()}
         self.held = Group(held, pin=pin)
+        self._known = {id(tensor) for group in (self.held, *self.groups.values()) for tensor, _ in group.home}
         self._arrived: torch.Tensor | None = None  # the held group's bytes on the device
         self._slots: list[torch.Tensor] = []
         self._coming: dict[int, int] = {}  # block -> the slot it is in, or on the way to
@@ -116,8 +117,13 @@ class Stream:
         undo.callback(self._give_back)
         for index in self.order:
             undo.callback(give_class(blocks[index], {"forward": self._block_forward(blocks[index], index)}))
-        members = {"forward": self._module_forward(), "device": property(lambda _: self.device)}
-        undo.callback(give_class(self.module, {**members, "vivace_device": self.device}))
+        members = {
+            "forward": self._module_forward(),
+            "_apply": self._module_apply(),
+            "device": property(lambda _: self.device),
+            "vivace_device": self.device,
+        }
+        undo.callback(give_class(self.module, members))
         if self.stay == "always":
             self.arrive()
 
@@ -147,6 +153,13 @@ class Stream:
         self._arrived, self._slots = None, []
         self._coming.clear()
 
+    def written(self) -> None:
+        """Weights were changed in place, what is held on the device, the others on the host."""
+        # What is on its way may be from before.
+        self._coming.clear()
+        if self._arrived is not None and self.stay != "always":
+            self.held.host.copy_(self._arrived)
+
     @contextmanager
     def during_call(self) -> Iterator[None]:
         """The weights of one call of the module."""
@@ -155,6 +168,7 @@ class Stream:
                 self.turn.take(self)
             else:
                 self.arrive()
+            self._bring_strays()
             if self.order:
                 self._fetch(self.order[0])
             try:
@@ -203,6 +217,26 @@ class Stream:
                 self._ready[slot].record(self._copies)
         return slot
 
+    def _bring_strays(self) -> None:
+        """Adapters that came later belong to no group: they stay on the device."""
+        if getattr(self.module, "peft_config", None):
+            for tensor in _tensors(self.module):
+                if id(tensor) not in self._known:
+                    tensor.data = tensor.data.to(self.device)
+
+    def _module_apply(self) -> Callable[..., Any]:
+        def _apply(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+            dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
+            made = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if (made.dtype, made.device.type) != (dtype, self.device.type):
+                raise InputError(
+                    f"the weights of this {type(module).__name__} are placed by vram=; call vivace.restore before "
+                    "moving or casting it"
+                )
+            return module
+
+        return _apply
+
     def _module_forward(self) -> Callable[..., Any]:
         stock = type(self.module)
 
@@ -227,11 +261,6 @@ class Stream:
         self.leave()
         for group in (self.held, *self.groups.values()):
             group.give_back()
-
-
-def spread(count: int, *, of: int) -> list[int]:
-    """`count` of `of` indices, as evenly as they go: between two streamed blocks the others give the copy time."""
-    return sorted({index * of // count for index in range(count)}) if count else []
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ class Watch:
 
     `changed` costs some tens of nanoseconds per parameter. That is cheaper to rely on than wrapping every method that
     casts, moves, loads, adapts or hooks: diffusers, peft and accelerate have some twenty, and people have their own.
+    Without `storages` weights may move: nothing was made of them.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, *, storages: bool = True) -> None:
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._storages: list[tuple[Callable[[], int], int]] = []
         self._hooked: list[tuple[dict[str, Any], bool]] = []
@@ -24,7 +25,8 @@ class Watch:
             self._places += [(child._parameters, name, weight) for name, weight in child._parameters.items()]
             if "processor" in vars(child):
                 self._places.append((vars(child), "processor", vars(child)["processor"]))
-            self._storages += [(p.data_ptr, p.data_ptr()) for p in child._parameters.values() if p is not None]
+            if storages:
+                self._storages += [(p.data_ptr, p.data_ptr()) for p in child._parameters.values() if p is not None]
             if child is not module:
                 self._hooked.append((vars(child), hooked(child)))
 

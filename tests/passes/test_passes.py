@@ -15,7 +15,7 @@ from vivace.passes import PASSES
 
 def test_one_order_each_place_with_its_reason():
     names = [one.name for one in PASSES]
-    assert names == ["attention", "lora", "channels_last", "quant", "fuse", "compile", "cache", "graphs"]
+    assert names == ["attention", "lora", "channels_last", "quant", "vram", "fuse", "compile", "cache", "graphs"]
     assert all(one.why_here for one in PASSES)
     assert set(names) <= set(Config.__dataclass_fields__)
 

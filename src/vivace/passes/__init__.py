@@ -9,5 +9,6 @@ from vivace.passes.graphs import GRAPHS
 from vivace.passes.lora import LORA
 from vivace.passes.quantize import QUANTIZE
 from vivace.passes.target import Pass
+from vivace.passes.vram import VRAM
 
-PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, FUSE, COMPILE, CACHE, GRAPHS)
+PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, VRAM, FUSE, COMPILE, CACHE, GRAPHS)

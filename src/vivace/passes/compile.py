@@ -11,6 +11,8 @@ from vivace.passes.target import Pass, Target
 def _check(target: Target) -> str | None:
     config = target.config
     fuses = check_fuse(target) is None
+    if target.placement is not None and target.placement.moves:
+        return target.placement.moves
     if config.compile == "on" and config.fuse == "on":
         return "fuse='on' takes the same blocks; ask for one of the two"
     if config.compile == "auto" and fuses:

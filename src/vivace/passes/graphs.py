@@ -43,6 +43,8 @@ def _check(target: Target) -> str | None:
         return f"CUDA graphs need a CUDA device, this is {target.device.type}"
     if target.config.check_nan:
         return "check_nan waits for the device at every attention, which a recording cannot"
+    if target.placement is not None and target.placement.moves:
+        return f"{target.placement.moves}, and a recording would keep their first place"
     if target.config.graphs == "auto":
         sm = torch.cuda.get_device_capability(target.device)
         if not all(wins(denoiser, sm=sm) for denoiser in target.denoisers.values()):

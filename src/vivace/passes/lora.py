@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vivace import lora
 from vivace.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.config import Config, Switch
 from vivace.merged import Merged
-from vivace.passes.target import Pass, Target
+from vivace.passes.target import Pass, Target, device_of
 from vivace.side import Sides
 
 if TYPE_CHECKING:
     from vivace.lane import Lane
-
-EFFECTS = {"auto": Merged, "merged": Merged, "side": Sides}
-DETAILS = {Merged: "merged into the weights in place", Sides: "low-rank products beside the linears"}
 
 
 def _wants(config: Config) -> Switch:
@@ -34,17 +30,19 @@ def _check(target: Target) -> str | None:
 
 
 def _apply(target: Target) -> None:
-    effect = EFFECTS[target.config.lora]
+    beside = target.config.lora == "side"
     for lane in target.lanes.values():
-        lane.adapters = Adapters(lane.denoiser, effect=effect(changed=_clearing(lane)))
+        lane.adapters = Adapters(
+            lane.denoiser, effect=_sides(lane) if beside else Merged(on_device=target.config.vram is None)
+        )
         lane.adapters.lift()
         target.undo.callback(lane.adapters.close)
-    target.done("lora", DETAILS[effect])
+    target.done("lora", "low-rank products beside the linears" if beside else "merged into the weights in place")
 
 
-def _clearing(lane: Lane) -> Callable[[], None]:
+def _sides(lane: Lane) -> Sides:
     # Looked up when it is called: a later pass sets the lane's runner.
-    return lambda: lane.run.clear()
+    return Sides(changed=lambda: lane.run.clear(), device=lambda: device_of(lane.denoiser))
 
 
 def lora_methods(target: Target) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vivace.config import Config, Switch
 if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
+    from vivace.placement import Placement
     from vivace.quant.base import Base
     from vivace.quant.layers import Layer
 
@@ -35,7 +36,8 @@ class Target:
     family: Family | None
     config: Config
     denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
-    place: torch.device | None = None  # where a plan would put them, which has their shapes and no weights
+    place: torch.device | None = None  # where they will compute, when that is not where they are
+    placement: Placement | None = None  # where weights will live, when a budget was given
     lanes: dict[str, Lane] = field(default_factory=dict)  # filled when every check has passed
     notes: list[Note] = field(default_factory=list)
     undo: ExitStack = field(default_factory=ExitStack)
@@ -56,7 +58,7 @@ class Target:
     def repeated_blocks(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The repeated blocks of every denoiser, named within it."""
         for denoiser in self.denoisers.values():
-            for name in self.family.blocks if self.family else _repeating_lists(denoiser):
+            for name in self.family.blocks if self.family else repeating_lists(denoiser):
                 for index, block in enumerate(denoiser.get_submodule(name).children()):
                     yield f"{name}.{index}", block
 
@@ -87,14 +89,21 @@ class Pass:
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Where `module` computes: the execution device of its offload hook, else where its parameters lie."""
+    """Where `module` computes: the device its weights come to, else where its parameters lie."""
+    if (placed := getattr(type(module), "vivace_device", None)) is not None:
+        return placed
     hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hooked is not None:
         return torch.device(hooked)
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _repeating_lists(denoiser: torch.nn.Module) -> list[str]:
+def hooks_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The diffusers hooks on a module; the empty registry that a call of `cache_context` leaves holds none."""
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def repeating_lists(denoiser: torch.nn.Module) -> list[str]:
     """The outermost module lists that hold at least two blocks of one class."""
     names: list[str] = []
     for name, module in denoiser.named_modules():

@@ -1,0 +1,209 @@
+"""Pass: weights placed within a budget of device memory, and a decode that does not lose its latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vivace import strips
+from vivace.config import Config
+from vivace.decode import rescue
+from vivace.footprint import denoiser_work, work
+from vivace.one_off import give_class
+from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
+from vivace.pinned import available, gib
+from vivace.placement import GIB, LEVELS, Part, Placed, budget_of, place
+from vivace.stream import Stream, Turn
+
+if TYPE_CHECKING:
+    from vivace.family import Family, Variant
+
+UNKNOWN = GIB
+"""Work of a module that says nothing on shapes alone."""
+
+
+def device_for(config: Config) -> torch.device | None:
+    """The GPU whose memory a budget is for; None without a budget, and where there is no GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if config.vram and torch.cuda.is_available() else None
+
+
+def _check(target: Target) -> str | None:
+    vram, device = target.config.vram, target.place
+    if vram is None:
+        return None if _vae(target) is not None else "no budget was given, and there is no VAE"
+    if device is None:
+        return "it plans the memory of a GPU, and there is none here"
+    for name, module in _modules(target).items():
+        if hasattr(module, "_hf_hook") or hooks_of(module):
+            return f"the {name} carries offload hooks already; pipe.remove_all_hooks() takes them off"
+    target.placement = place(
+        parts_of(target), budget=_budget(target, vram, device), level=vram if vram in LEVELS else None
+    )
+    room = available()
+    if room is not None and target.placement.host > room + _on_host(target):
+        return f"{gib(target.placement.host)} of host memory are needed, and {gib(room)} are free; give a larger vram="
+    return None
+
+
+def _apply(target: Target) -> None:
+    vae, plan = _vae(target), target.placement
+    if plan is None:
+        target.undo.callback(rescue(vae))
+        target.done("vram", "weights where they were; a decode that runs out of memory goes on in strips")
+        return
+    assert target.place is not None
+    turn = Turn() if plan.parked else None
+    for one in plan.placed:
+        module = _modules(target)[one.part.name]
+        if one.streamed or one.leaves or (turn is not None and one.part.kind == "denoiser"):
+            _stream(target, module, one, turn=turn if one.part.kind == "denoiser" else None)
+        else:
+            _move(target, module)
+    for lane in target.lanes.values():
+        lane.place(target.place, moves=plan.moves is not None)
+    if vae is not None:
+        target.undo.callback(rescue(vae, in_strips=plan.strips, room=_room(target)))
+    if target.subject not in target.denoisers.values():
+        here = property(lambda _: target.place)
+        target.undo.callback(give_class(target.subject, {"_execution_device": here, "device": here}))
+    target.done("vram", "; ".join(str(plan).splitlines()))
+
+
+def _stream(target: Target, module: Any, one: Placed, *, turn: Turn | None) -> None:
+    assert target.place is not None
+    blocks = blocks_of(target, one.part.name, module)
+    stay = "call" if one.leaves else "turn" if turn is not None else "always"
+    stream = Stream(module, blocks=blocks, streamed=one.streamed, device=target.place, stay=stay, turn=turn)
+    stream.install(blocks=blocks, undo=target.undo)
+    lane = target.lanes.get(one.part.name)
+    if lane is not None and lane.adapters is not None:
+        lane.adapters.written = stream.written
+
+
+def _move(target: Target, module: Any) -> None:
+    before = next((parameter.device for parameter in module.parameters()), target.place)
+    if before != target.place:
+        module.to(target.place)
+        target.undo.callback(module.to, before)
+
+
+def parts_of(target: Target) -> list[Part]:
+    """The bytes of a pipeline's components: weights as they are, and the work of a request of the model's own size."""
+    parts = []
+    for name, module in _modules(target).items():
+        kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
+        blocks = tuple(_nbytes(block) for block in blocks_of(target, name, module))
+        found, small = _work(target, kind, module)
+        held = _nbytes(module) - sum(blocks)
+        parts.append(Part(name=name, kind=kind, held=held, blocks=blocks, work=found, strip_work=small))
+    return parts
+
+
+def blocks_of(target: Target, name: str, module: torch.nn.Module) -> list[torch.nn.Module]:
+    """A component's repeated blocks, in the order of their calls."""
+    known = name in target.denoisers and target.family is not None
+    names: Sequence[str] = target.family.blocks if known and target.family else repeating_lists(module)
+    return [block for one in names for block in module.get_submodule(one).children()]
+
+
+def _kind(name: str) -> Any:
+    return "encoder" if "encoder" in name else "other"
+
+
+def _modules(target: Target) -> dict[str, torch.nn.Module]:
+    """The components that have weights, the denoisers first."""
+    if target.subject in target.denoisers.values():
+        return dict(target.denoisers)
+    others = getattr(target.subject, "components", None) or vars(target.subject)
+    found = {name: module for name, module in others.items() if isinstance(module, torch.nn.Module)}
+    return {**target.denoisers, **found}
+
+
+def _vae(target: Target) -> Any:
+    vae = _modules(target).get("vae")
+    return vae if hasattr(vae, "decode") else None
+
+
+def _work(target: Target, kind: str, module: Any) -> tuple[int, int | None]:
+    """What a component needs beside its weights, and what of it when it works in strips."""
+    family = target.family
+    variant = _variant(family, module.config) if family and kind == "denoiser" else None
+    if kind == "denoiser" and family is not None and variant is not None:
+        size = {"size": variant.size, "frames": variant.frames, "text_tokens": variant.text_tokens}
+        found = denoiser_work(module, family.inputs, **size, batch=variant.batch)
+        return found or UNKNOWN, None
+    if kind == "vae" and hasattr(module, "decode"):
+        return _vae_work(target, module)
+    return min(GIB // 2, _nbytes(module) // 8 + GIB // 16), None
+
+
+def _variant(family: Family, config: Mapping[str, Any]) -> Variant:
+    """The published model that a denoiser is, else the family's first: whose size a request is expected to have."""
+    same = (one for one in family.variants.values() if all(config.get(key) == v for key, v in one.denoiser.items()))
+    return next(same, family.variant())
+
+
+def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
+    family = target.family
+    denoiser: Any = next(iter(target.denoisers.values()))
+    variant = _variant(family, denoiser.config) if family else None
+    (width, height), frames = (variant.size, variant.frames) if variant else ((1024, 1024), 1)
+    # In half precision SDXL's VAE overflows, so its pipeline decodes in full.
+    doubled = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
+    z = _latents(target, vae, width=width, height=height, frames=frames)
+    whole = doubled * (work(vae, "decode", z=z) or UNKNOWN)
+    if strips.refuses(vae) is None:
+        return whole, min(whole, doubled * strips.work(vae, width=width, height=height))
+    if not hasattr(vae, "enable_tiling"):
+        return whole, None
+    tiled = copy.copy(vae)
+    tiled.enable_tiling()
+    return whole, min(whole, doubled * (work(tiled, "decode", z=z) or UNKNOWN))
+
+
+def _latents(target: Target, vae: Any, *, width: int, height: int, frames: int) -> torch.Tensor:
+    """The shape that the VAE decodes for one picture or video."""
+    config = vae.config
+    scale = getattr(target.subject, "vae_scale_factor_spatial", None) or config.get("scale_factor_spatial") or 8
+    channels = config.get("z_dim") or config.get("latent_channels")
+    # The VAEs of videos take frames, also where they make single pictures.
+    time = ((frames - 1) // 4 + 1,) if "z_dim" in config else ()
+    return torch.empty(1, channels, *time, height // scale, width // scale, device="meta", dtype=vae.dtype)
+
+
+def _budget(target: Target, vram: str, device: torch.device) -> int | None:
+    if device.type != "cuda" or vram != "auto":
+        return budget_of(vram)
+    free, _ = torch.cuda.mem_get_info(device)
+    ours = sum(_nbytes(m) for m in _modules(target).values() if next(iter(m.parameters())).device.type == "cuda")
+    return budget_of(vram, free=free + ours)
+
+
+def _room(target: Target) -> Any:
+    plan = target.placement
+    assert plan is not None
+    if plan.budget is None:
+        return None
+    budget = plan.budget
+    return lambda: budget - torch.cuda.memory_allocated(target.place)
+
+
+def _on_host(target: Target) -> int:
+    return sum(p.nbytes for module in _modules(target).values() for p in module.parameters() if p.device.type == "cpu")
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+VRAM = Pass(
+    name="vram",
+    why_here="before fuse: fused weights are built where they will stay; after what changes their bytes",
+    wants=lambda config: "auto" if config.vram is None else "on",
+    check=_check,
+    apply=_apply,
+)

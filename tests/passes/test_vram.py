@@ -1,0 +1,134 @@
+"""Weights placed by a budget: the pictures stay, everything goes back, and what cannot be is refused first."""
+
+import copy
+import importlib
+import inspect
+
+import pytest
+import torch
+
+import vivace
+from vivace import InputError
+from vivace.families import FAMILIES
+from vivace.placement import LEVELS
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Lets the CPU stand for the GPU whose memory is planned."""
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+
+
+def picture(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_frames": 5} if "num_frames" in inspect.signature(pipe.__call__).parameters else {}
+    generator = torch.Generator().manual_seed(1)
+    result = pipe("a fox", num_inference_steps=3, height=64, width=64, generator=generator, output_type="pt", **options)
+    return torch.as_tensor(result.frames if options else result.images)
+
+
+def weights(pipe):
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+        for key, tensor in part.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "wan", "sdxl"])
+def test_the_same_picture_at_every_level(family, level, on_cpu):
+    pipe = FAMILIES[family].tiny()
+    stock, before = picture(pipe), weights(pipe)
+    vivace.accelerate(pipe, vram=level)
+    torch.testing.assert_close(picture(pipe), stock, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(picture(pipe), stock, rtol=1e-3, atol=1e-3)
+    note = next(note for note in vivace.report(pipe).passes if note.name == "vram")
+    assert note.done
+    assert "peak" in note.detail
+    vivace.restore(pipe)
+    assert torch.equal(picture(pipe), stock)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(pipe).items())
+
+
+@pytest.mark.parametrize("mode", ["merged", "side", "off"])
+@pytest.mark.parametrize("family", ["sd3", "wan"])
+def test_lora_on_placed_weights(family, mode, on_cpu, lora_of):
+    pipe = FAMILIES[family].tiny()
+    stock = copy.deepcopy(pipe)
+    plain = picture(stock)
+    factors = lora_of(pipe.transformer, std=0.3)
+    vivace.accelerate(pipe, vram="streamed", lora=mode)
+    for one in (pipe, stock):
+        one.load_lora_weights(dict(factors), adapter_name="a")
+        if family == "wan":
+            one.load_lora_weights(dict(factors), adapter_name="b", load_into_transformer_2=True)
+    wanted = picture(stock)
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    for _ in range(2):
+        torch.testing.assert_close(picture(pipe), wanted, rtol=1e-3, atol=2e-3)
+    for one in (pipe, stock):
+        one.unload_lora_weights()
+    torch.testing.assert_close(picture(pipe), plain, rtol=1e-3, atol=1e-3)
+    vivace.restore(pipe)
+    assert all(torch.equal(tensor, weights(stock)[name]) for name, tensor in weights(pipe).items())
+
+
+def test_a_budget_chooses_and_a_smaller_one_says_what_it_needs(on_cpu):
+    pipe = FAMILIES["sd3"].tiny()
+    vivace.accelerate(pipe, vram="24GB")
+    assert "resident" in str(vivace.report(pipe))
+    with pytest.raises(InputError, match="give at least vram="):
+        vivace.accelerate(pipe, vram="1.1GB")
+    assert vivace.report(pipe).config["vram"] == "24GB"
+
+
+def test_what_is_refused(monkeypatch, on_cpu):
+    pipe = FAMILIES["sd3"].tiny()
+    for text in ("lots", "12"):
+        with pytest.raises(InputError, match="a size like 24GB"):
+            vivace.accelerate(pipe, vram=text)
+    monkeypatch.setattr("vivace.passes.vram.available", lambda: 0)
+    monkeypatch.setattr("vivace.passes.vram._on_host", lambda target: 0)
+    with pytest.raises(InputError, match="of host memory are needed"):
+        vivace.accelerate(pipe, vram="streamed")
+    pipe.text_encoder._hf_hook = object()
+    with pytest.raises(InputError, match="carries offload hooks already"):
+        vivace.accelerate(pipe, vram="resident")
+    del pipe.text_encoder._hf_hook
+    assert vivace.report(pipe).preset is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu():
+    with pytest.raises(InputError, match="memory of a GPU"):
+        vivace.accelerate(FAMILIES["sd3"].tiny(), vram="24GB")
+
+
+def test_fused_blocks_and_graphs_stay_away_from_what_moves(on_cpu):
+    pipe = FAMILIES["sd3"].tiny()
+    vivace.accelerate(pipe, vram="streamed")
+    notes = {note.name: note for note in vivace.report(pipe).passes}
+    assert notes["fuse"].detail == notes["compile"].detail == "its blocks are streamed"
+    for fields in ({"fuse": "on"}, {"compile": "on"}):
+        with pytest.raises(InputError, match="blocks are streamed"):
+            vivace.accelerate(pipe, vram="streamed", **fields)
+    with pytest.raises(InputError, match="placed by vram="):
+        pipe.transformer.to(torch.float64)
+    vivace.accelerate(pipe, vram="encoders")
+    assert next(note for note in vivace.report(pipe).passes if note.name == "fuse").done
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "wan", "sdxl"])
+def test_the_same_picture_on_a_gpu(family, level):
+    pipe = FAMILIES[family].tiny()
+    stock = picture(copy.deepcopy(pipe).to("cuda")).cpu()
+    vivace.accelerate(pipe, vram=level)
+    for _ in range(2):
+        torch.testing.assert_close(picture(pipe).cpu(), stock, rtol=1e-2, atol=1e-2)
+    vivace.restore(pipe)
+    assert all(tensor.device.type == "cpu" for tensor in weights(pipe).values())
