@@ -37,8 +37,12 @@ def weights(pipe):
     }
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "wan", "sdxl"])
+FEW = [("sd3", level) for level in LEVELS] + [(name, "streamed") for name in ("flux", "qwen_image", "wan", "sdxl")]
+ALL = [(name, level) for name in ("flux", "sd3", "qwen_image", "wan", "sdxl") for level in LEVELS]
+CASES = [pytest.param(*case, marks=[] if case in FEW else pytest.mark.full) for case in ALL]
+
+
+@pytest.mark.parametrize(("family", "level"), CASES)
 def test_the_same_picture_at_every_level(family, level, on_cpu):
     pipe = FAMILIES[family].tiny()
     stock, before = picture(pipe), weights(pipe)

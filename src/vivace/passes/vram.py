@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ from vivace.stream import Stream, Turn
 if TYPE_CHECKING:
     from vivace.family import Family, Variant
 
+TILE = 32
+"""Latent rows and columns of a stock tile."""
 UNKNOWN = GIB
 """Work of a module that says nothing on shapes alone."""
 
@@ -153,24 +154,25 @@ def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
     (width, height), frames = (variant.size, variant.frames) if variant else ((1024, 1024), 1)
     # In half precision SDXL's VAE overflows, so its pipeline decodes in full.
     doubled = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
-    z = _latents(target, vae, width=width, height=height, frames=frames)
-    whole = doubled * (work(vae, "decode", z=z) or UNKNOWN)
+    # The VAEs of videos decode frame after frame: what grows with their number is the result, and its copy.
+    result = 2 * 3 * width * height * frames * vae.dtype.itemsize
+    z = _latents(target, vae, width=width, height=height)
+    whole = doubled * (result + (work(vae, "decode", z=z) or UNKNOWN))
     if strips.refuses(vae) is None:
         return whole, min(whole, doubled * strips.work(vae, width=width, height=height))
     if not hasattr(vae, "enable_tiling"):
         return whole, None
-    tiled = copy.copy(vae)
-    tiled.enable_tiling()
-    return whole, min(whole, doubled * (work(tiled, "decode", z=z) or UNKNOWN))
+    tile = z[..., :TILE, :TILE]
+    return whole, min(whole, doubled * (result + (work(vae, "decode", z=tile) or UNKNOWN)))
 
 
-def _latents(target: Target, vae: Any, *, width: int, height: int, frames: int) -> torch.Tensor:
-    """The shape that the VAE decodes for one picture or video."""
+def _latents(target: Target, vae: Any, *, width: int, height: int) -> torch.Tensor:
+    """The shape that the VAE decodes for one picture, or for the first frames of a video."""
     config = vae.config
     scale = getattr(target.subject, "vae_scale_factor_spatial", None) or config.get("scale_factor_spatial") or 8
     channels = config.get("z_dim") or config.get("latent_channels")
     # The VAEs of videos take frames, also where they make single pictures.
-    time = ((frames - 1) // 4 + 1,) if "z_dim" in config else ()
+    time = (2,) if "z_dim" in config else ()
     return torch.empty(1, channels, *time, height // scale, width // scale, device="meta", dtype=vae.dtype)
 
 
