@@ -119,3 +119,12 @@ def test_long_lives(sd3_pipe, sd3_latents, lora_of, seed, mode):
         pair.do(step)
         pair.compare(step)
     pair.same_weights()
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+def test_layers_that_were_there_before_do_not_keep_blocks_stock(sd3_pipe, sd3_latents, lora_of, mode):
+    sd3_pipe.load_lora_weights(lora_of(sd3_pipe.transformer))
+    wanted = sd3_latents(sd3_pipe)
+    vivace.accelerate(sd3_pipe, lora=mode, fuse="on")
+    torch.testing.assert_close(sd3_latents(sd3_pipe), wanted, rtol=1e-3, atol=1e-3)
+    assert vivace.report(sd3_pipe).calls["transformer"] == {"fused blocks": 3}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vivace.adapters import held_out
 from vivace.config import Config, resolve
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
@@ -108,7 +109,8 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
     )
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
-    wanted = wanted_passes(target)
+    with held_out(target.denoisers.values() if config.lora != "off" else ()):
+        wanted = wanted_passes(target)
     acceleration = Acceleration(target=target, seconds=0.0)
     members = {"vivace_acceleration": acceleration}
     # Until `pop_all` every failure undoes what was done so far.

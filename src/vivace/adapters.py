@@ -208,6 +208,19 @@ class Adapters:
         self._places = []
 
 
+@contextmanager
+def held_out(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """The denoisers as they will be with their LoRA layers held out, within the block: what passes have to look at."""
+    places = [place for denoiser in denoisers if refuses(denoiser) is None for place in layers_of(denoiser)]
+    for place in places:
+        place.stand(place.module)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.stand(place.layer)
+
+
 def layers_of(denoiser: torch.nn.Module) -> Iterator[Place]:
     """The adapter layers in a denoiser's tree."""
     for path, parent in list(denoiser.named_modules()):
