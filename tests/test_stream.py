@@ -79,6 +79,25 @@ def test_blocks_out_of_order_and_skipped():
         torch.testing.assert_close(tower.blocks[index](x), wanted[index])
 
 
+def test_the_order_of_the_calls_is_learned():
+    class Odd(Tower):
+        def forward(self, x):
+            for index in (3, 1, 4):
+                x = self.blocks[index](x)
+            return x
+
+    odd, x = Odd(), torch.randn(2, 16)
+    wanted = odd(x)
+    stream, _ = placed(odd, CPU, streamed=range(5))
+    torch.testing.assert_close(odd(x), wanted)
+    assert stream.order == [3, 1, 4]
+    fetched, fetch = [], stream._fetch
+    stream._fetch = lambda index, **options: fetched.append((index, index in stream._coming)) or fetch(index, **options)
+    torch.testing.assert_close(odd(x), wanted)
+    # Each is under way when its call comes.
+    assert all(under_way for index, under_way in fetched[1::2])
+
+
 def test_a_call_that_fails_leaves_the_weights_at_home():
     tower = Tower()
     stream, _ = placed(tower, CPU, streamed=(1, 2), stay="call")

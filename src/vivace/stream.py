@@ -80,9 +80,9 @@ class Turn:
 class Stream:
     """The weights of one module: some blocks and everything outside of blocks held together, the others streamed.
 
-    `blocks` are the module's repeated blocks in the order of their calls, `streamed` the indices of those whose weights
-    come for their call alone. What is held stays as long as `stay` says. Nothing is ever written back: weights that
-    change while they are on the device (in training) lose that.
+    `blocks` are the module's repeated blocks, `streamed` the indices of those whose weights come for their call alone;
+    which one is called after which is learned in the first call. What is held stays as long as `stay` says. Nothing is
+    ever written back: weights that change while they are on the device (in training) lose that.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class Stream:
         turn: Turn | None = None,
     ) -> None:
         self.module, self.device, self.stay, self.turn = module, device, stay, turn
-        self.order = sorted(streamed)
+        self.order = sorted(streamed)  # of their calls, as far as it is known
+        self._called: dict[int, None] | None = {}  # in the first call, in their order
         pin = device.type == "cuda"
         mine = {index: _tensors(blocks[index]) for index in self.order}
         away = {id(tensor) for tensors in mine.values() for tensor in tensors}
@@ -115,7 +116,7 @@ class Stream:
     def install(self, *, blocks: Sequence[torch.nn.Module], undo: ExitStack) -> None:
         """Let the module's and its blocks' calls bring the weights they need."""
         undo.callback(self._give_back)
-        for index in self.order:
+        for index in self.groups:
             undo.callback(give_class(blocks[index], {"forward": self._block_forward(blocks[index], index)}))
         members = {
             "forward": self._module_forward(),
@@ -137,7 +138,7 @@ class Stream:
         if self._arrived is None:
             self._arrived = self.held.host.to(self.device, non_blocking=True)
             self.held.point(self._arrived)
-        if self.order and not self._slots:
+        if self.groups and not self._slots:
             size = max(group.nbytes for group in self.groups.values())
             self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
             if self._copies is not None:
@@ -173,6 +174,8 @@ class Stream:
                 self._fetch(self.order[0])
             try:
                 yield
+                if self._called:
+                    self.order, self._called = list(self._called), None
             finally:
                 if self.stay == "call":
                     self.leave()
@@ -185,17 +188,26 @@ class Stream:
             torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
         group = self.groups[index]
         group.point(self._slots[slot])
-        place = self.order.index(index)
-        last = place + 1 == len(self.order)
-        # Behind the last one comes the first of the next step.
-        if len(self.order) > 1 and not (last and self.stay == "call"):
-            self._fetch(self.order[(place + 1) % len(self.order)], keep=index)
+        if self._called is not None:
+            self._called[index] = None
+        following = self._after(index)
+        if following is not None:
+            self._fetch(following, keep=index)
         try:
             yield
         finally:
             group.point(group.host)
             if self._copies is not None:
                 self._free[slot].record(torch.cuda.current_stream(self.device))
+
+    def _after(self, index: int) -> int | None:
+        """The block that is called after this one; after the last, the first of the next step."""
+        if index not in self.order or len(self.order) < 2:
+            return None
+        place = self.order.index(index) + 1
+        if place < len(self.order):
+            return self.order[place]
+        return None if self.stay == "call" else self.order[0]
 
     def _fetch(self, index: int, *, keep: int | None = None) -> int:
         """Start a block's copy unless it is under way; returns its slot. Block `keep` is computing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,8 @@ from vivace.stream import Stream, Turn
 if TYPE_CHECKING:
     from vivace.family import Family, Variant
 
+LARGE = 0.1
+"""The share of a module from which on a block comes in parts: two of them have to be on the device."""
 TILE = 32
 """Latent rows and columns of a stock tile."""
 UNKNOWN = GIB
@@ -75,7 +77,7 @@ def _apply(target: Target) -> None:
 
 def _stream(target: Target, module: Any, one: Placed, *, turn: Turn | None) -> None:
     assert target.place is not None
-    blocks = blocks_of(target, one.part.name, module)
+    blocks = blocks_of(module)
     stay = "call" if one.leaves else "turn" if turn is not None else "always"
     stream = Stream(module, blocks=blocks, streamed=one.streamed, device=target.place, stay=stay, turn=turn)
     stream.install(blocks=blocks, undo=target.undo)
@@ -96,18 +98,21 @@ def parts_of(target: Target) -> list[Part]:
     parts = []
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
-        blocks = tuple(_nbytes(block) for block in blocks_of(target, name, module))
+        blocks = tuple(_nbytes(block) for block in blocks_of(module))
         found, small = _work(target, kind, module)
         held = _nbytes(module) - sum(blocks)
         parts.append(Part(name=name, kind=kind, held=held, blocks=blocks, work=found, strip_work=small))
     return parts
 
 
-def blocks_of(target: Target, name: str, module: torch.nn.Module) -> list[torch.nn.Module]:
-    """A component's repeated blocks, in the order of their calls."""
-    known = name in target.denoisers and target.family is not None
-    names: Sequence[str] = target.family.blocks if known and target.family else repeating_lists(module)
-    return [block for one in names for block in module.get_submodule(one).children()]
+def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that can come one by one: the repeated ones, a large one in its own repeated parts."""
+    limit, found = _nbytes(module) * LARGE, list[torch.nn.Module]()
+    for name in repeating_lists(module):
+        for block in module.get_submodule(name).children():
+            inner = blocks_of(block) if _nbytes(block) > limit else []
+            found += inner or [block]
+    return found
 
 
 def _kind(name: str) -> Any:

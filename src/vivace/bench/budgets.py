@@ -1,0 +1,209 @@
+"""Whole runs within a budget of device memory: `python -m vivace.bench.budgets [CASE ...]` writes
+benchmarks/<date>-<gpu>-budgets.json.
+
+Every case runs in a process of its own that may take no more than its budget (1 GB of it is the CUDA context's), at
+true size with random weights, text encoders included: ours, diffusers' group offload within the same budget, and
+once without a limit for the resident step. A streamed step should take at most 1.3 times the longer of the resident
+step and its bytes over the measured bandwidth.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vivace.machine import machine
+from vivace.placement import CONTEXT, GIB
+
+logger = logging.getLogger(__name__)
+
+STEPS = 4
+LIMIT = 1500  # seconds that a case may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model within one budget."""
+
+    family: str
+    variant: str | None
+    budget: int  # GB
+    size: tuple[int, int] = (1024, 1024)
+
+
+CASES = {
+    "qwen-image-24": Case(family="qwen_image", variant=None, budget=24),
+    "flux-16": Case(family="flux", variant="dev", budget=16),
+    "flux-12": Case(family="flux", variant="dev", budget=12),
+    "sdxl-6": Case(family="sdxl", variant=None, budget=6),
+    "sd3.5-medium-8": Case(family="sd3", variant="3.5-medium", budget=8),
+    "wan-14b-24": Case(family="wan", variant="2.1-t2v-14b", budget=24, size=(832, 480)),
+}
+WAYS = ("resident", "vivace", "group offload")
+
+
+def pipeline(case: Case) -> Any:
+    """The pipeline on the host; weights are drawn on the device, which is quicker, one component at a time."""
+    import diffusers
+    import torch
+
+    from vivace.families import FAMILIES
+    from vivace.families.tokenizers import t5_tokenizer
+
+    family = FAMILIES[case.family]
+    variant = family.variant(case.variant)
+    small: Any = family.tiny(variant.pipeline)
+    slots = [family.denoisers[0], "vae", *family.text_encoders, *variant.text_encoders]
+    parts = dict(small.components)
+    for slot, part in parts.items():
+        if slot in slots:
+            parts[slot] = family.full(case.variant, component=slot, device="cuda", dtype=torch.bfloat16).to("cpu")
+            torch.cuda.empty_cache()
+        elif isinstance(part, torch.nn.Module):
+            parts[slot] = None  # a second expert, or an image encoder, which the published model lacks
+    if "tokenizer_3" in parts:
+        parts["tokenizer_3"] = t5_tokenizer()
+    if "boundary_ratio" in parts:
+        parts["boundary_ratio"] = None
+    kind, config = family.scheduler
+    if kind:
+        parts["scheduler"] = getattr(diffusers, kind)(**{**config, **variant.scheduler})
+    return type(small)(**parts)
+
+
+def bandwidth() -> float:
+    """Bytes a second from page-locked host memory to the device."""
+    import torch
+
+    source, target = torch.empty(GIB, dtype=torch.uint8).pin_memory(), torch.empty(GIB, dtype=torch.uint8).cuda()
+    best = 0.0
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        best = max(best, GIB / (time.perf_counter() - start))
+    return best
+
+
+def measure(name: str, way: str) -> dict[str, Any]:
+    """One case, one way, in this process."""
+    import torch
+
+    from vivace.families import FAMILIES
+
+    case = CASES[name]
+    pipe = pipeline(case)
+    rate = bandwidth()
+    torch.cuda.empty_cache()
+    if way != "resident":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((case.budget * GIB - CONTEXT) / total)
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    place(pipe, case, way)
+    ready = time.perf_counter() - start
+    variant = FAMILIES[case.family].variant(case.variant)
+    video = {"num_frames": variant.frames} if variant.frames > 1 else {}
+    marks: list[float] = []
+
+    def mark(*arguments: Any) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        return {}
+
+    width, height = case.size
+    start = time.perf_counter()
+    pipe(
+        "a frog holding a sign, cinematic, soft light",
+        **{"width": width, "height": height, "num_inference_steps": STEPS, "output_type": "pt", **video},
+        callback_on_step_end=mark,
+    )
+    whole = time.perf_counter() - start
+    steps = [later - earlier for earlier, later in pairwise(marks)]
+    row = {
+        "ready_s": ready,
+        "run_s": whole,
+        "step_s": min(steps),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "bandwidth": rate,
+    }
+    return row | (facts(pipe) if way == "vivace" else {})
+
+
+def place(pipe: Any, case: Case, way: str) -> None:
+    """Put the weights where this way wants them."""
+    if way == "resident":
+        pipe.to("cuda")
+    elif way == "vivace":
+        from vivace.accelerate import accelerate
+
+        accelerate(pipe, vram=f"{case.budget}GB")
+    else:
+        import torch
+
+        pipe.enable_group_offload(
+            onload_device=torch.device("cuda"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=True,
+        )
+
+
+def facts(pipe: Any) -> dict[str, Any]:
+    """What was planned."""
+    from vivace.accelerate import acceleration_of
+
+    acceleration = acceleration_of(pipe)
+    plan = acceleration.target.placement if acceleration else None
+    assert plan is not None
+    return {
+        "plan": str(plan).splitlines(),
+        "planned_peak": plan.peak,
+        "moved_per_step": plan.moved_per_step,
+        "calls": {name: dict(lane.calls) for name, lane in acceleration.target.lanes.items()} if acceleration else {},
+    }
+
+
+def run(names: list[str]) -> dict[str, Any]:
+    """Every case, every way, each in its own process; a way that fails says so in its row."""
+    rows: dict[str, Any] = {}
+    for name in names:
+        rows[name] = {"case": asdict(CASES[name])}
+        for way in WAYS:
+            command = [sys.executable, "-m", "vivace.bench.budgets", "--measure", name, way]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+            last = done.stdout.strip().splitlines()[-1:] or ["{}"]
+            failed = {"failed": done.stderr.strip().splitlines()[-1:]}
+            rows[name][way] = json.loads(last[0]) if done.returncode == 0 else failed
+            logger.info("%s, %s: %s", name, way, rows[name][way])
+        ours, resident = rows[name]["vivace"], rows[name]["resident"]
+        if "step_s" in ours and "step_s" in resident:
+            bound = max(resident["step_s"], ours["moved_per_step"] / ours["bandwidth"])
+            rows[name]["of_bound"] = ours["step_s"] / bound
+    return {"command": "python -m vivace.bench.budgets", "machine": machine(), "rows": rows}
+
+
+def main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO)
+    if arguments[:1] == ["--measure"]:
+        sys.stdout.write(json.dumps(measure(*arguments[1:])) + "\n")
+        return
+    import torch
+
+    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    path = Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{gpu}-budgets.json"
+    path.write_text(json.dumps(run(arguments or list(CASES)), indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
