@@ -109,7 +109,7 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
     )
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
-    with held_out(target.denoisers.values() if config.lora != "off" else ()):
+    with held_out(target.denoisers.values() if config.lora != "off" else (), target.bases):
         wanted = wanted_passes(target)
     acceleration = Acceleration(target=target, seconds=0.0)
     members = {"vivace_acceleration": acceleration}

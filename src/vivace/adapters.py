@@ -12,17 +12,24 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft.tuners.lora import Conv2d, Conv3d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.quant.base import Base
+
 PLAIN: tuple[type, ...] = (Linear, Conv2d, Conv3d)
 """Layers whose effect is `scale * up @ down`; of DoRA, LoKr and their kin PEFT's own forward is kept."""
 
-READS, ADAPTS, SHOWS, REWRITES = "reads", "adapts", "shows", "rewrites"
-"""What a method does to a denoiser: looks at its layers, changes them, reads the weights too, or changes those too."""
+READS, ADAPTS, LOADS, SHOWS, REWRITES, FUSES = "reads", "adapts", "loads", "shows", "rewrites", "fuses"
+"""What a method does to a denoiser: looks at its layers, changes them, changes them and reads the weights, reads the
+weights alone, changes those, adds the one to the other."""
+WEIGHTS = (LOADS, SHOWS, REWRITES, FUSES)
 
 
 def _by_keys(state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
@@ -39,15 +46,15 @@ DENOISER_METHODS: dict[str, str | Callable[..., str]] = {
     "enable_adapters": ADAPTS,
     "enable_lora": ADAPTS,
     "enable_lora_hotswap": ADAPTS,
-    "fuse_lora": REWRITES,
+    "fuse_lora": FUSES,
     "load_lora_adapter": ADAPTS,
     "load_state_dict": _by_keys,
-    "save_lora_adapter": SHOWS,
+    "save_lora_adapter": LOADS,
     "save_pretrained": SHOWS,
     "set_adapter": ADAPTS,
     "set_adapters": ADAPTS,
     "state_dict": SHOWS,
-    "unfuse_lora": REWRITES,
+    "unfuse_lora": FUSES,
     "unload_lora": ADAPTS,
 }
 PIPELINE_METHODS: dict[str, str | Callable[..., str]] = {
@@ -55,12 +62,12 @@ PIPELINE_METHODS: dict[str, str | Callable[..., str]] = {
     "disable_lora": ADAPTS,
     "enable_lora": ADAPTS,
     "enable_lora_hotswap": ADAPTS,
-    "fuse_lora": REWRITES,
+    "fuse_lora": FUSES,
     "get_active_adapters": READS,
-    "load_lora_weights": SHOWS,
+    "load_lora_weights": LOADS,
     "set_adapters": ADAPTS,
     "set_lora_device": ADAPTS,
-    "unfuse_lora": REWRITES,
+    "unfuse_lora": FUSES,
     "unload_lora_weights": ADAPTS,
 }
 
@@ -87,6 +94,7 @@ class Place:
     parent: torch.nn.Module
     layer: Any  # PEFT's
     module: torch.nn.Module  # what computes while the layer is out
+    original: Callable[[], torch.Tensor] | None = None  # the 16-bit weight, where `module` is quantised
 
     def stand(self, module: torch.nn.Module) -> None:
         """Let `module` stand in this place."""
@@ -131,8 +139,10 @@ class Effect(Protocol):
 class Adapters:
     """The LoRA layers of one denoiser."""
 
-    def __init__(self, denoiser: torch.nn.Module, *, effect: Effect) -> None:
+    def __init__(self, denoiser: torch.nn.Module, *, effect: Effect, bases: Sequence[Base] = ()) -> None:
         self.denoiser, self.effect = denoiser, effect
+        self._bases = bases  # of quantised layers; filled later, by their pass
+        self._lent: list[tuple[torch.Tensor, torch.Tensor]] = []  # originals' weights, and their bytes
         self.version = 0  # counts what may have changed the denoiser's results
         self.refused: str | None = None  # why the layers are left in the tree
         self.written: Callable[[], None] = lambda: None  # to be told that weights were written
@@ -146,7 +156,8 @@ class Adapters:
         """Take every LoRA layer out of the tree, unless one is of a kind that is left to PEFT."""
         with self._lock:
             self._put_in()
-            found = [*layers_of(self.denoiser)]
+            found = [*layers_of(self.denoiser, self._bases)]
+            self._put_stand_ins()
             self.refused = next((why for place in found if (why := _refuses(place))), None)
             self._settled = None
             if self.refused:
@@ -175,13 +186,21 @@ class Adapters:
     def lowered(self, kind: str = REWRITES) -> Iterator[None]:
         """The denoiser with its layers in their places, for a method of that kind, within the block."""
         with self._lock:
-            if kind in (SHOWS, REWRITES):
+            quantised = any(base.swaps for base in self._bases)
+            if kind == FUSES and quantised:
+                raise InputError(
+                    "the layers are quantised, so nothing can be fused into them; lora='merged' has the adapters in "
+                    "their weights already, and vivace merge writes a model with them"
+                )
+            if kind in WEIGHTS:
                 self.effect.withdraw()
                 self.written()
                 self._settled = None
-            self._rewritten |= kind == REWRITES
-            if self._depth == 0:
+            self._rewritten |= kind in (REWRITES, FUSES)
+            # Quantised layers show, move and load themselves.
+            if self._depth == 0 and not (quantised and kind in (SHOWS, REWRITES)):
                 self._put_in()
+                self._put_originals()
             self._depth += 1
             settled = self._settled
             try:
@@ -202,6 +221,26 @@ class Adapters:
             self.effect.forget()
             self._put_in()
 
+    def _put_originals(self) -> None:
+        """PEFT adapts plain linears alone: let the originals stand for the quantised layers, without bytes."""
+        for swap in (swap for base in self._bases for swap in base.swaps):
+            weight, stand_in = swap.original.weight, swap.stand_in
+            shape = (stand_in.out_features, stand_in.in_features)
+            self._lent.append((weight, weight.data))
+            weight.data = torch.zeros(1, 1, dtype=stand_in.dtype, device=stand_in.device).expand(shape)
+            for parent, leaf in swap.places:
+                if parent._modules.get(leaf) is stand_in:
+                    parent._modules[leaf] = swap.original
+
+    def _put_stand_ins(self) -> None:
+        for weight, data in self._lent:
+            weight.data = data
+        self._lent.clear()
+        for swap in (swap for base in self._bases for swap in base.swaps):
+            for parent, leaf in swap.places:
+                if parent._modules.get(leaf) is swap.original:
+                    parent._modules[leaf] = swap.stand_in
+
     def _put_in(self) -> None:
         for place in self._places:
             place.stand(place.layer)
@@ -209,9 +248,9 @@ class Adapters:
 
 
 @contextmanager
-def held_out(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
+def held_out(denoisers: Iterable[torch.nn.Module], bases: Sequence[Base] = ()) -> Iterator[None]:
     """The denoisers as they will be with their LoRA layers held out, within the block: what passes have to look at."""
-    places = [place for denoiser in denoisers if refuses(denoiser) is None for place in layers_of(denoiser)]
+    places = [place for denoiser in denoisers if refuses(denoiser) is None for place in layers_of(denoiser, bases)]
     for place in places:
         place.stand(place.module)
     try:
@@ -221,13 +260,19 @@ def held_out(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
             place.stand(place.layer)
 
 
-def layers_of(denoiser: torch.nn.Module) -> Iterator[Place]:
-    """The adapter layers in a denoiser's tree."""
+def layers_of(denoiser: torch.nn.Module, bases: Sequence[Base] = ()) -> Iterator[Place]:
+    """The adapter layers in a denoiser's tree; those of originals in `bases` belong to what stands in for them."""
+    swaps = {id(swap.original): (base, swap) for base in bases for swap in base.swaps}
     for path, parent in list(denoiser.named_modules()):
         for name, child in parent._modules.items():
             if isinstance(child, BaseTunerLayer):
-                full = f"{path}.{name}" if path else name
-                yield Place(name=full, parent=parent, layer=child, module=child.get_base_layer())
+                full, module = f"{path}.{name}" if path else name, child.get_base_layer()
+                if id(module) not in swaps:
+                    yield Place(name=full, parent=parent, layer=child, module=module)
+                    continue
+                base, swap = swaps[id(module)]
+                original = functools.partial(base.original, swap)
+                yield Place(name=full, parent=parent, layer=child, module=swap.stand_in, original=original)
 
 
 def refuses(denoiser: torch.nn.Module) -> str | None:

@@ -189,6 +189,9 @@ class Lane:
                 self._build()
             if self.adapters is not None:
                 self.adapters.settle(strength_in(kwargs))
+            if self._watch is None:
+                # What was settled has let go of it.
+                self._build()
 
     def _build(self) -> None:
         """Build what is made from the weights as they are now."""

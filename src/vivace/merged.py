@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from vivace.adapters import Factor, Place, Strength
 from vivace.errors import InputError
 from vivace.pinned import hold
+from vivace.quant.linear import QuantLinear
 
 
 @dataclass(kw_only=True)
@@ -30,9 +31,12 @@ class Merged:
     a quarter of it stays free, else in host memory.
     """
 
-    def __init__(self, *, on_device: bool = True) -> None:
+    def __init__(self, *, on_device: bool = True, rebuilt: Callable[[], None] = lambda: None) -> None:
         self._on_device = on_device  # whether untouched weights may take the device's memory
+        self._rebuilt = rebuilt  # what was made of a quantised weight besides its bytes holds no longer
         self._bases: dict[int, Base] = {}
+        self._packed: dict[QuantLinear, dict[str, torch.Tensor]] = {}  # as they were
+        self._requantised: set[QuantLinear] = set()
 
     @property
     def beside(self) -> bool:
@@ -53,10 +57,17 @@ class Merged:
                 "merged adapters have one strength for the whole batch; strengths per request need lora='side'"
             )
         kept: set[int] = set()
+        requantised = set()
         for place in places:
             factors = [factor for factor in place.factors() if factor.scale * strength]
-            if factors:
+            if factors and place.original is not None:
+                requantised.add(self._requantise(place, factors, strength))
+            elif factors:
                 kept |= self._merge(place.module, factors, strength)
+        self._unpack(self._requantised - requantised)
+        if requantised or self._requantised:
+            self._rebuilt()
+        self._requantised = requantised
         for key, base in self._bases.items():
             if key not in kept:
                 _put_back(base)
@@ -65,19 +76,38 @@ class Merged:
     def withdraw(self) -> None:
         for base in self._bases.values():
             _put_back(base)
+        if self._requantised:
+            self._unpack(self._requantised)
+            self._requantised = set()
+            self._rebuilt()
 
     def forget(self) -> None:
         assert not any(base.changed for base in self._bases.values()), "withdraw comes before forget"
         self._bases.clear()
+        self._packed.clear()
+
+    def _requantise(self, place: Place, factors: list[Factor], strength: float) -> QuantLinear:
+        """Quantise the original weight plus the factors into the layer that stands in for it."""
+        layer, original = place.module, place.original
+        assert isinstance(layer, QuantLinear)
+        assert original is not None
+        if layer not in self._packed:
+            self._packed[layer] = {name: tensor.clone() for name, tensor in layer.packed.items()}
+        if any(factor.bias is not None for factor in factors):
+            raise InputError(f"{place.name} is quantised, and this LoRA changes its bias; use lora='side'")
+        total = _sum(original().to(layer.device), factors, strength)
+        layer.rewrite(layer.format.pack(total.to(layer.dtype), layer.how))
+        return layer
+
+    def _unpack(self, layers: Iterable[QuantLinear]) -> None:
+        for layer in layers:
+            layer.rewrite(self._packed[layer])
 
     def _merge(self, module: torch.nn.Module, factors: list[Factor], strength: float) -> set[int]:
         """Write the base of a module's weight plus its factors; returns the keys of the parameters written."""
         weight = module.get_parameter("weight")
         base = self._base(weight)
-        total = base.value.to(weight.device, torch.float32).flatten(1)  # [out, in * kernel]
-        for factor in factors:
-            up, down = (f.to(weight.device, torch.float32).flatten(1) for f in (factor.up, factor.down))
-            total = torch.addmm(total, up, down, alpha=factor.scale * strength)
+        total = _sum(base.value.to(weight.device), factors, strength)
         weight.data.copy_(total.view_as(weight))
         base.changed = True
         written = {id(weight)}
@@ -106,6 +136,15 @@ class Merged:
             return tensor.clone()
         flat = hold(tensor.nbytes, pin=True)
         return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _sum(weight: torch.Tensor, factors: list[Factor], strength: float) -> torch.Tensor:
+    """A weight and its factors in fp32, `[out, in]`, of a convolution `[out, in * kernel]`."""
+    total = weight.float().flatten(1)
+    for factor in factors:
+        up, down = (f.to(weight.device, torch.float32).flatten(1) for f in (factor.up, factor.down))
+        total = torch.addmm(total, up, down, alpha=factor.scale * strength)
+    return total
 
 
 def _put_back(base: Base) -> None:

@@ -10,6 +10,7 @@ import torch
 from vivace.adapters import Factor, Place, Strength
 from vivace.errors import InputError
 from vivace.one_off import give_class
+from vivace.quant.linear import QuantLinear
 
 RANK_STEP = 16
 """Ranks are padded with zeros to multiples of this: what tensor cores take, and room for the next adapter's."""
@@ -23,18 +24,18 @@ class Side:
     """
 
     def __init__(self, module: torch.nn.Module, *, capacity: int, device: torch.device) -> None:
-        weight = module.get_parameter("weight")
-        dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
+        (outputs, *inputs), dtype = _form(module)
         place = {"device": device, "dtype": dtype}
         self.capacity = capacity
-        self.down = torch.zeros(capacity, *weight.shape[1:], **place)  # [R, in], of a convolution [R, in, *kernel]
-        self.up = torch.zeros(weight.shape[0], capacity, **place)  # [out, R], with scale and strength multiplied in
+        self.down = torch.zeros(capacity, *inputs, **place)  # [R, in], of a convolution [R, in, *kernel]
+        self.up = torch.zeros(outputs, capacity, **place)  # [out, R], with scale and strength multiplied in
         self.bias: torch.Tensor | None = None  # [out]
         self.strengths: torch.Tensor | None = None  # [N, R] where the N requests of a batch differ
 
     def fits(self, module: torch.nn.Module, rank: int) -> bool:
-        weight = module.get_parameter("weight")
-        return rank <= self.capacity and self.up.shape[0] == weight.shape[0] and self.down.shape[1:] == weight.shape[1:]
+        (outputs, *inputs), dtype = _form(module)
+        same = [self.up.shape[0], *self.down.shape[1:]] == [outputs, *inputs] and self.up.dtype == dtype
+        return same and rank <= self.capacity
 
     def fill(self, factors: Sequence[Factor], strength: Strength) -> None:
         """Hold these factors from now on."""
@@ -133,8 +134,10 @@ class Sides:
             remove()
             self._changed()
         side = Side(module, capacity=-(-rank // RANK_STEP) * RANK_STEP, device=self._device())
-        forward = _linear if isinstance(module, torch.nn.Linear) else _convolution
-        remove = give_class(module, {"forward": forward(type(module)), "vivace_side": side})
+        forward = _convolution if hasattr(module, "kernel_size") else _linear
+        # Adapters read the input in 16 bit, so a kernel in front shall not quantise it.
+        members = {"takes": None} if isinstance(module, QuantLinear) else {}
+        remove = give_class(module, {"forward": forward(type(module)), "vivace_side": side, **members})
         self._sides[module] = (side, remove)
         return side
 
@@ -159,6 +162,14 @@ def _convolution(stock: type[Any]) -> Callable[..., torch.Tensor]:
         return out if side.bias is None else out + side.bias.view(-1, *[1] * (x.ndim - 2))
 
     return forward
+
+
+def _form(module: torch.nn.Module) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape of a module's weight, and the type it computes in."""
+    if isinstance(module, QuantLinear):
+        return (module.out_features, module.in_features), module.dtype
+    weight = module.get_parameter("weight")
+    return tuple(weight.shape), weight.dtype
 
 
 def _strength_of(one: float | Mapping[str, float], adapter: str) -> float:

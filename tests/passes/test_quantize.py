@@ -1,5 +1,6 @@
 """Quantising a pipeline: what is done to every linear, what is refused, and the way back."""
 
+import copy
 import json
 
 import pytest
@@ -210,12 +211,57 @@ def test_adapters(sd3_pipe, sd3_latents):
     assert torch.equal(sd3_latents(vivace.restore(sd3_pipe)), adapted)
 
 
-def test_a_quantised_layer_takes_no_adapter(sd3_pipe):
-    from peft import LoraConfig
+@pytest.mark.parametrize("mode", ["merged", "side"])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before", "loaded after"])
+def test_adapters_on_quantised_layers(sd3_pipe, sd3_latents, lora_of, format, mode, before):
+    plain = sd3_latents(sd3_pipe)
+    factors = lora_of(sd3_pipe.transformer)
+    stock = copy.deepcopy(sd3_pipe)
+    stock.load_lora_weights(dict(factors), adapter_name="a")
+    adapted = sd3_latents(stock)
+    if before:
+        sd3_pipe.load_lora_weights(dict(factors), adapter_name="a")
+    vivace.accelerate(sd3_pipe, quant=format, lora=mode)
+    if not before:
+        packed = copy.deepcopy(sd3_pipe.transformer.transformer_blocks[0].attn.to_q.packed)
+        assert distance(sd3_latents(sd3_pipe), plain) < 0.2
+        sd3_pipe.load_lora_weights(dict(factors), adapter_name="a")
+    assert distance(sd3_latents(sd3_pipe), adapted) < 0.3 < distance(plain, adapted)
+    sd3_pipe.load_lora_weights(dict(factors), "b")
+    sd3_pipe.set_adapters(["a", "b"], [0.5, 0.5])
+    assert distance(sd3_latents(sd3_pipe), adapted) < 0.3
+    with pytest.raises(InputError, match="nothing can be fused"):
+        sd3_pipe.fuse_lora(components=["transformer"])
+    sd3_pipe.unload_lora_weights()
+    assert distance(sd3_latents(sd3_pipe), plain) < 0.2
+    if not before:
+        now = sd3_pipe.transformer.transformer_blocks[0].attn.to_q.packed
+        assert all(torch.equal(now[name], tensor) for name, tensor in packed.items())
+    vivace.restore(sd3_pipe)
+    assert torch.equal(sd3_latents(sd3_pipe), plain)
 
-    vivace.accelerate(sd3_pipe, quant="fp8")
-    with pytest.raises(ValueError, match="QuantLinear"):
-        sd3_pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
+def test_adapters_stay_when_the_rest_is_accelerated_anew(sd3_pipe, sd3_latents, lora_of):
+    factors = lora_of(sd3_pipe.transformer)
+    vivace.accelerate(sd3_pipe, quant="int8")
+    sd3_pipe.load_lora_weights(dict(factors), adapter_name="a")
+    wanted = sd3_latents(sd3_pipe)
+    vivace.accelerate(sd3_pipe, quant="int8", fuse="off")
+    assert distance(sd3_latents(sd3_pipe), wanted) < 0.1
+    vivace.accelerate(sd3_pipe, quant="int8", lora="side")
+    assert distance(sd3_latents(sd3_pipe), wanted) < 0.3
+    stock = copy.deepcopy(vivace.restore(sd3_pipe))
+    assert stock.get_active_adapters() == ["a"]
+    assert distance(sd3_latents(stock), wanted) < 0.3
+
+
+def test_merging_needs_the_originals(sd3_pipe, sd3_latents, lora_of):
+    factors = lora_of(sd3_pipe.transformer)
+    vivace.accelerate(sd3_pipe, quant="int8", keep_base="no")
+    sd3_pipe.load_lora_weights(factors)
+    with pytest.raises(InputError, match="was not kept"):
+        sd3_latents(sd3_pipe)
 
 
 def test_a_picture_does_not_depend_on_its_neighbours():

@@ -32,12 +32,18 @@ def _check(target: Target) -> str | None:
 def _apply(target: Target) -> None:
     beside = target.config.lora == "side"
     for lane in target.lanes.values():
-        lane.adapters = Adapters(
-            lane.denoiser, effect=_sides(lane) if beside else Merged(on_device=target.config.vram is None)
-        )
+        effect = _sides(lane) if beside else _merged(lane, target)
+        # The list, which the pass that quantises fills.
+        lane.adapters = Adapters(lane.denoiser, effect=effect, bases=target.bases)
         lane.adapters.lift()
         target.undo.callback(lane.adapters.close)
     target.done("lora", "low-rank products beside the linears" if beside else "merged into the weights in place")
+
+
+def _merged(lane: Lane, target: Target) -> Merged:
+    # On the CPU products keep a form of their own of a quantised weight; elsewhere they read what is written in place.
+    rebuilt = lane.release if target.device.type == "cpu" else lambda: None
+    return Merged(on_device=target.config.vram is None, rebuilt=rebuilt)
 
 
 def _sides(lane: Lane) -> Sides:

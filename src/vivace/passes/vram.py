@@ -207,10 +207,16 @@ def _nbytes(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def _forecast(target: Target) -> str:
+    plan = target.placement
+    return "; ".join(str(plan).splitlines()) if plan else "weights stay; a decode out of memory goes on in strips"
+
+
 VRAM = Pass(
     name="vram",
     why_here="before fuse: fused weights are built where they will stay; after what changes their bytes",
     wants=lambda config: "auto" if config.vram is None else "on",
     check=_check,
     apply=_apply,
+    forecast=_forecast,
 )

@@ -51,6 +51,15 @@ class Base:
             weight.data = weight.data.to("cpu")
             self.nbytes += weight.nbytes
 
+    def original(self, swap: Swap) -> torch.Tensor:
+        """The 16-bit weight of a swapped linear, from where it is kept. Raises InputError where it is not."""
+        if self.kept == "no":
+            raise InputError(
+                f"the 16-bit weight of {swap.name} was not kept (keep_base='no'), so adapters cannot be merged into "
+                "it; use lora='side', or keep_base='host'"
+            )
+        return stored_weight(swap, dtype=swap.stand_in.dtype) if self.kept == "file" else swap.original.weight.data
+
     def check(self) -> None:
         """Raise InputError where the originals cannot be had again, before anything is put back."""
         if self.kept == "no" and self.swaps:

@@ -82,6 +82,12 @@ class QuantLinear(torch.nn.Module):
         """The weight [N, K] that is really multiplied with, in the layer's type."""
         return self.format.unpack(self.packed, self.dtype)
 
+    def rewrite(self, packed: Packed) -> None:
+        """Another weight of the same shape, in place: whoever holds views of it, or recorded its address, sees it."""
+        self.cache.clear()
+        for name, tensor in packed.items():
+            self.packed[name].copy_(tensor)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
 
