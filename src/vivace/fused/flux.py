@@ -166,4 +166,5 @@ FLUX = Fused(
     check=check,
     declines=declines,
     fuse=fuse,
+    sides=True,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from vivace.attention.backend import Attend
 from vivace.family import State
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, beside
 
 HALF = torch.finfo(torch.float16).max
 
@@ -113,7 +113,10 @@ class DoubleBlock:
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = parts
         up, _, down = mlp.net
         x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=mlp_shift, scale=mlp_scale)
-        y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
+        if beside(up.proj):
+            y = down(self.elementwise.gelu(up.proj(normed)))
+        else:
+            y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
         if ahead is None:
             return self.elementwise.residual(x, y, gate=mlp_gate), None
         return self.elementwise.residual_norm(x, y, gate=mlp_gate, shift=ahead[0], scale=ahead[1])
@@ -183,7 +186,7 @@ class SingleBlock:
         weight, bias = self.inward.weight, self.inward.bias
         assert bias is not None
         rows = 3 * normed.shape[-1]
-        if normed.shape[0] * normed.shape[1] > self.wide_rows:
+        if normed.shape[0] * normed.shape[1] > self.wide_rows and not beside(*self.inward.linears):
             mlp = self.elementwise.linear_gelu(normed, weight[rows:], bias[rows:])
             return F.linear(normed, weight[:rows], bias[:rows]), mlp
         both = self.inward(normed)
@@ -202,6 +205,8 @@ class SingleBlock:
     def _outward(self, attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
         """The projection of both side by side, as a sum of two products: neither is copied into a joint tensor."""
         projection, inner = self.block.proj_out, attended.shape[-1]
+        if beside(projection):
+            return projection(torch.cat((attended, mlp), dim=-1))
         y = F.linear(attended, projection.weight[:, :inner], projection.bias)
         y.flatten(0, 1).addmm_(mlp.flatten(0, 1), projection.weight[:, inner:].t())
         return y

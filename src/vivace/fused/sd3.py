@@ -21,7 +21,7 @@ from vivace.fused.contract import Fused
 from vivace.fused.elementwise import TORCH, Elementwise, elementwise_for
 from vivace.fused.fold import fold_zero_tokens
 from vivace.fused.modulation import Modulation
-from vivace.fused.stack import Stack
+from vivace.fused.stack import Stack, beside
 
 
 def check(denoiser: Any) -> str | None:
@@ -92,7 +92,10 @@ class JointBlock:
             y, gate = second
         up, _, down = mlp.net
         x, normed = self.elementwise.residual_norm(x, y, gate=gate, shift=mlp_shift, scale=mlp_scale)
-        y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
+        if beside(up.proj):
+            y = down(self.elementwise.gelu(up.proj(normed)))
+        else:
+            y = down(self.elementwise.linear_gelu(normed, up.proj.weight, up.proj.bias))
         return self.elementwise.residual(x, y, gate=mlp_gate)
 
     def _attention(self, image: torch.Tensor, text: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:

@@ -35,8 +35,8 @@ class Stack:
     @property
     def takes(self) -> Quantize | None:
         """What a kernel in front is to make of this linear's input: `quantize=stack.takes`."""
-        beside = any(side_of(linear) is not None for linear in self.linears)  # adapters read the input in 16 bit
-        return self._quantised.takes if self._quantised and not beside else None
+        # Adapters read the input in 16 bit.
+        return self._quantised.takes if self._quantised and not beside(*self.linears) else None
 
     def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
         if isinstance(x, RowScaled):
@@ -50,6 +50,11 @@ class Stack:
                 side.add_to(out[..., start:end], x)
             start = end
         return out
+
+
+def beside(*linears: torch.nn.Module) -> bool:
+    """Whether adapters stand beside any of these: then it is to be called, its weight alone is not all it computes."""
+    return any(side_of(linear) is not None for linear in linears)
 
 
 def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
