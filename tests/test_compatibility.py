@@ -27,7 +27,7 @@ class Feature:
     adapter: bool = False  # whether a LoRA is loaded with it
     gpu: bool = False
     slow: bool = False
-    tolerance: float = 1e-3
+    tolerance: float = 1e-3  # of the picture's error to the picture
 
 
 FEATURES = (
@@ -36,6 +36,8 @@ FEATURES = (
     Feature(name="LoRA merged", fields={"lora": "merged"}, adapter=True),
     Feature(name="LoRA beside", fields={"lora": "side"}, adapter=True),
     Feature(name="LoRA left to PEFT", fields={"lora": "off"}, adapter=True),
+    Feature(name="int8 linears", fields={"quant": "int8"}, tolerance=0.2),
+    Feature(name="step cache", fields={"cache": "firstblock:threshold=0.05"}, tolerance=0.2),
     Feature(name="VAE in strips", fields={"vram": "strips"}),
     Feature(name="encoders streamed", fields={"vram": "encoders"}),
     Feature(name="blocks streamed", fields={"vram": "streamed"}),
@@ -51,6 +53,7 @@ REFUSED = {
     ("blocks streamed", "CUDA graphs"): "its blocks are streamed",
     ("fused blocks", "torch.compile"): "takes the same blocks",
     ("LoRA left to PEFT", "fused blocks"): "transformer_blocks.0",
+    ("int8 linears", "fused blocks"): "take no quantised layers",
 }
 """Pairs that are refused, with a part of the reason. Every other pair works."""
 
@@ -59,6 +62,7 @@ WHY = {
     "its blocks are streamed": "a streamed block's weights have no fixed place to fuse, compile or record",
     "takes the same blocks": "both take the same blocks",
     "transformer_blocks.0": "fused blocks would not see PEFT's layers; merged or beside they do",
+    "take no quantised layers": "SD3's fused blocks, on which this is tested, read their weights in 16 bit",
 }
 
 
@@ -128,7 +132,7 @@ def live_through(first, second, *, device, lora_of, monkeypatch):
     vivace.accelerate(pipe, **fields)
     tolerance = max(first.tolerance, second.tolerance)
     for _ in range(2):
-        torch.testing.assert_close(picture(pipe, device), wanted, rtol=tolerance, atol=tolerance)
+        assert (picture(pipe, device) - wanted).norm() < tolerance * wanted.norm()
     notes = {note.name: note for note in vivace.report(pipe).passes}
     assert all(notes[name].done for name in fields if name in notes and fields[name] != "off")
     vivace.restore(pipe)
