@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import vivace
 from vivace import InputError
 from vivace.accelerate import acceleration_of
+from vivace.families import FAMILIES
+from vivace.fused import FUSED, fused_of
 from vivace.side import side_of
 
 
@@ -78,3 +81,28 @@ def test_no_weight_is_touched(sd3_pipe, sd3_latents, lora_of):
     sd3_pipe.unload_lora_weights()
     sd3_latents(sd3_pipe)
     assert all(type(module).__name__ != "Side" and side_of(module) is None for module in sd3_pipe.transformer.modules())
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+@pytest.mark.parametrize("family", FUSED)
+def test_every_family_with_fused_blocks(family, mode, lora_of):
+    """On all linears of its blocks, as stock computes them; fused where the family says that it can."""
+    pipe, known = FAMILIES[family].tiny(), FAMILIES[family]
+    name = known.denoisers[0]
+    denoiser = getattr(pipe, name)
+    if not hasattr(pipe, "load_lora_weights"):
+        pytest.skip("its pipeline takes no LoRA")
+    factors = lora_of(denoiser, prefix=name, std=0.1)
+    arguments = known.inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
+    stock = copy.deepcopy(pipe)
+    outputs = []
+    for one in (stock, vivace.accelerate(pipe, lora=mode)):
+        with torch.no_grad():
+            plain = tree_leaves(getattr(one, name)(**arguments))[0]
+            one.load_lora_weights(dict(factors))
+            outputs.append(tree_leaves(getattr(one, name)(**arguments))[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(outputs[0], plain, atol=1e-2)
+    served = set(vivace.report(pipe).calls[name])
+    fused = fused_of(known)
+    assert (served == {"fused blocks"}) == (mode == "merged" or fused.sides)

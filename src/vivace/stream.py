@@ -15,6 +15,7 @@ from vivace.errors import InputError
 from vivace.one_off import give_class
 from vivace.pinned import hold
 from vivace.placement import SLOTS
+from vivace.quant.linear import QuantLinear
 
 ALIGN = 256  # bytes: what the widest loads of kernels and copies want
 Stay = Literal["always", "turn", "call"]
@@ -39,7 +40,8 @@ class Entry:
 class Group:
     """Tensors that travel together: one flat piece of host memory, one copy."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], *, pin: bool) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, module: torch.nn.Module, pin: bool) -> None:
+        self.quantised = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
         self.home = [(tensor, tensor.device) for tensor in tensors]
         self.entries, end = [], 0
         for tensor in tensors:
@@ -55,6 +57,9 @@ class Group:
         """Let the tensors be views of `flat`."""
         for entry in self.entries:
             entry.tensor.data = entry.view(flat)
+        for layer in self.quantised:
+            # What it made of its weight may be a view of where that was.
+            layer.cache.clear()
 
     def give_back(self) -> None:
         """Ordinary tensors again, where they were."""
@@ -102,8 +107,8 @@ class Stream:
         mine = {index: _tensors(blocks[index]) for index in self.order}
         away = {id(tensor) for tensors in mine.values() for tensor in tensors}
         held = [tensor for tensor in _tensors(module) if id(tensor) not in away]
-        self.groups = {index: Group(tensors, pin=pin) for index, tensors in mine.items()}
-        self.held = Group(held, pin=pin)
+        self.groups = {index: Group(tensors, module=blocks[index], pin=pin) for index, tensors in mine.items()}
+        self.held = Group(held, module=module, pin=pin)
         self._known = {id(tensor) for group in (self.held, *self.groups.values()) for tensor, _ in group.home}
         self._arrived: torch.Tensor | None = None  # the held group's bytes on the device
         self._slots: list[torch.Tensor] = []
