@@ -17,6 +17,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests marked gpu and multi_gpu need what their marks name."""
+    there = torch.cuda.device_count()
+    for item in items:
+        if item.get_closest_marker("gpu") and there < 1:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("multi_gpu") and there < 2:
+            item.add_marker(pytest.mark.skip(reason="needs several NVIDIA GPUs"))
+
+
 @pytest.fixture
 def sd3_pipe() -> StableDiffusion3Pipeline:
     """A random Stable Diffusion 3 without VAE and text encoders; `sd3_latents` calls it."""

@@ -203,7 +203,6 @@ def test_every_backbone_trains_to_a_result(config, tmp_path, backbone):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_in_bfloat16_with_the_fast_lane(config, tmp_path):
     """Every loss, a grid and a resumption on the GPU, with whatever the preset exact records or fuses there."""
     records = Records(trackers=(), sample_every=5, save_every=5, prompts=("a red ring",), steps=(4,))

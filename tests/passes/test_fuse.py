@@ -140,7 +140,6 @@ def test_weights_of_several_types_stay_stock():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["flux", "sd", "sdxl", "lcm", "sd3"])
 def test_on_a_gpu(family, dtype):

@@ -300,7 +300,6 @@ def test_closing_fails_what_waits_and_ends_the_threads(pipe, start, order, gated
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_alone_or_together_on_a_gpu(start, order, pixels, graphs):
     pipe = FAMILIES["sd3"].tiny().to("cuda")

@@ -105,6 +105,9 @@ def _apply(target: Target) -> None:
     loaded = present(target) is not None
     bases = [] if loaded else [_quantise(target, name, found) for name, found in layers.items()]
     target.bases += bases
+    for lane in target.lanes.values():
+        if lane.adapters is not None:
+            lane.adapters.lift()  # what it held out stood in front of the originals
     target.layers = {name: tuple(found) for name, found in layers.items()}
     kept = "as loaded" if loaded and not target.bases else f"originals: {_where(target.bases)}"
     target.done("quant", f"{_counted(format, layers)}, {kept}")
