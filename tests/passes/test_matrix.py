@@ -48,13 +48,7 @@ REFUSED = {
 UNET, JOINT = "sd", "flux"
 # Of a tiny random model's output in 8 bits; Stable Video Diffusion's turns 1 % of noise on its input into 21 %.
 FAR = {"svd": 0.4}
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.gpu,
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETS = [frozenset(names) for count in range(4) for names in itertools.combinations(ASKED, count)]
 
 
@@ -96,7 +90,8 @@ def _trace_only(monkeypatch):
 
 
 def test_every_pass_is_in_the_matrix():
-    assert set(ASKED) == {one.name for one in PASSES}
+    # test_vram and test_compatibility pair placing weights, which needs a GPU or a stand-in, with the others.
+    assert set(ASKED) == {one.name for one in PASSES} - {"vram"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
