@@ -2,7 +2,7 @@
 
     python recipes/builtin/grid.py
 
-`docs/grid.json` keeps a person's verdicts ("person") that are there already, as long as caption and seed stay the same.
+`docs/grid.json` keeps the verdicts by eye ("eye") that are there already, as long as caption and seed stay the same.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def main() -> None:
     ]
     path = options.to / "grid.json"
     known = json.loads(path.read_text())["pictures"] if path.exists() else []
-    judged = {(row["seed"], row["caption"]): row["person"] for row in known if "person" in row}
-    rows = [row | {"person": judged[key]} if (key := (row["seed"], row["caption"])) in judged else row for row in rows]
+    judged = {(row["seed"], row["caption"]): row["eye"] for row in known if "eye" in row}
+    rows = [row | {"eye": judged[key]} if (key := (row["seed"], row["caption"])) in judged else row for row in rows]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.write_text('{\n "pictures": [\n' + lines + "\n ]\n}\n")
 
