@@ -12,10 +12,10 @@ demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this mac
 	$(BIN)/vivace generate "$(PROMPT)" -o out/demo.png --overwrite
 
 test: $(VENV)/.test  ## the CPU test suite
-	$(BIN)/pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST)
 
 test-all: $(VENV)/.test  ## the full product of cases too
-	$(BIN)/pytest -m "" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "" $(PYTEST)
 
 check: lint size test  ## what the continuous integration runs
 
