@@ -58,7 +58,7 @@ def main(output: Path) -> None:
             time.sleep(0.0002)
         if len(saves) < wanted:
             break
-        time.sleep(rng.random() * 0.02)
+        time.sleep(rng.random() ** 4 * 0.02)  # mostly while it still goes on, sometimes after
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         interrupted += bool(list(output.glob(".step-*")))
