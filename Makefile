@@ -9,6 +9,7 @@ PYTEST ?=
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this machine has
+	mkdir -p out
 	$(BIN)/vivace generate "$(PROMPT)" -o out/demo.png --overwrite
 
 test: $(VENV)/.test  ## the CPU test suite
