@@ -19,7 +19,7 @@ from vivace.passes import PASSES
 from vivace.passes.lora import lora_methods
 from vivace.passes.target import Note, Pass, Target, hooks_of
 from vivace.passes.vram import device_for
-from vivace.quant.base import Base
+from vivace.quant.originals import Base
 from vivace.request import scope_pipeline
 
 Subject = TypeVar("Subject")

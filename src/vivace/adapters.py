@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
-    from vivace.quant.base import Base
+    from vivace.quant.originals import Base
 
 PLAIN: tuple[type, ...] = (Linear, Conv2d, Conv3d)
 """Layers whose effect is `scale * up @ down`; of DoRA, LoKr and their kin PEFT's own forward is kept."""

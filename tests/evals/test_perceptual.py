@@ -27,7 +27,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_lpips_of_equal_pictures():
     if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("LPIPS needs torchvision, which has no build for this torch here")
+        pytest.skip("LPIPS needs torchvision, which vivace does not install")
     measure = perceptual.lpips()
     x = torch.rand(2, 3, 64, 64)
     assert measure(x, x).tolist() == [0.0, 0.0]

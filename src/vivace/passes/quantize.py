@@ -11,9 +11,9 @@ import torch
 from vivace.config import Config, Switch
 from vivace.passes.target import Pass, Target
 from vivace.quant import format_of
-from vivace.quant.base import Base, file_of, files_of
 from vivace.quant.layers import Layer, foreign, linears, not_finite, survey, weight_of
 from vivace.quant.linear import QuantLinear
+from vivace.quant.originals import Base, file_of, files_of
 from vivace.quant.rules import best_format
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
     from vivace.placement import Placement
-    from vivace.quant.base import Base
     from vivace.quant.layers import Layer
+    from vivace.quant.originals import Base
 
 
 @dataclass(frozen=True, kw_only=True)
