@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,3 +135,18 @@ except RuntimeError as error: print(len(KERNELS), error)
 @pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (24, 32), (3072, 4096)])
 def test_power_of_two(n, power):
     assert language.power_of_two(n) == power
+
+
+@pytest.mark.skipif(not language.INTERPRETED, reason="threads share nothing but the interpreter")
+def test_two_threads_may_launch_at_once():
+    kernel = KERNELS["residual_norm"]
+    arguments = kernel.arguments(kernel.cases[0], device="cpu", dtype=torch.float32)
+    alone = kernel.op(**arguments)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda _: kernel.op(**arguments), range(20)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(a, b) for made in together for a, b in zip(made, alone, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from vivace.kernels.language import COMPILE_ONLY, INTERPRETED
 
 _LIBRARY = torch.library.Library("vivace", "FRAGMENT")
+_INTERPRETER = threading.Lock()
 
 
 class Draw:
@@ -99,7 +101,7 @@ def register(schema: str, *, reference: Callable[..., Any], launch: Callable[...
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _on_device(launch), "CUDA")
-    _LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
+    _LIBRARY.impl(name, _one_at_a_time(launch) if INTERPRETED else reference, "CPU")
     torch.library.register_fake(f"vivace::{name}", _without_values(reference, launch), lib=_LIBRARY)
     return getattr(torch.ops.vivace, name).default
 
@@ -107,6 +109,16 @@ def register(schema: str, *, reference: Callable[..., Any], launch: Callable[...
 def _without_values(reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
     """For tensors that have only shapes: the reference, unless its kernel is to be compiled for them."""
     return lambda *arguments: (launch if COMPILE_ONLY.get() else reference)(*arguments)
+
+
+def _one_at_a_time(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's interpreter patches the language for the time of a launch, for every thread of the process."""
+
+    def launch_alone(*arguments: Any, **named: Any) -> Any:
+        with _INTERPRETER:
+            return launch(*arguments, **named)
+
+    return launch_alone
 
 
 def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
