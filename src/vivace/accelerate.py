@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from vivace.adapters import held_out
 from vivace.config import Config, resolve
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.lane import Lane, holds_own_forward
+from vivace.lora.adapters import held_out
 from vivace.passes import PASSES
 from vivace.passes.lora import lora_methods
 from vivace.passes.target import Note, Pass, Target, hooks_of

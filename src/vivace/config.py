@@ -12,7 +12,7 @@ from typing import Any, Literal
 from vivace.attention import BACKENDS
 from vivace.cache import Policy, parse, spell
 from vivace.errors import InputError
-from vivace.placement import budget_of
+from vivace.memory.placement import budget_of
 
 Switch = Literal["auto", "on", "off"]
 """`auto` decides and says why in the report; `on` is done or is an error; `off` is left alone."""
@@ -51,7 +51,7 @@ class Config:
     """Where the 16-bit weights of quantised linears stay, for `restore`: auto is file where that is true, else host."""
 
     vram: str | None = None
-    """Device memory for the run: a size like 24GB, auto, or a level of `vivace.placement.LEVELS`; None: as it is."""
+    """Device memory for the run: a size like 24GB, auto, or a level of `LEVELS`; None: as it is."""
 
     fuse: Switch = "auto"
     """Hand-fused blocks, for the families that have them."""

@@ -18,7 +18,6 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
 from vivace import request
-from vivace.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.attention.backend import Attend
 from vivace.attention.ends import exact_ends
 from vivace.attention.native import NATIVE
@@ -26,6 +25,7 @@ from vivace.attention.route import Route
 from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
+from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.one_off import give_class
 from vivace.passes.target import device_of
 from vivace.watch import Watch

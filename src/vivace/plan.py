@@ -76,7 +76,7 @@ def plan(
 
     from vivace.accelerate import wanted_passes
     from vivace.bench.roofline import rate_of
-    from vivace.memory import components_of, skeletons
+    from vivace.memory.sizes import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
 

@@ -5,9 +5,9 @@ import torch
 
 from vivace.bench.budgets import CASES
 from vivace.families import FAMILIES
+from vivace.memory.placement import CONTEXT, GIB, place
 from vivace.passes.target import Target
 from vivace.passes.vram import parts_of
-from vivace.placement import CONTEXT, GIB, place
 
 
 @pytest.mark.parametrize("name", ["flux-12", "sdxl-6", "sd3.5-medium-8"])

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from vivace import cli, picture
+from vivace import cli
+from vivace.generation import picture
 
 
 def info(*arguments: object) -> int:

@@ -10,7 +10,7 @@ import torch
 import vivace
 from vivace import InputError
 from vivace.families import FAMILIES
-from vivace.placement import LEVELS
+from vivace.memory.placement import LEVELS
 
 
 @pytest.fixture

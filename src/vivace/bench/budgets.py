@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace.machine import machine
-from vivace.placement import CONTEXT, GIB
+from vivace.memory.placement import CONTEXT, GIB
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from vivace.bench.subject import build, inputs_of
 from vivace.bench.workload import Workload
 from vivace.load import find
-from vivace.memory import skeletons
+from vivace.memory.sizes import skeletons
 
 
 def tflop(workload: Workload) -> float:

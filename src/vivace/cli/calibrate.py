@@ -84,7 +84,7 @@ def call_of(source: Source, settings: dict[str, Any], size: str | None) -> dict[
 def prompts_of(path: Path | None, *, builtin: bool, captions: int, seed: int) -> tuple[str, ...]:
     """The prompts in a file, or captions of the built-in model's world. Raises InputError where there are neither."""
     from vivace.errors import InputError
-    from vivace.prompt import read_prompts
+    from vivace.generation.prompt import read_prompts
 
     if path is not None:
         return read_prompts(path)

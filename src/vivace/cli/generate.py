@@ -17,7 +17,7 @@ from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from vivace.config import Config
-    from vivace.job import Lora
+    from vivace.generation.job import Lora
     from vivace.steps import Step
 
 
@@ -67,11 +67,11 @@ def generate(
     show: Annotated[bool, typer.Option(help="Preview the picture in the terminal.")] = False,
 ) -> None:
     """Make a picture (or a video) of PROMPT."""
-    from vivace import preview
-    from vivace.generate import check
-    from vivace.generate import generate as run
-    from vivace.job import Job
-    from vivace.prompt import read_prompts
+    from vivace.generation import preview
+    from vivace.generation.generate import check
+    from vivace.generation.generate import generate as run
+    from vivace.generation.job import Job
+    from vivace.generation.prompt import read_prompts
 
     if prompt is not None and prompts is not None:
         raise InputError("PROMPT and --prompts were both given; give one")
@@ -127,7 +127,7 @@ def read_size(text: str) -> tuple[int, int]:
 
 def read_lora(text: str) -> Lora:
     """`style.safetensors:0.8` -> its path and weight; the weight is 1 where none is given. Raises InputError."""
-    from vivace.job import Lora
+    from vivace.generation.job import Lora
 
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():

@@ -14,7 +14,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Print the prompt, seed and settings that a picture carries."""
-    from vivace import picture, video
+    from vivace.generation import picture, video
 
     made = video.facts(path) if path.suffix.lower() == ".mp4" else picture.facts(path)
     if as_json:

@@ -20,6 +20,6 @@ def merge(
     variant: Annotated[str | None, typer.Option(help="A weight variant of the folder or hub id, such as fp16.")] = None,
 ) -> None:
     """Write a model with LoRAs merged into its weights."""
-    from vivace.merge import merge
+    from vivace.lora.merge import merge
 
     print(merge(model, [read_lora(text) for text in loras], output=output, dtype=dtype, variant=variant))

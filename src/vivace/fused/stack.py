@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
+from vivace.lora.side import side_of
 from vivace.quant.linear import QuantLinear, stackable, stacked
-from vivace.side import side_of
 
 
 class Stack:

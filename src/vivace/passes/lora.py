@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from vivace import lora
-from vivace.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.config import Config, Switch
-from vivace.merged import Merged
+from vivace.lora import files
+from vivace.lora.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
+from vivace.lora.merged import Merged
+from vivace.lora.side import Sides
 from vivace.passes.target import Pass, Target, device_of
-from vivace.side import Sides
 
 if TYPE_CHECKING:
     from vivace.lane import Lane
@@ -66,7 +66,7 @@ def lora_methods(target: Target) -> dict[str, Any]:
 
         @functools.wraps(stock.load_lora_weights)
         def load_lora_weights(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-            return lora.load(self, source, *args, stock=functools.partial(load, self), **kwargs)
+            return files.load(self, source, *args, stock=functools.partial(load, self), **kwargs)
 
         members["load_lora_weights"] = load_lora_weights
     return members

@@ -14,7 +14,7 @@ from vivace.config import Config, Switch
 if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
-    from vivace.placement import Placement
+    from vivace.memory.placement import Placement
     from vivace.quant.layers import Layer
     from vivace.quant.originals import Base
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vivace import strips
 from vivace.config import Config
-from vivace.decode import rescue
-from vivace.footprint import denoiser_work, work
+from vivace.memory import strips
+from vivace.memory.decode import rescue
+from vivace.memory.footprint import denoiser_work, work
+from vivace.memory.pinned import available, gib
+from vivace.memory.placement import GIB, LEVELS, Part, Placed, budget_of, place
+from vivace.memory.stream import Stream, Turn
 from vivace.one_off import give_class
 from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
-from vivace.pinned import available, gib
-from vivace.placement import GIB, LEVELS, Part, Placed, budget_of, place
-from vivace.stream import Stream, Turn
 
 if TYPE_CHECKING:
     from vivace.family import Family, Variant

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vivace import inputs
-from vivace.conditioning import ROUND_TO
 from vivace.errors import InputError
-from vivace.generate import CALL
+from vivace.generation.conditioning import ROUND_TO
+from vivace.generation.generate import CALL
 from vivace.load import Source
 from vivace.scheduler import scheduler_class
 from vivace.serve.failures import FieldError
@@ -110,7 +110,7 @@ def check(request: Request, source: Source) -> None:
 
 def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
     """A picture's size in multiples that the model can make, shrunk to the area it was made for."""
-    from vivace import conditioning
+    from vivace.generation import conditioning
 
     return conditioning.fitting(size, source) if source.family else (_down(size[0]), _down(size[1]))
 

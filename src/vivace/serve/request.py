@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vivace.job import RESERVED, SEEDS
+from vivace.generation.job import RESERVED, SEEDS
 from vivace.serve.failures import FieldError
 
 if TYPE_CHECKING:

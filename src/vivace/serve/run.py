@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
-from vivace.generate import CALL, FPS
+from vivace.generation.generate import CALL, FPS
 from vivace.inputs import arguments
 from vivace.lane import Lane
 from vivace.request import Request as Scope

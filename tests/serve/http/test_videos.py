@@ -8,7 +8,7 @@ import openai
 import pytest
 from PIL import Image
 
-from vivace import video
+from vivace.generation import video
 from vivace.serve.http.shelf import Shelf
 
 BODY = {"steps": 2, "frames": 5, "fps": 8, "seed": 3}

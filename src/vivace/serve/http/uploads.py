@@ -9,7 +9,7 @@ import warnings
 from PIL import Image, ImageOps
 from starlette.datastructures import FormData, UploadFile
 
-from vivace.picture import SMALLEST_SIDE
+from vivace.generation.picture import SMALLEST_SIDE
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.settings import Settings
 

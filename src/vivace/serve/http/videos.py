@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from vivace import video
 from vivace.errors import InputError
-from vivace.generate import FPS
+from vivace.generation import video
+from vivace.generation.generate import FPS
 from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import BINARY

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace import picture
 from vivace.errors import InputError, first_line
+from vivace.generation import picture
 from vivace.inputs import CONTROLS, arguments, control_argument, control_slot
 from vivace.load import HUB_ID, Source
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from vivace.job import Job
+    from vivace.generation.job import Job
 
 ROUND_TO = 8  # pixels, where no family says
 
@@ -143,12 +143,12 @@ def check_adapters(job: Job, pipeline: type) -> None:
 
 def adapt(pipe: DiffusionPipeline, job: Job) -> None:
     """Load the job's LoRAs and IP-Adapter into a loaded pipeline. Raises InputError where one does not fit it."""
-    from vivace import lora
+    from vivace.lora import files
 
     loading: Any = pipe
     weights = {f"lora_{index}": one.weight for index, one in enumerate(job.loras)}
     for name, one in zip(weights, job.loras, strict=True):
-        lora.load(pipe, one.path, adapter_name=name)
+        files.load(pipe, one.path, adapter_name=name)
     if weights:
         loading.set_adapters(list(weights), adapter_weights=list(weights.values()))
     if job.ip_adapter:

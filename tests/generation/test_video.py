@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from vivace import video
 from vivace.errors import InputError
+from vivace.generation import video
 
 av = pytest.importorskip("av")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vivace.adapters import Factor, Place, Strength
 from vivace.errors import InputError
+from vivace.lora.adapters import Factor, Place, Strength
 from vivace.one_off import give_class
 from vivace.quant.linear import QuantLinear
 

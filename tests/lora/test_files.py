@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import vivace
-from vivace import InputError, lora
+from vivace import InputError
 from vivace.families import FAMILIES
+from vivace.lora import files
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_formats_of_flux(flux_pipe, place, tmp_path, make):
     file, deltas = make(flux_pipe.transformer)
     save_file({key: value.contiguous() for key, value in file.items()}, tmp_path / "style.safetensors")
     pipe = place(copy.deepcopy(flux_pipe))
-    lora.load(pipe, tmp_path / "style.safetensors", adapter_name="style")
+    files.load(pipe, tmp_path / "style.safetensors", adapter_name="style")
     wanted = expected(flux_pipe, "flux", deltas)
     torch.testing.assert_close(noise(pipe, "flux"), wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(wanted, noise(flux_pipe, "flux"), atol=1e-2)
@@ -150,7 +151,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(sd3_pipe, sd3_late
     names = [name for name, _ in pipe.transformer.named_modules()]
     file = lora_of(pipe.transformer)
     with pytest.raises(InputError, match=message):
-        lora.load(pipe, spoil(file, next(iter(file))))
+        files.load(pipe, spoil(file, next(iter(file))))
     assert [name for name, _ in pipe.transformer.named_modules()] == names
     assert torch.equal(sd3_latents(pipe), plain)
     assert "lora_state_dict" not in vars(pipe)

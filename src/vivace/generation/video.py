@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.errors import InputError
-from vivace.picture import whole
+from vivace.generation.picture import whole
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vivace.adapters import Factor, Place, Strength
 from vivace.errors import InputError
-from vivace.pinned import hold
+from vivace.lora.adapters import Factor, Place, Strength
+from vivace.memory.pinned import hold
 from vivace.quant.linear import QuantLinear
 
 

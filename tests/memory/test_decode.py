@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vivace import InputError, strips
-from vivace.decode import rescue
+from vivace import InputError
 from vivace.families import FAMILIES
+from vivace.memory import strips
+from vivace.memory.decode import rescue
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from vivace import strips
 from vivace.families import FAMILIES
+from vivace.memory import strips
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from vivace.errors import InputError
+from vivace.memory.pinned import hold
+from vivace.memory.placement import SLOTS
 from vivace.one_off import give_class
-from vivace.pinned import hold
-from vivace.placement import SLOTS
 from vivace.quant.linear import QuantLinear
 
 ALIGN = 256  # bytes: what the widest loads of kernels and copies want

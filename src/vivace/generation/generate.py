@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace import conditioning, few_step, inputs, picture, video
+from vivace import few_step, inputs
 from vivace.config import Config, preset_name
 from vivace.errors import InputError, first_line
-from vivace.job import SEEDS, Job, check_family, check_values, flag, outputs
+from vivace.generation import conditioning, picture, video
+from vivace.generation.job import SEEDS, Job, check_family, check_values, flag, outputs
+from vivace.generation.prompt import cut_lines, cuts
 from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
-from vivace.prompt import cut_lines, cuts
 from vivace.scheduler import scheduler_class, use_scheduler
 from vivace.steps import Step, counted
 

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 import vivace
 from vivace import InputError, checkpoint
 from vivace.families import FAMILIES
-from vivace.job import Lora
+from vivace.generation.job import Lora
 from vivace.load import DTYPES
-from vivace.merge import merge
+from vivace.lora.merge import merge
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.families.tiny import clip_vision
-from vivace.generate import generate
-from vivace.job import Job, Lora
+from vivace.generation.generate import generate
+from vivace.generation.job import Job, Lora
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_an_ip_adapter_sees_the_last_image(make, room, tmp_path):
 
 def test_a_video_from_a_picture_without_a_prompt(room, tmp_path):
     pytest.importorskip("av")
-    from vivace import video
+    from vivace.generation import video
 
     job = {"model": str(room / "svd"), "images": (room / "in.png",), "steps": 1, "seed": 1, "frames": 3, "fps": 5}
     result = generate(Job(output=tmp_path / "out.mp4", device="cpu", size=(64, 64), **job))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vivace import InputError
-from vivace.stream import Stream, Turn
+from vivace.memory.stream import Stream, Turn
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]

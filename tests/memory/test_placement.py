@@ -3,7 +3,7 @@
 import pytest
 
 from vivace import InputError
-from vivace.placement import CONTEXT, GIB, LEVELS, SPARE, Part, budget_of, place, spread
+from vivace.memory.placement import CONTEXT, GIB, LEVELS, SPARE, Part, budget_of, place, spread
 
 
 def flux(*, experts=1):

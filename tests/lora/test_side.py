@@ -11,7 +11,7 @@ from vivace import InputError
 from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
 from vivace.fused import FUSED, fused_of
-from vivace.side import side_of
+from vivace.lora.side import side_of
 
 
 def call(pipe, **arguments):

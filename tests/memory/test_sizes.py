@@ -6,7 +6,7 @@ import torch
 from vivace import InputError
 from vivace.families import FAMILIES
 from vivace.load import Source, find
-from vivace.memory import components_of
+from vivace.memory.sizes import components_of
 from vivace.plan import source_of
 
 

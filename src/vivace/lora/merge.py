@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vivace import checkpoint, lora
-from vivace.adapters import Adapters
+from vivace import checkpoint
 from vivace.errors import InputError
 from vivace.load import OWN, Source, find, load_source
-from vivace.merged import Merged
+from vivace.lora import files
+from vivace.lora.adapters import Adapters
+from vivace.lora.merged import Merged
 
 if TYPE_CHECKING:
-    from vivace.job import Lora
+    from vivace.generation.job import Lora
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -48,7 +49,7 @@ def merge(
     pipe: Any = load_source(source, dtype=dtype or _stored(source), device="cpu", variant=variant)
     names = [f"lora_{index}" for index in range(len(loras))]
     for name, one in zip(names, loras, strict=True):
-        lora.load(pipe, one.path, adapter_name=name)
+        files.load(pipe, one.path, adapter_name=name)
     pipe.set_adapters(names, [one.weight for one in loras])
     _settle(pipe)
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")

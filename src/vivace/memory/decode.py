@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vivace import strips
 from vivace.errors import InputError
+from vivace.memory import strips
 from vivace.one_off import give_class
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from vivace import picture
 from vivace.errors import InputError
+from vivace.generation import picture
 
 RED = Image.new("RGB", (16, 8), "red")
 

@@ -4,7 +4,7 @@ import pytest
 
 from vivace.errors import InputError
 from vivace.families import FAMILIES
-from vivace.prompt import cuts, read_prompts
+from vivace.generation.prompt import cuts, read_prompts
 
 
 def test_one_prompt_a_line(tmp_path):
