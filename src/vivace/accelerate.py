@@ -16,6 +16,7 @@ from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.lane import Lane, holds_own_forward
 from vivace.lora.adapters import held_out
 from vivace.passes import PASSES
+from vivace.passes.attention import names_blocks
 from vivace.passes.lora import lora_methods
 from vivace.passes.target import Note, Pass, Target, hooks_of
 from vivace.passes.vram import device_for
@@ -116,7 +117,7 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
     # Until `pop_all` every failure undoes what was done so far.
     with _put_back_on_failure(target, bases), target.undo as failing:
         for name, denoiser in target.denoisers.items():
-            lane = target.lanes[name] = Lane(name, denoiser, named_blocks=config.check_nan)
+            lane = target.lanes[name] = Lane(name, denoiser, named_blocks=names_blocks(config))
             lane.moved = lambda: _move(acceleration)
             lane.install(members=members, undo=failing)
         for one in wanted:

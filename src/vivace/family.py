@@ -111,6 +111,7 @@ class Family:
     tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
     inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
     signal: Callable[[Any, State], torch.Tensor] | None = None  # (denoiser, stock state) -> what TeaCache watches
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]] | None = None  # frames, rows, columns of tokens
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config
     vae: Mapping[str, Any] = field(default_factory=dict)  # the VAE's configuration, where not its class's default
     scheduler: tuple[str, Mapping[str, Any]] = ("", {})  # class, configuration; what a single file does not say

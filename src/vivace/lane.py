@@ -22,6 +22,7 @@ from vivace.attention.backend import Attend
 from vivace.attention.ends import exact_ends
 from vivace.attention.native import NATIVE
 from vivace.attention.route import Route
+from vivace.attention.space_time import Grid, arranged
 from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
@@ -69,6 +70,7 @@ class Lane:
         self.denoiser = denoiser
         self.attend: Attend = NATIVE.attend
         self.route: Route | None = None
+        self.grid: Grid | None = None  # how a call's tokens lie, where attention asks
         self.ends = 0  # steps at each end of a request whose attention is exact
         self.run: Run = Direct()
         self.cache: Cache | None = None
@@ -149,7 +151,7 @@ class Lane:
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
-        with self.route or nullcontext(), exact_ends(self.ends) if self.ends else nullcontext():
+        with self._attention(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
             out = self._serve(kwargs)
         if self.first_seconds is None:
             if self._device_type == "cuda":
@@ -170,8 +172,15 @@ class Lane:
         split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
         if split is not None and split.once is not None and {*split.once_inputs} <= {*kwargs}:
             kwargs["once"] = self._once(split, kwargs)
-        with self.route or nullcontext():
+        with self._attention(kwargs):
             return self.run(name, segment, **kwargs)
+
+    @contextmanager
+    def _attention(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Attention goes where the pass said, and is told how the tokens lie where it asks."""
+        told = arranged(self.grid, self.denoiser, kwargs) if self.grid else nullcontext()
+        with self.route or nullcontext(), told:
+            yield
 
     def _serve(self, kwargs: dict[str, Any], run: Run | None = None) -> Any:
         reason = self._declined(kwargs)

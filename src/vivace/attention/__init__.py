@@ -15,6 +15,7 @@ BACKENDS: dict[str, str] = {
     "cudnn_fp8_rotated": "vivace.attention.cudnn_fp8:CUDNN_FP8_ROTATED",
     "efficient": "vivace.attention.native:EFFICIENT",
     "flash": "vivace.attention.flash:FLASH",
+    "radial": "vivace.attention.radial:RADIAL",
     "sage": "vivace.attention.sage:SAGE",
     "xformers": "vivace.attention.xformers:XFORMERS",
 }

@@ -39,6 +39,7 @@ class Backend:
     exact: bool = True  # to the last digits of 16 bit; others may leave a request's first and last steps to native
     leaves: str = ""  # which calls it hands to native, for the report
     masks: bool = False  # takes a mask
+    asks_where: bool = False  # needs to know which layer computes, and where in space and time its tokens lie
     returns_lse: bool = False  # can give the log-sum-exp, which a ring over several GPUs needs
     package: str | None = None  # the module that must be installed
     install: str = ""  # what to type to install it

@@ -52,6 +52,25 @@ def _native(q, k, v, *, mask=None, scale=None):
         return _sdpa(q, k, v, mask, scale)
 
 
+def attend_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q, k, v `[B, S, H, D]`, and the natural log-sum-exp of its scores, `[B, Sq, H]` in fp32."""
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+    elif (rule := rule_for(q, k, None)) and rule.kernel is SDPBackend.CUDNN_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, None, True, scale=scale)
+    elif q.dtype in _16BIT:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*heads, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(*heads, None, True, scale=scale)
+    # The efficient kernel rounds the queries up.
+    lse = lse.reshape(*lse.shape[:2], -1)[..., : q.shape[1]]
+    return out.transpose(1, 2), lse.transpose(1, 2).float()
+
+
 def _only(kernel: SDPBackend):
     def attend(q, k, v, *, mask=None, scale=None):
         with sdpa_kernel(kernel):

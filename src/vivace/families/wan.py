@@ -145,7 +145,6 @@ def prologue(
     import torch
 
     _, scale = take_lora_scale(attention_kwargs)
-    patch = transformer.config.patch_size
     own_times = timestep.shape[1] if timestep.ndim == 2 else None
     with lora_scaled(transformer, scale):
         rope = transformer.rope(hidden_states)
@@ -161,7 +160,7 @@ def prologue(
         "modulation": modulation.unflatten(-1, (6, -1)),  # [B, 6, D] or [B, S, 6, D]
         "rope": rope,
         "temb": temb,
-        "grid": tuple(side // step for side, step in zip(hidden_states.shape[2:], patch, strict=True)),
+        "grid": grid(transformer, {"hidden_states": hidden_states}),
         "lora_scale": scale,
         "return_dict": return_dict,
     }
@@ -190,6 +189,13 @@ def epilogue(transformer: Any, state: State) -> Any:
     x = x.unflatten(1, context["grid"]).unflatten(-1, (*transformer.config.patch_size, -1))
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)  # [B, C, F, H, W]
     return Transformer2DModelOutput(sample=x) if context["return_dict"] else (x,)
+
+
+def grid(transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Frames, rows and columns of patches in a call."""
+    sides = zip(kwargs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
+    frames, rows, columns = (side // step for side, step in sides)
+    return frames, rows, columns
 
 
 def signal(transformer: Any, state: State) -> torch.Tensor:
@@ -302,6 +308,7 @@ WAN = Family(
     tiny=tiny,
     inputs=inputs,
     signal=signal,
+    grid=grid,
     multiple=16,
     media="video",
     takes=frozenset({"prompt", "negative", "guidance", "image", "strength"}),

@@ -114,6 +114,7 @@ WAN_VACE = Family(
     denoiser_class="WanVACETransformer3DModel",
     vae_class="AutoencoderKLWan",
     blocks=("vace_blocks", "blocks"),
+    grid=wan.grid,
     guidance="two_calls",
     prediction="flow",
     keep_16bit=("vace_patch_embedding", *wan.WAN.keep_16bit),

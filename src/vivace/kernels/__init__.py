@@ -10,6 +10,7 @@ from vivace.kernels import (
     group_norm_silu,
     int8_linear,
     join_activate,
+    merge_heads,
     norm_modulate,
     qk_norm_rope,
     quant_heads,
@@ -36,6 +37,7 @@ KERNELS: dict[str, Kernel] = {
         int8_linear,
         quant_heads,
         unscale_heads,
+        merge_heads,
         change,
     )
 }

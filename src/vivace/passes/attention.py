@@ -31,6 +31,8 @@ def _check(target: Target) -> str | None:
     chosen = _chosen(target.config)
     if target.config.exact_ends and not chosen.exact and target.subject in target.denoisers.values():
         return "exact_ends counts the steps of a pipeline's call, and this is a bare denoiser"
+    if chosen.asks_where and (target.family is None or target.family.grid is None):
+        return "it is for videos, and no family here says how its tokens lie in space and time; use attention='native'"
     return chosen.refuses(device=target.device, dtype=target.dtype)
 
 
@@ -42,14 +44,20 @@ def _apply(target: Target) -> None:
     rules = tuple(rule for rule in RULES if _sm(target.device) == rule.sm)
     for lane in target.lanes.values():
         lane.attend = attend
+        lane.grid = target.family.grid if chosen.asks_where and target.family else None
         lane.ends = 0 if chosen.exact else config.exact_ends
         # Plain SDPA is what stock modules call anyway.
         if chosen.name != "native" or config.check_nan or rules:
             lane.route = Route(chosen, attend=attend)
-    if config.check_nan:
+    if names_blocks(config):
         for name, block in target.repeated_blocks():
             target.undo.callback(block.register_forward_pre_hook(_naming(name)).remove)
     target.done("attention", _forecast(target))
+
+
+def names_blocks(config: Config) -> bool:
+    """Whether attention wants to know which block it computes for."""
+    return config.check_nan or _chosen(config).asks_where
 
 
 def _forecast(target: Target) -> str:
