@@ -12,6 +12,7 @@ from vivace import Config, InputError
 from vivace.accelerate import acceleration_of
 from vivace.evals.comparison import draw_all, write_all
 from vivace.evals.contest import Contest, Contestant, contestants, controls_of
+from vivace.evals.instruments import Dataset, Instruments
 from vivace.evals.store import Record, Store, key_of
 from vivace.evals.verdict import judge, temporal_error
 from vivace.families import FAMILIES
@@ -154,3 +155,18 @@ def test_mistakes_are_said():
         contestants(presets=["exact", "fastest"], configs={}, steps=8)
     with pytest.raises(InputError, match="a candidate too"):
         contestants(presets=["exact"], configs={"exact": Config()}, steps=8)
+
+
+def test_captions_and_datasets_are_measured_for_the_reference_too(compared, tiny, tmp_path):
+    contest, _ = compared
+    for index, level in enumerate((0, 60, 120, 180, 240, 250)):
+        Image.new("RGB", (8, 8), (level, index, 9)).save(tmp_path / f"{index}.png")
+    dataset = Dataset.of(tmp_path, lambda pictures: pictures.mean((1, 2, 3))[:, None], distances=("FID",))
+    lengths = Instruments(
+        captioned={"letters": lambda frames, said: torch.tensor([float(len(s)) for s in said])}, dataset=dataset
+    )
+    reference = Contestant(name="exact", role="reference", config=Config(), steps=8)
+    (verdict,) = judge(contest, reference, [], instruments=lengths)
+    assert verdict.distances["letters"].tolist() == [len(prompt) for prompt in PROMPTS]
+    assert [row.name for row in verdict.metrics] == ["letters", "FID", "time"]
+    assert '"FID"' in json.dumps(verdict.to_dict())

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
+    from vivace.evals.instruments import Instruments
     from vivace.load import Source
 
 
@@ -34,6 +37,10 @@ def eval(
     size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS too (needs the extra [eval]).")] = False,
     lpips_weights: Annotated[Path | None, typer.Option(help="AlexNet's weights for LPIPS, as torchvision's.")] = None,
+    clip: Annotated[str | None, typer.Option(help="With --presets: CLIP score too, of this folder or hub id.")] = None,
+    fid: Annotated[Path | None, typer.Option(help="With --presets: FID from the pictures in this folder.")] = None,
+    kid: Annotated[Path | None, typer.Option(help="With --presets: KID from the pictures in this folder.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Inception's weights, as torch-fidelity's.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the captions and the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     json: Annotated[Path | None, typer.Option(help="Without --presets: also write the figures to this file.")] = None,
@@ -45,7 +52,6 @@ def eval(
     time buys with fewer steps; a contact sheet and one HTML page. Run again it goes on where it was stopped; under
     `accelerate launch` every GPU draws its share.
     """
-    from vivace.errors import InputError
     from vivace.load import find
 
     if steps is not None and steps < 1:
@@ -68,9 +74,13 @@ def eval(
     base = resolve(names[0]) if names[0] in PRESETS else None
     compared = {spelled: resolve(base, cache=parse(spelled)) for spelled in cache or ()}
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions or 16, seed=seed)
+    instruments = _instruments(
+        lpips=lpips or lpips_weights is not None, lpips_weights=lpips_weights, clip=clip, fid=fid, kid=kid,
+        inception=inception, drawn=len(texts),
+    )  # fmt: skip
     _compare(
         source, presets=names, configs=compared, prompts=texts, output=output, steps=settings["steps"], seed=seed,
-        call=call_of(source, settings, size), device=device, lpips=(lpips or lpips_weights is not None, lpips_weights),
+        call=call_of(source, settings, size), device=device, instruments=instruments,
     )  # fmt: skip
 
 
@@ -85,7 +95,7 @@ def _compare(
     seed: int,
     call: dict[str, Any],
     device: str | None,
-    lpips: tuple[bool, Path | None],
+    instruments: Instruments,
 ) -> None:
     from accelerate import PartialState
     from rich.console import Console
@@ -101,7 +111,6 @@ def _compare(
     # Under `accelerate launch` one process a GPU; alone, one process.
     state = PartialState(cpu=device == "cpu")
     store = Store(output, rank=state.process_index)
-    instruments = _instruments(*lpips)
     with quiet(), status() as tell:
         pipe = load_source(source, device=device or (str(state.device) if state.num_processes > 1 else None))
         pipe.set_progress_bar_config(disable=True)
@@ -116,16 +125,36 @@ def _compare(
     about = {"command": f"vivace eval {source.name}", "model": source.name, "prompts": len(prompts), "steps": steps}
     about |= {"seed": seed, "place": contest.place, "call": call, "machine": machine()}
     written = write_all(contest, reference, others, instruments=instruments, about=about)
-    Console().print(_table(written.verdicts, title=f"{source.name}: {len(prompts)} prompts, {steps} steps"))
+    console = Console()
+    # A pipe has no width to keep to.
+    table = _table(written.verdicts, title=f"{source.name}: {len(prompts)} prompts, {steps} steps")
+    console.print(table, width=None if console.is_terminal else 200)
     print(f"{written.report}\n{written.sheet}\n{written.metrics}")
 
 
-def _instruments(wanted: bool, weights: Path | None) -> dict[str, Any]:
-    if not wanted:
-        return {}
-    from vivace.evals.perceptual import lpips
+def _instruments(
+    *,
+    lpips: bool,
+    lpips_weights: Path | None,
+    clip: str | None,
+    fid: Path | None,
+    kid: Path | None,
+    inception: Path | None,
+    drawn: int,
+) -> Instruments:
+    """What was asked for, with its weights; raises InputError for what is missing, before anything is drawn."""
+    from vivace.evals import perceptual
+    from vivace.evals.instruments import Dataset, Instruments
 
-    return {"LPIPS": lpips(weights=weights)}
+    if fid and kid and fid != kid:
+        raise InputError(f"--fid and --kid take one folder, got {fid} and {kid}; run twice, nothing is drawn twice")
+    paired = {"LPIPS": perceptual.lpips(weights=lpips_weights)} if lpips else {}
+    captioned = {"CLIP score": perceptual.clip_score(clip)} if clip else {}
+    dataset = None
+    if folder := fid or kid:
+        distances = tuple(name for name, asked in (("FID", fid), ("KID", kid)) if asked)
+        dataset = Dataset.of(folder, perceptual.inception(inception), distances=distances, drawn=drawn)
+    return Instruments(paired=paired, captioned=captioned, dataset=dataset)
 
 
 def _table(verdicts: list[Any], *, title: str) -> Any:
@@ -133,7 +162,8 @@ def _table(verdicts: list[Any], *, title: str) -> Any:
 
     table = Table("contestant", title=title)
     names = list(dict.fromkeys(name for verdict in verdicts for name in verdict.distances))
-    for name in ("s", "speed", "computed", *names):
+    whole = list(dict.fromkeys(metric.name for verdict in verdicts for metric in verdict.dataset))
+    for name in ("s", "speed", "computed", *names, *whole):
         table.add_column(name, justify="right")
     table.add_column("at equal time")
     for verdict in verdicts:
@@ -141,6 +171,7 @@ def _table(verdicts: list[Any], *, title: str) -> Any:
         seconds = "" if verdict.seconds is None else f"{verdict.seconds:.3g}"
         speed = "" if verdict.speedup is None else f"{verdict.speedup:.2f}"
         computed = "" if verdict.computed is None else f"{verdict.computed:.0%}"
+        means += [f"{metric.value:.4g}" for metric in verdict.dataset]
         table.add_row(verdict.contestant.name, seconds, speed, computed, *means, verdict.wins)
     return table
 

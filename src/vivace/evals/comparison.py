@@ -12,8 +12,9 @@ from typing import Any
 from vivace.config import Config
 from vivace.evals import html, plot
 from vivace.evals.contest import Contest, Contestant, contestants, controls_of, floor_of
+from vivace.evals.instruments import Instruments
 from vivace.evals.sheet import sheet
-from vivace.evals.verdict import Instrument, Verdict, judge
+from vivace.evals.verdict import Verdict, judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def write_all(
     reference: Contestant,
     others: Sequence[Contestant],
     *,
-    instruments: Mapping[str, Instrument] | None = None,
+    instruments: Instruments | None = None,
     about: Mapping[str, Any],
 ) -> Written:
     """The verdicts as JSON, CSV, plot, contact sheet and one HTML page in the contest's folder."""

@@ -28,7 +28,7 @@ tr.control, tr.floor { color: #868e96; }
 .wide { overflow-x: auto; } svg { width: 100%; height: auto; max-width: 60rem; }
 table.pictures td, table.pictures th { padding: .25rem; text-align: left; vertical-align: top; border: 0; }
 table.pictures td:first-child { width: 11rem; white-space: normal; color: #495057; font-size: .85rem; }
-img { display: block; border-radius: 3px; }
+img { display: block; border-radius: 3px; outline: 1px solid #e9ecef; }
 """
 
 
@@ -57,11 +57,14 @@ def page(
 def _table(verdicts: Sequence[Verdict]) -> str:
     names = list(dict.fromkeys(name for verdict in verdicts for name in verdict.distances))
     means = "".join(f"<th>{escape(name)}</th><th>5 %</th><th>worst</th>" for name in names)
+    whole = list(dict.fromkeys(metric.name for verdict in verdicts for metric in verdict.dataset))
+    means += "".join(f"<th>{escape(name)}</th>" for name in whole)
     head = f"<tr><th></th><th>s a picture</th><th>speed</th><th>calls computed</th>{means}<th></th></tr>"
-    return f"<table>{head}{''.join(_row(verdict, names) for verdict in verdicts)}</table>"
+    return f"<table>{head}{''.join(_row(verdict, names, whole) for verdict in verdicts)}</table>"
 
 
-def _row(verdict: Verdict, names: Sequence[str]) -> str:
+def _row(verdict: Verdict, names: Sequence[str], whole: Sequence[str]) -> str:
+    """`names` have a value a prompt, `whole` one for all pictures together."""
     by_name = {metric.name: metric for metric in verdict.metrics}
     cells = [
         escape(verdict.contestant.name),
@@ -73,6 +76,7 @@ def _row(verdict: Verdict, names: Sequence[str]) -> str:
         metric = by_name.get(name)
         found = ("", "", "") if metric is None else (metric.value, metric.tail, metric.worst)
         cells += [value if isinstance(value, str) or value is None else f"{value:.4g}" for value in found]
+    cells += [f"{by_name[name].value:.4g}" for name in whole]
     inside = "".join(f"<td>{cell}</td>" for cell in cells)
     return f'<tr class="{verdict.contestant.role}">{inside}<td class="words">{escape(verdict.wins)}</td></tr>'
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from vivace.evals.contest import Contest, Contestant
+from vivace.evals.instruments import Instruments
 from vivace.evals.metric import Metric
 from vivace.evals.pairwise import psnr, relative_error, ssim
 from vivace.evals.store import Drawn
 
-Instrument = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Pictures and reference [F, 3, H, W] in [0, 1] -> one value a frame."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One contestant beside the reference; distances are per prompt."""
+    """One contestant beside the reference; distances and scores are per prompt."""
 
     contestant: Contestant
     seconds: float | None  # a picture, mean; None: drawn together with others
     speedup: float | None  # over the reference
     computed: float | None  # share of denoiser calls
     peak_bytes: int | None
-    distances: Mapping[str, torch.Tensor]  # instrument -> [N]; empty for the reference itself
+    distances: Mapping[str, torch.Tensor]  # instrument -> [N]: from the reference, whose own are not there; scores
+    dataset: Sequence[Metric] = ()  # of all its pictures together, from real ones
     wins: str = ""  # of a candidate: which controls it beats at equal time
 
     @property
@@ -38,7 +37,7 @@ class Verdict:
             for name, values in self.distances.items()
         ]
         times = [] if self.seconds is None else [Metric(name="time", of=of, value=self.seconds, unit="s")]
-        return rows + times
+        return [*rows, *self.dataset, *times]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -56,35 +55,44 @@ def judge(
     reference: Contestant,
     others: Sequence[Contestant],
     *,
-    instruments: Mapping[str, Instrument] | None = None,
+    instruments: Instruments | None = None,
 ) -> list[Verdict]:
-    """The verdict on every contestant, the reference first. `instruments` are further ones (LPIPS)."""
+    """The verdict on every contestant, the reference first. `instruments` are further ones than PSNR and SSIM."""
+    instruments = instruments or Instruments()
     whole = contest.seconds(reference)
-    distances = {other.name: _distances(contest, reference, other, instruments or {}) for other in others}
-    verdicts = [_verdict(contest, reference, {}, whole=whole)]
-    for other in others:
-        verdicts.append(_verdict(contest, other, distances[other.name], whole=whole))
+    verdicts = []
+    for one in (reference, *others):
+        values = _values(contest, one, None if one is reference else reference, instruments)
+        verdicts.append(_verdict(contest, one, values, whole=whole, instruments=instruments))
     return [_with_wins(verdict, verdicts) for verdict in verdicts]
 
 
-def _distances(
-    contest: Contest, reference: Contestant, other: Contestant, instruments: Mapping[str, Instrument]
+def _values(
+    contest: Contest, one: Contestant, reference: Contestant | None, instruments: Instruments
 ) -> dict[str, torch.Tensor]:
     """Instrument -> one value a prompt; a video's is the mean over its frames."""
     found: dict[str, list[torch.Tensor]] = {}
-    for index in range(len(contest.prompts)):
-        ours, exact = contest.store.drawn(other.name, index), contest.store.drawn(reference.name, index)
-        values = {
-            "latent relative error": relative_error(ours.latents[None], exact.latents[None]),
-            "PSNR": psnr(ours.frames, exact.frames),
-            "SSIM": ssim(ours.frames, exact.frames),
-            **{name: measure(ours.frames, exact.frames) for name, measure in instruments.items()},
-        }
-        if len(ours.frames) > 1:
-            values["temporal error"] = temporal_error(ours, exact)
+    for index, prompt in enumerate(contest.prompts):
+        ours = contest.store.drawn(one.name, index)
+        values = _distances(ours, contest.store.drawn(reference.name, index), instruments) if reference else {}
+        captions = [prompt] * len(ours.frames)
+        values |= {name: measure(ours.frames, captions) for name, measure in instruments.captioned.items()}
         for name, value in values.items():
             found.setdefault(name, []).append(value.double().mean())
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _distances(ours: Drawn, exact: Drawn, instruments: Instruments) -> dict[str, torch.Tensor]:
+    """Instrument -> one value a frame."""
+    values = {
+        "latent relative error": relative_error(ours.latents[None], exact.latents[None]),
+        "PSNR": psnr(ours.frames, exact.frames),
+        "SSIM": ssim(ours.frames, exact.frames),
+        **{name: measure(ours.frames, exact.frames) for name, measure in instruments.paired.items()},
+    }
+    if len(ours.frames) > 1:
+        values["temporal error"] = temporal_error(ours, exact)
+    return values
 
 
 def temporal_error(ours: Drawn, exact: Drawn) -> torch.Tensor:
@@ -98,13 +106,20 @@ def temporal_error(ours: Drawn, exact: Drawn) -> torch.Tensor:
 
 
 def _verdict(
-    contest: Contest, contestant: Contestant, distances: Mapping[str, torch.Tensor], *, whole: float
+    contest: Contest,
+    contestant: Contestant,
+    distances: Mapping[str, torch.Tensor],
+    *,
+    whole: float,
+    instruments: Instruments,
 ) -> Verdict:
     records = contest.of(contestant)
     times = [record.seconds for record in records if record.seconds is not None]
     shares = [record.computed for record in records if record.computed is not None]
     peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
     seconds = sum(times) / len(times) if times else None
+    pictures = (contest.store.drawn(contestant.name, index).frames for index in range(len(contest.prompts)))
+    of = f"{contestant.role}: {contestant.name}"
     return Verdict(
         contestant=contestant,
         seconds=seconds,
@@ -112,13 +127,12 @@ def _verdict(
         computed=sum(shares) / len(shares) if shares else None,
         peak_bytes=max(peaks, default=None),
         distances=distances,
+        dataset=instruments.dataset.measure(pictures, of=of) if instruments.dataset else (),
     )
 
 
 def _with_wins(verdict: Verdict, verdicts: Sequence[Verdict]) -> Verdict:
     """A candidate with what its controls, as slow as it or slower, reach in PSNR."""
-    from dataclasses import replace
-
     if verdict.contestant.role != "candidate" or verdict.seconds is None:
         return verdict
     mine = verdict.distances["PSNR"].mean().item()
