@@ -5,16 +5,19 @@
 
 For each cache: evaluations of the denoiser, time, caption accuracy with the paired interval of its difference from
 exact, FID, PSNR mean and worst. A cache counts where it beats both controls, Euler with fewer steps and the best
-solver with fewer steps, in PSNR and accuracy at its own time. What is done is kept: run again, it goes on.
+solver with fewer steps, in PSNR and accuracy at its own time. cache-dit's DBCache on stock diffusers is the peer, where
+it is installed: set it beside ours at as many evaluations. What is done is kept: run again, it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ CACHES = (
     "meancache:of50=25", "meancache:of50=17", "meancache:of50=10",
     "blockdance:after=4", "pab:warmup=3,cooldown=3", "guidance:every=2", "guidance:every=4", "guidance:end=0.8,every=1",
 )  # fmt: skip
+PEERS = (0.1, 0.2, 0.3, 0.4)  # cache-dit's residual_diff_threshold, with one block computed and two steps of warm-up
 CONTROLS = (20, 16, 14, 12, 10, 8, 7)  # steps
 VERDICTS = {True: "yes", False: "no", None: ""}
 SOLVERS = ("unipc", "dpmsolvermultistep")
@@ -76,6 +80,10 @@ def main() -> None:
             rows.append(bench.measure(cache, cache=cache))
         except InputError as error:
             print(f"{cache}: {error}")
+    if importlib.util.find_spec("cache_dit") is None:
+        print("cache-dit is not installed; pip install cache-dit to have it in the table")
+    else:
+        rows += [bench.measure(f"cache-dit, {threshold}", peer=threshold) for threshold in PEERS]
     table = judged(rows)
     place = (
         torch.cuda.get_device_name(pipe.device).replace("NVIDIA ", "").lower() if pipe.device.type == "cuda" else "cpu"
@@ -98,31 +106,53 @@ class Bench:
         state.mkdir(parents=True, exist_ok=True)
 
     def measure(
-        self, name: str, *, cache: str | None = None, steps: int = STEPS, solver: str | None = None
+        self,
+        name: str,
+        *,
+        cache: str | None = None,
+        peer: float | None = None,
+        steps: int = STEPS,
+        solver: str | None = None,
     ) -> dict[str, Any]:
         """One row; read back where an earlier run measured it on as many captions."""
         file = self.state / f"{name.replace(' ', '_').replace(':', '_')}-{len(self.exam.captions)}-{self.seed}.json"
         if file.is_file() and name != "exact":
             return json.loads(file.read_text())
+        role = "cache" if cache else "peer" if peer else "exact" if name == "exact" else "control"
+        with self._ours(cache, solver) if peer is None else self._peer(peer) as computed:
+            row = {"name": name, "role": role, **self._run(steps, computed)}
+        file.write_text(json.dumps(row))
+        print(f"{name}: {row['seconds']:.4f} s a picture, {row['accuracy']:.1f} %, {row['psnr']:.1f} dB", flush=True)
+        return row
+
+    @contextmanager
+    def _ours(self, cache: str | None, solver: str | None) -> Iterator[Callable[[int], float]]:
+        """The pipeline accelerated; gives how many of a call's steps were evaluated."""
         stock = self.pipe.scheduler
         try:
             if solver:
                 use_scheduler(self.pipe, solver, prediction="flow")
             vivace.accelerate(self.pipe, cache=None if cache is None else parse(cache))
-            row = {
-                "name": name,
-                "role": "cache" if cache else "exact" if name == "exact" else "control",
-                **self._run(steps),
-            }
+            yield lambda steps: _computed(self.pipe, steps)
         finally:
             vivace.restore(self.pipe)
             self.pipe.scheduler = stock
-        file.write_text(json.dumps(row))
-        print(f"{name}: {row['seconds']:.4f} s a picture, {row['accuracy']:.1f} %, {row['psnr']:.1f} dB", flush=True)
-        return row
 
-    def _run(self, steps: int) -> dict[str, Any]:
-        right, distances, features, seconds, computed = [], [], [], 0.0, []
+    @contextmanager
+    def _peer(self, threshold: float) -> Iterator[Callable[[int], float]]:
+        """Stock diffusers under cache-dit; gives how many of a call's steps were evaluated."""
+        import cache_dit
+
+        settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2}
+        config = cache_dit.DBCacheConfig(**settings, residual_diff_threshold=threshold)
+        cache_dit.enable_cache(self.pipe, cache_config=config)
+        try:
+            yield lambda steps: float(steps - len(cache_dit.summary(self.pipe, logging=False)[0].cached_steps))
+        finally:
+            cache_dit.disable_cache(self.pipe)
+
+    def _run(self, steps: int, computed: Callable[[int], float]) -> dict[str, Any]:
+        right, distances, features, seconds, evaluations = [], [], [], 0.0, []
         exact = not self.exact
         batches = [slice(first, first + self.batch) for first in range(0, len(self.exam.captions), self.batch)]
         self._draw(batches[0], steps)
@@ -139,11 +169,12 @@ class Bench:
             right += [verdict["right"] for verdict in verdicts]
             with torch.no_grad():
                 features.append(self.reader.features(on_device).double().cpu())
-            computed.append(_computed(self.pipe, steps))
+            evaluations.append(computed(steps))
         decibels = torch.cat(distances)
         accuracy = Accuracy.of(right)
         return {
-            "seconds": seconds / len(self.exam.captions), "evaluations": sum(computed) / len(computed), "steps": steps,
+            "seconds": seconds / len(self.exam.captions), "steps": steps,
+            "evaluations": sum(evaluations) / len(evaluations),
             "accuracy": 100 * accuracy.share, "interval": [100 * end for end in accuracy.interval], "right": right,
             "fid": fid(Moments.of(torch.cat(features)), self.real) if len(right) > FEATURES else None,
             "psnr": decibels.mean().item(), "psnr_worst": decibels.min().item(),
@@ -169,7 +200,11 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows beside exact and, for caches, beside what the controls reach in the same time."""
     exact = rows[0]
     curves = {
-        kind: [row for row in rows if row["role"] != "cache" and (row is exact or row["name"].startswith(kind))]
+        kind: [
+            row
+            for row in rows
+            if row["role"] in ("exact", "control") and (row is exact or row["name"].startswith(kind))
+        ]
         for kind in ("euler", *SOLVERS)
     }
     found = []
