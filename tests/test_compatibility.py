@@ -146,7 +146,7 @@ def cases():
         yield pytest.param(first, second, marks=marks, id=f"{first.name} with {second.name}")
 
 
-@pytest.mark.parametrize(("first", "second"), cases())
+@pytest.mark.parametrize(("first", "second"), [*cases()])
 def test_a_pair(first, second, lora_of, monkeypatch):
     device = "cuda" if first.gpu or second.gpu else "cpu"
     live_through(first, second, device=device, lora_of=lora_of, monkeypatch=monkeypatch)

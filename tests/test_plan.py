@@ -93,3 +93,14 @@ def test_the_table():
     assert any(line.startswith("  cross attention: 70 layers, native") for line in text)
     assert text[-2].startswith("  memory: weights 6.46 GiB (unet 4.78 GiB, vae 0.16 GiB")
     assert text[-1] == "  one denoiser forward: 13.52 TFLOP"
+
+
+def test_a_budget_is_planned_without_a_gpu():
+    """What it says is for a machine that has one; quantised weights count as they will be."""
+    lines = {}
+    for quant in ("off", "fp8_weights"):
+        found = vivace.plan("flux:dev", dtype="bfloat16", vram="24GB", quant=quant)
+        lines[quant] = next(note.detail for note in found.passes if note.name == "vram")
+    assert "transformer 22.17 GiB" in lines["off"]
+    assert "streamed from the host" in lines["off"]
+    assert "transformer 14.16 GiB: on the device" in lines["fp8_weights"]

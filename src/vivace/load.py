@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -257,9 +258,18 @@ def _variant_of(path: Path, family: Family | None) -> Variant | None:
     found = _json(config, f"{config} cannot be read")
     for variant in family.variants.values():
         facts = json.loads(json.dumps(dict(variant.denoiser)))  # tuples become lists, as in the file
-        if facts and all(found.get(key) == value for key, value in facts.items()):
+        if all(found.get(key) == value for key, value in facts.items()) and _by_default(family, found, but=facts):
             return variant
     return None
+
+
+def _by_default(family: Family, config: Mapping[str, Any], *, but: Mapping[str, Any]) -> bool:
+    """Whether what a configuration says beyond the facts `but` are the defaults of the denoiser's class."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, family.denoiser_class)).parameters
+    said = {name: value for name, value in config.items() if name in parameters and name not in but}
+    return all(json.loads(json.dumps(parameters[name].default)) == value for name, value in said.items())
 
 
 def _json(path: Path, problem: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def cases():
         yield pytest.param(family, pipeline, id=pipeline, marks=marks)
 
 
-@pytest.mark.parametrize(("family", "pipeline"), cases())
+@pytest.mark.parametrize(("family", "pipeline"), [*cases()])
 def test_draws_the_same(family, pipeline, quick):
     def picture():
         torch.manual_seed(0)  # some pipelines draw without their generator

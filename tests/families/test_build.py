@@ -73,3 +73,16 @@ def test_counts_of_published_components_without_storage(family, variant, compone
     model = FAMILIES[family].full(variant, component=component, device="meta")
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_a_text_encoder_is_as_wide_as_from_its_files(dtype, expected, tmp_path):
+    """T5 keeps one of its matrices in 32 bit beside float16, and none beside bfloat16: as transformers loads it."""
+    from transformers import T5EncoderModel
+
+    tiny = FAMILIES["flux"].tiny().text_encoder_2
+    tiny.save_pretrained(tmp_path)
+    loaded = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+    full = FAMILIES["flux"].full(component="text_encoder_2", device="meta", dtype=dtype)
+    for model in (loaded, full):
+        assert model.get_parameter("encoder.block.0.layer.1.DenseReluDense.wo.weight").dtype == expected

@@ -95,7 +95,7 @@ def test_every_pass_is_in_the_matrix():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("family", "asked"), cases())
+@pytest.mark.parametrize(("family", "asked"), [*cases()])
 def test_works_or_is_refused(family, asked, device):
     pipe = tiny(family).to(device)
     name = FAMILIES[family].denoisers[0]

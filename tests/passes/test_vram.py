@@ -9,8 +9,10 @@ import torch
 
 import vivace
 from vivace import InputError
+from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
 from vivace.memory.placement import LEVELS
+from vivace.passes.vram import parts_of
 
 
 @pytest.fixture
@@ -136,3 +138,19 @@ def test_the_same_picture_on_a_gpu(family, level):
         torch.testing.assert_close(picture(pipe).cpu(), stock, rtol=1e-2, atol=1e-2)
     vivace.restore(pipe)
     assert all(tensor.device.type == "cpu" for tensor in weights(pipe).values())
+
+
+def test_a_plan_counts_the_weights_as_they_will_be(on_cpu):
+    """int8 linears take half of bfloat16's bytes: the plan says so before anything is quantised."""
+    from vivace.passes.vram import parts_of
+
+    held = {}
+    for quant in ("off", "int8_weights"):
+        pipe = FAMILIES["flux"].tiny().to(torch.bfloat16)
+        vivace.accelerate(pipe, vram="resident", quant=quant)
+        target = acceleration_of(pipe).target
+        held[quant] = target.placement.place_of("transformer").part.nbytes
+        # What was planned is what is there.
+        now = next(part for part in parts_of(target) if part.name == "transformer")
+        assert held[quant] == now.nbytes
+    assert 0.5 < held["int8_weights"] / held["off"] < 0.9

@@ -60,6 +60,9 @@ def generate(
     fields: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field of its own; repeatable.")
     ] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Device memory to keep within: 12GB, auto, or a level.")
+    ] = None,
     call_kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="More arguments of the pipeline.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line, in place of PROMPT.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -101,7 +104,7 @@ def generate(
         controlnet_scale=controlnet_scale,
         ip_adapter=ip_adapter,
         variant=variant,
-        config=read_config(preset, fields or (), cache=cache),
+        config=read_config(preset, fields or (), cache=cache, vram=vram),
         call_kwargs=read_call_kwargs(call_kwargs) if call_kwargs else {},
         overwrite=overwrite,
     )
@@ -138,11 +141,14 @@ def read_lora(text: str) -> Lora:
         raise InputError(f"--lora {text!r}: {weight!r} is not a number; write it like style.safetensors:0.8") from error
 
 
-def read_config(preset: str | None, fields: Sequence[str], *, cache: str | None = None) -> Config | None:
-    """The Config that `--preset`, `--set` and `--cache` ask for; None without any. Raises InputError."""
+def read_config(
+    preset: str | None, fields: Sequence[str], *, cache: str | None = None, vram: str | None = None
+) -> Config | None:
+    """The Config that `--preset`, `--set`, `--cache` and `--vram` ask for; None without any. Raises InputError."""
     from vivace.config import parse_fields, resolve
 
-    wanted = parse_fields(fields) | ({"cache": cache} if cache else {})
+    own = {"cache": cache, "vram": vram}
+    wanted = parse_fields(fields) | {name: value for name, value in own.items() if value}
     return resolve(preset, **wanted) if preset or wanted else None
 
 

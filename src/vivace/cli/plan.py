@@ -13,6 +13,9 @@ def plan(
     fields: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Config, repeatable.")
     ] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Device memory to keep within: 12GB, auto, or a level.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -24,7 +27,7 @@ def plan(
     from vivace.config import parse_fields
     from vivace.plan import plan as forecast
 
-    values = parse_fields(fields or ())
+    values = parse_fields(fields or ()) | ({"vram": vram} if vram else {})
     with quiet():
         found = forecast(model, preset, device=device, dtype=dtype, **values)
     print(json.dumps(found.to_dict()) if as_json else found)

@@ -72,7 +72,7 @@ def _materialise(model: torch.nn.Module, *, device: torch.device, dtype: torch.d
     import torch
 
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-    in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_fp32 = _in_fp32(model, dtype=dtype)
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights stay tied
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -87,6 +87,16 @@ def _materialise(model: torch.nn.Module, *, device: torch.device, dtype: torch.d
             module._parameters[name] = made[parameter]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _in_fp32(model: torch.nn.Module, *, dtype: torch.dtype) -> set[str]:
+    """Names of what its library leaves in 32 bit; that of text encoders narrows most of it to bfloat16 all the same."""
+    import torch
+    import transformers
+
+    narrowed = isinstance(model, transformers.PreTrainedModel) and dtype == torch.bfloat16
+    kept = getattr(model, "_keep_in_fp32_modules_strict" if narrowed else "_keep_in_fp32_modules", None)
+    return set(kept or ())
 
 
 def _draw(data: torch.Tensor, *, name: str, norm: bool, generator: torch.Generator) -> None:

@@ -193,8 +193,10 @@ def _arguments(job: Job, source: Source, pipeline: type[Any]) -> dict[str, Any]:
 def _load(ready: Ready) -> DiffusionPipeline:
     job, source = ready.job, ready.source
     components = conditioning.load_control(job, ready.pipeline, name=ready.control, dtype=ready.dtype)
+    # A budget's weights go from the host to where they will live.
+    device = "cpu" if job.config and job.config.vram else ready.device
     pipe = load_source(
-        source, dtype=ready.dtype, device=ready.device, variant=job.variant, pipeline=ready.pipeline, **components
+        source, dtype=ready.dtype, device=device, variant=job.variant, pipeline=ready.pipeline, **components
     )
     if job.few_step and source.path is not None:
         few_step.use_few_step(pipe, source.path / few_step.FOLDER)
@@ -232,7 +234,7 @@ def _call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, prompt: str,
     try:
         output = run(**text, **arguments, generator=generator, output_type="pil")
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError("the GPU has too little memory for this; use a smaller --size, or --device cpu") from error
+        raise InputError("the GPU has too little memory for this; use --vram auto, or a smaller --size") from error
     except ValueError as error:
         raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
     return list(output.frames[0]) if hasattr(output, "frames") else [output.images[0]]

@@ -125,17 +125,20 @@ def _forecast(target: Target) -> str:
     return _counted(format, _survey(target, format))
 
 
-def _adds_bytes(target: Target) -> int:
-    """What the layers' stored forms take less the weights they stand for."""
-    format = _format(target)
+def savings(target: Target) -> dict[int, int]:
+    """The bytes that every linear gives up which will be in few bits, by the id of its module; from shapes alone."""
+    if _check(target) is not None or present(target) is not None:
+        return {}
+    format, found = _format(target), dict[int, int]()
     assert format is not None
-    return sum(
-        sum(part.nbytes for part in format_of(format).pack(weight, layer.how).values()) - weight.nbytes
-        for name, layers in _survey(target, format).items()
-        for layer in layers
-        if layer.format and layer.how
-        for weight in [weight_of(target.denoisers[name], layer.name)]
-    )
+    for name, layers in _survey(target, format).items():
+        for layer in layers:
+            if layer.format and layer.how:
+                weight = torch.empty_like(weight_of(target.denoisers[name], layer.name), device="meta")
+                packed = format_of(format).pack(weight, layer.how)
+                linear = target.denoisers[name].get_submodule(layer.name)
+                found[id(linear)] = weight.nbytes - sum(part.nbytes for part in packed.values())
+    return found
 
 
 def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
@@ -197,5 +200,5 @@ QUANTIZE = Pass(
     check=_check,
     apply=_apply,
     forecast=_forecast,
-    adds_bytes=_adds_bytes,
+    adds_bytes=lambda target: -sum(savings(target).values()),
 )

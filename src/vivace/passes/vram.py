@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from vivace.memory.pinned import available, gib
 from vivace.memory.placement import GIB, LEVELS, Part, Placed, budget_of, place
 from vivace.memory.stream import Stream, Turn
 from vivace.one_off import give_class
+from vivace.passes.quantize import savings
 from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ LARGE = 0.1
 """The share of a module from which on a block comes in parts: two of them have to be on the device."""
 TILE = 32
 """Latent rows and columns of a stock tile."""
+NOTHING: Mapping[int, int] = MappingProxyType({})
 UNKNOWN = GIB
 """Work of a module that says nothing on shapes alone."""
 
@@ -45,7 +48,9 @@ def _check(target: Target) -> str | None:
     target.placement = place(
         parts_of(target), budget=_budget(target, vram, device), level=vram if vram in LEVELS else None
     )
-    room = available()
+    # A plan made where there is no GPU is for another machine.
+    elsewhere = device.type == "cpu" and all(p.is_meta for m in target.denoisers.values() for p in m.parameters())
+    room = None if elsewhere else available()
     if room is not None and target.placement.host > room + _on_host(target):
         return f"{gib(target.placement.host)} of host memory are needed, and {gib(room)} are free; give a larger vram="
     return None
@@ -94,23 +99,26 @@ def _move(target: Target, module: Any) -> None:
 
 
 def parts_of(target: Target) -> list[Part]:
-    """The bytes of a pipeline's components: weights as they are, and the work of a request of the model's own size."""
-    parts = []
+    """The bytes of a pipeline's components: weights as they will be, and the work of a request of the model's size."""
+    parts, saved = [], savings(target)
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
-        blocks = tuple(_nbytes(block) for block in blocks_of(module))
+        blocks = tuple(_nbytes(block, saved) for block in blocks_of(module, saved))
         found, small = _work(target, kind, module)
-        held = _nbytes(module) - sum(blocks)
+        held = _nbytes(module, saved) - sum(blocks)
         parts.append(Part(name=name, kind=kind, held=held, blocks=blocks, work=found, strip_work=small))
     return parts
 
 
-def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that can come one by one: the repeated ones, a large one in its own repeated parts."""
-    limit, found = _nbytes(module) * LARGE, list[torch.nn.Module]()
+def blocks_of(module: torch.nn.Module, saved: Mapping[int, int] = NOTHING) -> list[torch.nn.Module]:
+    """The blocks that can come one by one: the repeated ones, a large one in its own repeated parts.
+
+    `saved` is what quantising will take off the modules of these ids.
+    """
+    limit, found = _nbytes(module, saved) * LARGE, list[torch.nn.Module]()
     for name in repeating_lists(module):
         for block in module.get_submodule(name).children():
-            inner = blocks_of(block) if _nbytes(block) > limit else []
+            inner = blocks_of(block, saved) if _nbytes(block, saved) > limit else []
             found += inner or [block]
     return found
 
@@ -202,9 +210,10 @@ def _on_host(target: Target) -> int:
     return sum(p.nbytes for module in _modules(target).values() for p in module.parameters() if p.device.type == "cpu")
 
 
-def _nbytes(module: torch.nn.Module) -> int:
+def _nbytes(module: torch.nn.Module, saved: Mapping[int, int] = NOTHING) -> int:
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    off = sum(saved.get(id(part), 0) for part in module.modules()) if saved else 0
+    return sum(tensor.nbytes for tensor in tensors.values()) - off
 
 
 def _forecast(target: Target) -> str:
