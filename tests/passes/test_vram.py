@@ -142,7 +142,6 @@ def test_the_same_picture_on_a_gpu(family, level):
 
 def test_a_plan_counts_the_weights_as_they_will_be(on_cpu):
     """int8 linears take half of bfloat16's bytes: the plan says so before anything is quantised."""
-    from vivace.passes.vram import parts_of
 
     held = {}
     for quant in ("off", "int8_weights"):
