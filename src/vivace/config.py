@@ -38,6 +38,9 @@ class Config:
     check_nan: bool = False
     """Stop with the layer, backend and step at the first attention output that is not finite (slow: it waits)."""
 
+    accumulate: Literal["fp32", "fp16"] = "fp32"
+    """In what float16 products add up; fp16 is twice as fast on GeForce cards, and not exact."""
+
     lora: Literal["auto", "merged", "side", "off"] = "auto"
     """LoRA: merged into the weights, at its side as low-rank products, or off: left to PEFT. auto merges."""
 

@@ -28,6 +28,7 @@ from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.one_off import give_class
+from vivace.passes.accumulate import narrow
 from vivace.passes.target import device_of
 from vivace.watch import Watch
 
@@ -62,7 +63,8 @@ class Direct:
 class Lane:
     """One denoiser's call: the fused blocks where they serve, else its stock forward, with attention routed.
 
-    `attend`, `route`, `ends`, `run`, `cache` and `fuse` are set by the passes before `install` puts the lane in place.
+    `attend`, `route`, `grid`, `narrow`, `ends`, `run`, `cache` and `fuse` are set by the passes before `install` puts
+    the lane in place.
     """
 
     def __init__(self, name: str, denoiser: torch.nn.Module, *, named_blocks: bool = False) -> None:
@@ -71,6 +73,7 @@ class Lane:
         self.attend: Attend = NATIVE.attend
         self.route: Route | None = None
         self.grid: Grid | None = None  # how a call's tokens lie, where attention asks
+        self.narrow = False  # whether 16-bit products add up in 16 bit
         self.ends = 0  # steps at each end of a request whose attention is exact
         self.run: Run = Direct()
         self.cache: Cache | None = None
@@ -151,7 +154,7 @@ class Lane:
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
-        with self._attention(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
+        with self._settings(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
             out = self._serve(kwargs)
         if self.first_seconds is None:
             if self._device_type == "cuda":
@@ -172,14 +175,14 @@ class Lane:
         split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
         if split is not None and split.once is not None and {*split.once_inputs} <= {*kwargs}:
             kwargs["once"] = self._once(split, kwargs)
-        with self._attention(kwargs):
+        with self._settings(kwargs):
             return self.run(name, segment, **kwargs)
 
     @contextmanager
-    def _attention(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Attention goes where the pass said, and is told how the tokens lie where it asks."""
+    def _settings(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Attention goes where the pass said, and is told how the tokens lie where it asks; products add up as said."""
         told = arranged(self.grid, self.denoiser, kwargs) if self.grid else nullcontext()
-        with self.route or nullcontext(), told:
+        with self.route or nullcontext(), told, narrow() if self.narrow else nullcontext():
             yield
 
     def _serve(self, kwargs: dict[str, Any], run: Run | None = None) -> Any:

@@ -1,5 +1,6 @@
 """The passes, in the order they are applied; each says why it stands where it does."""
 
+from vivace.passes.accumulate import ACCUMULATE
 from vivace.passes.attention import ATTENTION
 from vivace.passes.cache import CACHE
 from vivace.passes.channels_last import CHANNELS_LAST
@@ -11,4 +12,4 @@ from vivace.passes.quantize import QUANTIZE
 from vivace.passes.target import Pass
 from vivace.passes.vram import VRAM
 
-PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, VRAM, FUSE, COMPILE, CACHE, GRAPHS)
+PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, VRAM, FUSE, COMPILE, CACHE, ACCUMULATE, GRAPHS)
