@@ -63,10 +63,10 @@ def caption_all(rows: list[list[int]], seed: int, pool) -> Callable[[], tuple[to
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderTiny, scenes: Scenes) -> torch.Tensor:
+def encoded(vae: AutoencoderTiny, scenes: Scenes, *, drawer: Callable = render) -> torch.Tensor:
     """Latents of scenes, shifted and scaled, float16."""
     with torch.autocast(scenes.count.device.type, torch.bfloat16):
-        z = vae.encoder(render(scenes) * 2 - 1)
+        z = vae.encoder(drawer(scenes) * 2 - 1)
     return ((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).half().contiguous()
 
 
