@@ -50,8 +50,9 @@ class Split:
     `prologue(**kwargs)` takes the keyword arguments of the denoiser's own forward, `epilogue(state)` returns what that
     forward returns (a tuple or an output object, as `return_dict` asks).
 
-    `once`, where a split has it, computes what does not depend on the step from the arguments named in `once_inputs`;
-    its result is the prologue's further argument `once`. A caller who keeps it from step to step passes it in.
+    `once`, where a split has it, computes what does not depend on the step from the arguments named in `once_inputs`,
+    and from the shapes alone of those in `once_shapes`; its result is the prologue's further argument `once`. A caller
+    who keeps it from step to step passes it in.
     """
 
     prologue: Callable[..., State]
@@ -59,14 +60,20 @@ class Split:
     epilogue: Callable[[State], Any]
     once: Callable[..., Mapping[str, Any]] | None = None
     once_inputs: tuple[str, ...] = ()
+    once_shapes: tuple[str, ...] = ()
 
     def __call__(self, **kwargs: Any) -> Any:
         if self.once is not None and "once" not in kwargs:
-            kwargs["once"] = self.once(**{name: kwargs.get(name) for name in self.once_inputs})
+            kwargs["once"] = self.prepare(kwargs)
         state = self.prologue(**kwargs)
         for block in self.blocks:
             state = block.forward(state)
         return self.epilogue(state)
+
+    def prepare(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `once` makes of a call's arguments."""
+        assert self.once is not None
+        return self.once(**{name: kwargs.get(name) for name in (*self.once_inputs, *self.once_shapes)})
 
 
 @dataclass(frozen=True, kw_only=True)

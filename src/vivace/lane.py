@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from vivace import request
 from vivace.attention.backend import Attend
@@ -173,7 +174,7 @@ class Lane:
     def segment(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
         """Compute one segment of a call that went `through`."""
         split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
-        if split is not None and split.once is not None and {*split.once_inputs} <= {*kwargs}:
+        if split is not None and split.once is not None and not {*split.once_inputs}.isdisjoint(kwargs):
             kwargs["once"] = self._once(split, kwargs)
         with self._settings(kwargs):
             return self.run(name, segment, **kwargs)
@@ -237,23 +238,24 @@ class Lane:
 
     def _once(self, split: Split, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the split computes once per prompt, remembered for the length of the request."""
-        assert split.once is not None
-        inputs = {name: kwargs.get(name) for name in split.once_inputs}
-        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        given = {name: kwargs.get(name) for name in split.once_inputs}
+        leaves, spec = tree_flatten(given)
         now = request.current()
         # Inference tensors keep no version, so a change in place would go unseen.
-        if now is None or any(tensor.is_inference() for tensor in tensors):
-            return split.once(**inputs)
+        if now is None or any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in leaves):
+            return split.prepare(kwargs)
         memo = now.memo.setdefault(self, OrderedDict())
+        shapes = tree_leaves([kwargs.get(name) for name in split.once_shapes])
         key = (
             id(split),
             self.adapters.version if self.adapters else 0,
-            *(id(value) for value in inputs.values()),
-            *(tensor._version for tensor in tensors),
+            spec,
+            *((id(leaf), leaf._version) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
+            *((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in shapes),
         )
         if key not in memo:
             # The inputs and the split are held too: an id names an object only as long as it lives.
-            memo[key] = (split.once(**inputs), inputs, split)
+            memo[key] = (split.prepare(kwargs), leaves, split)
             if len(memo) > MEMO:
                 memo.popitem(last=False)
         return memo[key][0]

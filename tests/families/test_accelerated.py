@@ -20,6 +20,8 @@ OFTEN = FIRST | {
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLAdapterPipeline",
     "StableDiffusion3ControlNetPipeline",
+    "QwenImageEditPlusPipeline",
+    "QwenImageControlNetPipeline",
 }
 
 

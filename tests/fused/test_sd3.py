@@ -114,6 +114,6 @@ def test_says_what_it_cannot_fuse():
     model = transformer()
     assert SD3.check(model) is None
     model.transformer_blocks[1].attn.processor = FusedJointAttnProcessor2_0()
-    assert SD3.check(model) == "block 1 has a FusedJointAttnProcessor2_0"
+    assert SD3.check(model) == "transformer_blocks.1 has a FusedJointAttnProcessor2_0"
     assert "ip_hidden_states" in SD3.declines(joint_attention_kwargs={"ip_hidden_states": 0})
     assert SD3.declines(joint_attention_kwargs={"scale": 1.0}) is None

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from contextlib import ExitStack
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 import vivace
 from vivace.attention.native import NATIVE
 from vivace.families import FAMILIES
-from vivace.fused import flux, sd3
 from vivace.fused.elementwise import KERNELS
 from vivace.quant.linear import QuantLinear
 
@@ -71,6 +71,7 @@ TARGETS = {
     "sdxl": ["to_q", "to_v", "to_out.0", "proj_in", "net.2", "conv_shortcut", "time_emb_proj"],
     "flux": ["to_q", "to_v", "to_out.0", "to_add_out", "proj_mlp", "proj_out", "net.0.proj", "net.2", "norm.linear"],
     "sd3": ["to_q", "add_k_proj", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "context_embedder"],
+    "qwen_image": ["to_q", "add_v_proj", "to_out.0", "to_add_out", "net.0.proj", "net.2", "img_mod.1", "txt_in"],
 }
 
 
@@ -113,7 +114,7 @@ def test_quantised_layers_inside_fused_blocks(family, format):
         assert torch.equal(vivace.restore(denoiser)(**arguments)[0], exact)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image"])
 def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkeypatch):
     taken = Counter()
     product = QuantLinear.forward
@@ -124,7 +125,7 @@ def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkey
         vivace.accelerate(denoiser, quant="fp8", fuse="off")
         stock = denoiser(**arguments)[0]
         taken.clear()
-        module = {"flux": flux, "sd3": sd3}[family]
+        module = import_module(f"vivace.fused.{family}")
         call = module.fuse_with(denoiser, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
         fused = call(**arguments)[0]
     assert taken["RowScaled"] > taken["Tensor"]
@@ -141,7 +142,7 @@ def test_weights_of_several_types_stay_stock():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["flux", "sd", "sdxl", "lcm", "sd3"])
+@pytest.mark.parametrize("family", ["flux", "sd", "sdxl", "lcm", "sd3", "qwen_image"])
 def test_on_a_gpu(family, dtype):
     """As near to fp64 as stock, at sizes that compile nothing more."""
     import triton

@@ -28,7 +28,7 @@ class Features:
         """The map for one denoiser call; `sides` are the latents' height and width."""
         kwargs.pop("return_dict", None)
         if self.split.once is not None:
-            kwargs["once"] = self.split.once(**{name: kwargs.get(name) for name in self.split.once_inputs})
+            kwargs["once"] = self.split.prepare(kwargs)
         state = self.split.prologue(**kwargs)
         for block in self.blocks:
             again = self.recompute and torch.is_grad_enabled()

@@ -175,7 +175,7 @@ def _prologue(
     }
     context = {
         "block": block,
-        "control": _spread(controlnet_block_samples, len(transformer.transformer_blocks)),
+        "control": spread(controlnet_block_samples, len(transformer.transformer_blocks)),
         "lora_scale": scale,
         "return_dict": return_dict,
     }
@@ -190,7 +190,7 @@ def _references(img_shapes: list[list[tuple[int, int, int]]], device: torch.devi
     return torch.tensor(rows, device=device, dtype=torch.int)
 
 
-def _spread(residuals: list[torch.Tensor] | None, blocks: int) -> list[torch.Tensor] | None:
+def spread(residuals: list[torch.Tensor] | None, blocks: int) -> list[torch.Tensor] | None:
     """One control residual a block, shared by neighbours."""
     if residuals is None:
         return None

@@ -114,7 +114,7 @@ def _prologue(
     patch = transformer.config.patch_size
     context = {
         "block": {"temb": temb, "joint_attention_kwargs": attention},
-        "control": _spread(block_controlnet_hidden_states, transformer.transformer_blocks),
+        "control": spread(block_controlnet_hidden_states, transformer.transformer_blocks),
         "skip_layers": skip_layers or (),
         "grid": (hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch),
         "lora_scale": scale,
@@ -123,10 +123,10 @@ def _prologue(
     return State(x, text=text, context=context)
 
 
-def _spread(residuals: list[torch.Tensor] | None, blocks: torch.nn.ModuleList) -> list[torch.Tensor | None]:
+def spread(residuals: list[torch.Tensor] | None, blocks: torch.nn.ModuleList) -> list[torch.Tensor | None] | None:
     """One control residual a block, shared by neighbours; none after the last block, which drops the text."""
     if residuals is None:
-        return [None] * len(blocks)
+        return None
     interval = len(blocks) / len(residuals)
     return [None if block.context_pre_only else residuals[int(i / interval)] for i, block in enumerate(blocks)]
 
@@ -136,9 +136,8 @@ def _block(block: torch.nn.Module, index: int, state: State) -> State:
     if index not in context["skip_layers"]:
         with lora_scaled(block, context["lora_scale"]):
             text, x = block(hidden_states=x, encoder_hidden_states=text, **context["block"])
-    if context["control"][index] is not None:
-        x = x + context["control"][index]
-    return replace(state, x=x, text=text)
+    residual = None if context["control"] is None else context["control"][index]
+    return replace(state, x=x if residual is None else x + residual, text=text)
 
 
 def _epilogue(transformer: Any, state: State) -> Any:

@@ -16,6 +16,7 @@ FUSED: dict[str, str] = {
     "lcm": "vivace.fused.sd_unet:SD_UNET",
     "flux": "vivace.fused.flux:FLUX",
     "sd3": "vivace.fused.sd3:SD3",
+    "qwen_image": "vivace.fused.qwen_image:QWEN_IMAGE",
 }
 
 

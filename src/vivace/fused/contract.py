@@ -1,11 +1,11 @@
-"""`Fused`: what a file of hand-fused blocks provides."""
+"""`Fused`: what a file of hand-fused blocks provides; and the reasons to stay stock that several of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,3 +34,24 @@ class Fused:
     fuse: Fuse
     quantised: bool = False  # calls its linears where they are quantised, and never reads their weights
     sides: bool = False  # every product is a module's call or a Stack's, which add the adapters beside their linears
+
+
+def foreign_attention(attentions: Iterable[tuple[str, Any]], *, known: tuple[type, ...]) -> str | None:
+    """Why one of these attention modules (name of its block, module) does not compute what is fused, or None."""
+    for name, attention in attentions:
+        processor = attention.processor
+        if type(processor) not in known:
+            return f"{name} has a {type(processor).__name__}"
+        if any(getattr(processor, own, None) is not None for own in ("_attention_backend", "_parallel_config")):
+            return (
+                f"{name} has an attention backend of diffusers' own; vivace.accelerate(pipe, attention=...) sets ours"
+            )
+        if getattr(attention, "fused_projections", False):
+            return f"{name} has its projections fused by diffusers; pipe.unfuse_qkv_projections() first"
+    return None
+
+
+def brings(attention_kwargs: Mapping[str, Any] | None) -> str | None:
+    """Why a call with these attention kwargs takes the stock path: it brings more than a LoRA strength. Or None."""
+    more = sorted(set(attention_kwargs or {}) - {"scale"})
+    return f"the call brings {', '.join(more)}" if more else None

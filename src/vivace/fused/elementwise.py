@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vivace.kernels.activate import activate
+from vivace.kernels.activate import activate, activation_ref
 from vivace.kernels.gate_residual import gate_residual
-from vivace.kernels.geglu import geglu
+from vivace.kernels.glu import glu
 from vivace.kernels.group_norm_silu import group_norm_silu
+from vivace.kernels.join_activate import join_activate
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.residual_norm import residual_norm
@@ -31,13 +32,13 @@ class Elementwise:
     """
 
     norm: Callable[..., Any]
-    """`(x, *, weight, bias, scale, shift, eps=1e-6, quantize)`: LayerNorm `* weight + bias`, then modulated."""
+    """`(x, *, weight, bias, scale, shift, eps=1e-6, kind="layer", quantize)`: the norm `* weight + bias`, modulated."""
 
     residual: Callable[..., Any]
     """`(x, y, *, gate)`: `x + gate * y`."""
 
     residual_norm: Callable[..., Any]
-    """`(x, y, *, gate, weight, bias, scale, shift, eps=1e-6, quantize)`: h = the residual, and the norm of h."""
+    """`(x, y, *, gate, y_weight, **norm)`: h = the residual (of y's RMSNorm with `y_weight`), and the norm of h."""
 
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
@@ -45,8 +46,11 @@ class Elementwise:
     linear_gelu: Callable[..., Any]
     """`(linear, x, *, quantize)`: GELU, in its tanh form, of `linear(x)`."""
 
-    geglu: Callable[..., Any]
-    """`(x, *, quantize)`: `a * gelu(b)` of rows that hold a and b side by side; the exact GELU."""
+    glu: Callable[..., Any]
+    """`(a, b, *, kind, quantize)`: `a * activation(b)`; "gelu" is the exact one."""
+
+    join: Callable[..., Any]
+    """`(a, b, *, times, kind="gelu_tanh", quantize)`: `activation(b) * times` beside `a` in every row."""
 
     picture_norm: Callable[..., torch.Tensor]
     """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
@@ -58,26 +62,29 @@ class Elementwise:
     """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
 
 
-def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, quantize=None):
-    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if scale is None or shift is None:
+def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, kind="layer", quantize=None):
+    size = x.shape[-1:]
+    y = F.layer_norm(x, size, weight, bias, eps) if kind == "layer" else F.rms_norm(x, size, weight, eps)
+    if scale is None:
         return y
-    return torch.addcmul(shift.unsqueeze(1), y, (scale + 1).unsqueeze(1))
+    scale = (scale + 1).unsqueeze(1)
+    return y * scale if shift is None else torch.addcmul(shift.unsqueeze(1), y, scale)
 
 
 def _residual(x, y, *, gate=None):
     return x + y if gate is None else torch.addcmul(x, gate.unsqueeze(1), y)
 
 
-def _residual_norm(x, y, *, gate=None, **norm):
+def _residual_norm(x, y, *, gate=None, y_weight=None, eps=1e-6, **norm):
+    y = y if y_weight is None else F.rms_norm(y, y.shape[-1:], y_weight, eps)
     h = _residual(x, y, gate=gate)
-    return h, _norm(h, **norm)
+    return h, _norm(h, eps=eps, **norm)
 
 
 def _heads(qkv, *, q, k, v=None, q_weight=None, k_weight=None, cos=None, sin=None, offset=0, eps=1e-6):
     tokens = slice(offset, offset + qkv.shape[1])
     q_in, k_in, v_in = qkv.unflatten(-1, (3, *q.shape[2:])).unbind(2)
-    turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(1)  # [S, 1, D / 2]
+    turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(-2)  # [(B,) S, 1, D / 2]
     for x, weight, out in ((q_in, q_weight, q), (k_in, k_weight, k)):
         x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
         out[:, tokens] = x if turn is None else _turned(x, turn)
@@ -95,9 +102,13 @@ def _linear_gelu(linear, x, *, quantize=None):
     return F.gelu(linear(x), approximate="tanh")
 
 
-def _geglu(x, *, quantize=None):
-    a, b = x.chunk(2, dim=-1)
-    return F.gelu(b).mul_(a)
+def _glu(a, b, *, kind, quantize=None):
+    return activation_ref(b, kind).mul_(a)
+
+
+def _join(a, b, *, times=None, kind="gelu_tanh", quantize=None):
+    y = activation_ref(b, kind)
+    return torch.cat((a, y if times is None else y.mul_(times)), dim=-1)
 
 
 def _picture_norm(x, *, groups, weight, bias, eps=1e-5, silu=True, add=None):
@@ -115,7 +126,8 @@ TORCH = Elementwise(
     residual=_residual,
     heads=_heads,
     linear_gelu=_linear_gelu,
-    geglu=_geglu,
+    glu=_glu,
+    join=_join,
     picture_norm=_picture_norm,
     picture_sum=_picture_sum,
     late_bias=False,
@@ -148,7 +160,8 @@ KERNELS = Elementwise(
     residual=gate_residual,
     heads=qk_norm_rope,
     linear_gelu=_linear_activate,
-    geglu=geglu,
+    glu=glu,
+    join=join_activate,
     picture_norm=group_norm_silu,
     picture_sum=_picture_sum_rows,
     late_bias=True,

@@ -6,45 +6,42 @@ block's last pass (gate, residual) already normalises and modulates for the next
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from vivace.attention.backend import Attend
 from vivace.errors import InputError
 from vivace.families.flux import spread
-from vivace.family import Block, Split, State
-from vivace.fused.contract import Fused
+from vivace.family import Split, State
+from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.flux_blocks import DoubleBlock, Parts, SingleBlock
+from vivace.fused.heads import Heads, Tokens
+from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
 from vivace.fused.modulation import Modulation
+from vivace.fused.single import SingleBlock, TwoProducts
+from vivace.fused.stack import Stack
 
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    for name, block in _named_blocks(denoiser):
-        processor = block.attn.processor
-        if type(processor) is not FluxAttnProcessor:
-            return f"{name} has a {type(processor).__name__}"
-        if processor._attention_backend is not None or processor._parallel_config is not None:
-            return (
-                f"{name} has an attention backend of diffusers' own; vivace.accelerate(pipe, attention=...) sets ours"
-            )
-        if block.attn.fused_projections:
-            return f"{name} has its projections fused by diffusers; pipe.unfuse_qkv_projections() first"
-    return None
+    attentions = (
+        (f"{name}.{index}", block.attn)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for index, block in enumerate(getattr(denoiser, name))
+    )
+    return foreign_attention(attentions, known=(FluxAttnProcessor,))
 
 
 def declines(*, joint_attention_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> str | None:
     """Why one call must take the stock path, or None."""
-    brings = set(joint_attention_kwargs or {}) - {"scale"}
-    return f"the call brings {', '.join(sorted(brings))}" if brings else None
+    return brings(joint_attention_kwargs)
 
 
 def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
@@ -56,22 +53,22 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     """`fuse`, with a form of the arithmetic of one's own choice."""
     modulation = Modulation(_norms(denoiser), undo=undo)
     parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    blocks, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
+    double = [_double(block, i, modulation.spans, parts) for i, block in enumerate(blocks)]
+    single = [_single(block, i, len(double), modulation.spans, parts) for i, block in enumerate(singles)]
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
-        blocks=_blocks(denoiser, modulation.spans, parts),
+        blocks=(
+            *chained("transformer_blocks", blocks, double),
+            *chained("single_transformer_blocks", singles, single),
+        ),
         epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
     )
 
 
-def _named_blocks(denoiser: Any):
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(denoiser, name)):
-            yield f"{name}.{index}", block
-
-
-def _norms(denoiser: Any):
+def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
     for index, block in enumerate(denoiser.transformer_blocks):
         yield f"{index}.image", block.norm1.linear
         yield f"{index}.text", block.norm1_context.linear
@@ -80,22 +77,28 @@ def _norms(denoiser: Any):
     yield "out", denoiser.norm_out.linear
 
 
-def _blocks(denoiser: Any, spans: Mapping[str, slice], parts: Parts) -> tuple[Block, ...]:
-    double = [
-        DoubleBlock(module, index=i, spans=(spans[f"{i}.image"], spans[f"{i}.text"]), parts=parts)
-        for i, module in enumerate(denoiser.transformer_blocks)
-    ]
-    single = [
-        SingleBlock(module, index=i, first=len(double), span=spans[f"{i}.single"], parts=parts)
-        for i, module in enumerate(denoiser.single_transformer_blocks)
-    ]
-    for one, following in pairwise(double):
-        one.following = following
-    for one, following in pairwise(single):
-        one.following = following
-    return tuple(
-        Block(name=name, module=module, forward=forward)
-        for (name, module), forward in zip(_named_blocks(denoiser), [*double, *single], strict=True)
+def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+    image, text = streams_of(
+        block.attn,
+        spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
+        mlps=(Mlp.of(block.ff), Mlp.of(block.ff_context)),
+        clips=(False, True),
+        undo=parts.undo,
+    )
+    return JointBlock(image, text, index=index, parts=parts)
+
+
+def _single(block: Any, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
+    attention = block.attn
+    qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+    return SingleBlock(
+        TwoProducts(qkv=qkv, up=block.proj_mlp, elementwise=parts.elementwise),
+        block.proj_out,
+        heads=Heads(attention.heads, attention.norm_q, attention.norm_k),
+        index=index,
+        first=first,
+        span=spans[f"{index}.single"],
+        parts=parts,
     )
 
 
@@ -105,7 +108,7 @@ def _once(
     pooled_projections: torch.Tensor,  # [B, D]
     txt_ids: torch.Tensor,  # [T, 3]
     img_ids: torch.Tensor,  # [S, 3]
-) -> Mapping[str, torch.Tensor]:
+) -> Mapping[str, Any]:
     """What holds for all steps of a prompt at one size."""
     # Positions once had a batch dimension.
     ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
@@ -113,8 +116,7 @@ def _once(
     return {
         "text": denoiser.context_embedder(encoder_hidden_states),
         "pooled": denoiser.time_text_embed.text_embedder(pooled_projections),
-        "cos": cos[:, ::2].contiguous(),
-        "sin": sin[:, ::2].contiguous(),
+        "tokens": Tokens(cos=cos[:, ::2].contiguous(), sin=sin[:, ::2].contiguous()),
     }
 
 
@@ -124,7 +126,7 @@ def _prologue(
     *,
     hidden_states: torch.Tensor,  # [B, S, C]
     timestep: torch.Tensor,  # [B], 0 to 1
-    once: Mapping[str, torch.Tensor],
+    once: Mapping[str, Any],
     guidance: torch.Tensor | None = None,  # [B]
     controlnet_block_samples: list[torch.Tensor] | None = None,
     controlnet_single_block_samples: list[torch.Tensor] | None = None,
@@ -144,9 +146,8 @@ def _prologue(
         embedding = embedding + embed.guidance_embedder(embed.time_proj(guidance.to(x.dtype) * 1000).to(pooled.dtype))
     single = denoiser.single_transformer_blocks
     context = {
-        "modulation": modulation(embedding + pooled),
-        "cos": once["cos"],
-        "sin": once["sin"],
+        "modulation": modulation(F.silu(embedding + pooled)).unbind(1),
+        "tokens": once["tokens"],
         "control": spread(controlnet_block_samples, denoiser.transformer_blocks, repeat=controlnet_blocks_repeat),
         "single_control": spread(controlnet_single_block_samples, single),
         "return_dict": return_dict,

@@ -6,8 +6,10 @@ once per prompt, and the identical zero tokens that stand for an absent T5 encod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,114 +18,60 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from vivace.attention.backend import Attend
-from vivace.family import Block, Split, State
-from vivace.fused.contract import Fused
+from vivace.families.sd3 import spread
+from vivace.family import Split, State
+from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.elementwise import TORCH, Elementwise, elementwise_for
 from vivace.fused.fold import fold_zero_tokens
+from vivace.fused.heads import Heads, Tokens
+from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
 from vivace.fused.modulation import Modulation
-from vivace.fused.stack import Stack, takes
+from vivace.fused.stack import Stack
 
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    for index, block in enumerate(denoiser.transformer_blocks):
-        for attention in filter(None, (block.attn, block.attn2)):
-            if type(attention.processor) is not JointAttnProcessor2_0:
-                return f"block {index} has a {type(attention.processor).__name__}"
+    named = [(f"transformer_blocks.{index}", block) for index, block in enumerate(denoiser.transformer_blocks)]
+    for name, block in named:
         if block._chunk_size is not None:
-            return f"block {index} computes its feed-forward in chunks"
-    return None
+            return f"{name} computes its feed-forward in chunks"
+    attentions = ((name, attention) for name, block in named for attention in (block.attn, block.attn2) if attention)
+    return foreign_attention(attentions, known=(JointAttnProcessor2_0,))
 
 
 def declines(*, joint_attention_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> str | None:
     """Why one call must take the stock path, or None."""
-    if set(joint_attention_kwargs or {}) - {"scale"}:
-        return f"the call brings {', '.join(sorted(joint_attention_kwargs or {}))}"
-    return None
+    return brings(joint_attention_kwargs)
 
 
-def _norms(denoiser: Any):
+def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
     for index, block in enumerate(denoiser.transformer_blocks):
         yield f"{index}.image", block.norm1.linear
         yield f"{index}.text", block.norm1_context.linear
     yield "out", denoiser.norm_out.linear
 
 
-class JointBlock:
-    """One joint block: image `[B, S, D]` and text `[B, T, D]` attend to each other and go through their own MLPs."""
+def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+    own, second = block.attn2, None
+    if own is not None:  # the picture's tokens among themselves: the first blocks of SD 3.5 medium
+        qkv = Stack([own.to_q, own.to_k, own.to_v], undo=parts.undo)
+        second = qkv, Heads(own.heads, own.norm_q, own.norm_k), own.to_out[0]
+    image, text = streams_of(
+        block.attn,
+        spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
+        mlps=(Mlp.of(block.ff), None if block.context_pre_only else Mlp.of(block.ff_context)),
+        second=second,
+        undo=parts.undo,
+    )
+    return JointBlock(image, text, index=index, parts=parts, image_first=True)
 
-    def __init__(
-        self, block: Any, *, spans: tuple[slice, slice], attend: Attend, elementwise: Elementwise, undo: ExitStack
-    ) -> None:
-        attention = block.attn
-        self.block, self.spans = block, spans
-        self.attend, self.elementwise = attend, elementwise
-        self.image_qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=undo)
-        second = block.attn2
-        self.second_qkv = second and Stack([second.to_q, second.to_k, second.to_v], undo=undo)
-        self.text_qkv = Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=undo)
 
-    def __call__(self, state: State) -> State:
-        block, context, norm = self.block, state.context, self.elementwise.norm
-        x, text = state.x, state.text
-        assert text is not None
-        image_parts, text_parts = (context["modulation"][span] for span in self.spans)
-        last = block.context_pre_only
-        text_scale, text_shift = text_parts if last else (text_parts[1], text_parts[0])
-        image = norm(x, shift=image_parts[0], scale=image_parts[1], quantize=takes(self.image_qkv))
-        normed = norm(text, shift=text_shift, scale=text_scale, quantize=takes(self.text_qkv))
-        attended = self._attention(self.image_qkv(image), self.text_qkv(normed), context)
-        second = None
-        if len(image_parts) > 6:
-            shift, scale, gate = image_parts[6:]
-            image = norm(x, shift=shift, scale=scale, quantize=takes(self.second_qkv))
-            second = self._second_attention(self.second_qkv(image)), gate
-        x = self._stream(x, block.attn.to_out[0](attended[:, : x.shape[1]]), block.ff, image_parts, second)
-        if not last:
-            text = self._stream(text, block.attn.to_add_out(attended[:, x.shape[1] :]), block.ff_context, text_parts)
-        return State(x=x, text=text, context=context)
-
-    def _stream(
-        self, x: torch.Tensor, y: torch.Tensor, mlp: Any, parts: Any, second: tuple[torch.Tensor, Any] | None = None
-    ) -> torch.Tensor:
-        """One stream after attention's share `y`, and the second attention's with its gate: residuals and MLP."""
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
-        if second is not None:
-            x = self.elementwise.residual(x, y, gate=gate)
-            y, gate = second
-        up, _, down = mlp.net
-        norm = {"shift": mlp_shift, "scale": mlp_scale, "quantize": takes(up.proj)}
-        x, normed = self.elementwise.residual_norm(x, y, gate=gate, **norm)
-        y = down(self.elementwise.linear_gelu(up.proj, normed, quantize=takes(down)))
-        return self.elementwise.residual(x, y, gate=mlp_gate)
-
-    def _attention(self, image: torch.Tensor, text: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
-        """`[B, S + T, D]`, from the q, k and v of image `[B, S, 3 D]` and text `[B, T, 3 D]`."""
-        attention, repeats = self.block.attn, context["repeats"]
-        joint = image.shape[1] + text.shape[1]
-        q, k, v = (self._empty(image, joint + more) for more in (0, repeats, repeats))
-        self._heads(image, attention.norm_q, attention.norm_k, q=q, k=k, v=v)
-        norms = attention.norm_added_q, attention.norm_added_k
-        self._heads(text, *norms, q=q, k=k, v=v, offset=image.shape[1])
-        if repeats:
-            k[:, joint:], v[:, joint:] = k[:, joint - 1 : joint], v[:, joint - 1 : joint]
-        return self.attend(q, k, v, mask=context["bias"]).flatten(2)
-
-    def _second_attention(self, qkv: torch.Tensor) -> torch.Tensor:
-        """The image tokens among themselves, where a block has that too (SD 3.5 medium): `[B, S, D]`."""
-        attention = self.block.attn2
-        q, k = (self._empty(qkv, qkv.shape[1]) for _ in range(2))
-        self._heads(qkv, attention.norm_q, attention.norm_k, q=q, k=k)
-        v = qkv.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]
-        return attention.to_out[0](self.attend(q, k, v).flatten(2))
-
-    def _empty(self, qkv: torch.Tensor, tokens: int) -> torch.Tensor:
-        heads = self.block.attn.heads
-        return qkv.new_empty(qkv.shape[0], tokens, heads, qkv.shape[2] // (3 * heads))
-
-    def _heads(self, qkv: torch.Tensor, norm_q: Any, norm_k: Any, **out: Any) -> None:
-        weights = {} if norm_q is None else {"q_weight": norm_q.weight, "k_weight": norm_k.weight, "eps": norm_q.eps}
-        self.elementwise.heads(qkv, **weights, **out)
+def _skippable(forward: Callable[[State], State], index: int, state: State) -> State:
+    """The block, unless the call skips it (skip-layer guidance); the ControlNet's residual joins all the same."""
+    if index not in state.context["skip"]:
+        return forward(state)
+    residual = state.context["control"] and state.context["control"][index]
+    return state if residual is None else replace(state, x=state.x + residual)
 
 
 def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
@@ -134,12 +82,12 @@ def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
 def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
     """`fuse`, with a form of the arithmetic of one's own choice."""
     modulation = Modulation(_norms(denoiser), undo=undo)
-    blocks = []
-    for index, module in enumerate(denoiser.transformer_blocks):
-        spans = (modulation.spans[f"{index}.image"], modulation.spans[f"{index}.text"])
-        fused = JointBlock(module, spans=spans, attend=attend, elementwise=elementwise, undo=undo)
-        forward = _controlled(fused, index, len(denoiser.transformer_blocks))
-        blocks.append(Block(name=f"transformer_blocks.{index}", module=module, forward=forward))
+    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    modules = denoiser.transformer_blocks
+    joint = chained(
+        "transformer_blocks", modules, [_joint(block, i, modulation.spans, parts) for i, block in enumerate(modules)]
+    )
+    blocks = tuple(replace(one, forward=partial(_skippable, one.forward, i)) for i, one in enumerate(joint))
 
     def once(encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor) -> Mapping[str, Any]:
         # On GPUs attention takes its fastest kernels only without a bias.
@@ -153,25 +101,11 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
 
     return Split(
         prologue=_prologue(denoiser, modulation),
-        blocks=tuple(blocks),
+        blocks=blocks,
         epilogue=_epilogue(denoiser, modulation.spans["out"], elementwise),
         once=once,
         once_inputs=("encoder_hidden_states", "pooled_projections"),
     )
-
-
-def _controlled(block: JointBlock, index: int, blocks: int) -> Callable[[State], State]:
-    """The block, unless the call skips it, and then the ControlNet's residual."""
-
-    def forward(state: State) -> State:
-        if index not in state.context["skip"]:
-            state = block(state)
-        residuals = state.context["control"]
-        if residuals is not None and not block.block.context_pre_only:
-            state.x = state.x + residuals[int(index / (blocks / len(residuals)))]
-        return state
-
-    return forward
 
 
 def _prologue(denoiser: Any, modulation: Modulation) -> Callable[..., State]:
@@ -190,10 +124,11 @@ def _prologue(denoiser: Any, modulation: Modulation) -> Callable[..., State]:
         embedding = embed.timestep_embedder(embed.time_proj(timestep).to(once["pooled"].dtype)) + once["pooled"]
         x = denoiser.pos_embed(hidden_states).contiguous()
         context = {
-            "modulation": modulation(embedding),
-            "bias": None if once["bias"] is None else F.pad(once["bias"], (x.shape[1], 0)),
-            "repeats": once["repeats"],
-            "control": block_controlnet_hidden_states,
+            "modulation": modulation(F.silu(embedding)).unbind(1),
+            "tokens": Tokens(
+                mask=None if once["bias"] is None else F.pad(once["bias"], (x.shape[1], 0)), repeats=once["repeats"]
+            ),
+            "control": spread(block_controlnet_hidden_states, denoiser.transformer_blocks),
             "skip": skip_layers or (),
             "size": (height, width),
             "return_dict": return_dict,
@@ -218,7 +153,8 @@ def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise) -> Callable[
 
 
 SD3 = Fused(
-    summary="modulation of all blocks in one GEMM, q k v in one, text projected once per prompt, zero tokens folded",
+    summary="modulation of all blocks in one GEMM, q k v in one, text projected once per prompt, zero tokens folded, "
+    "a block's residual with the next one's norm",
     devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,

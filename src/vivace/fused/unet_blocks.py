@@ -131,7 +131,7 @@ class TransformerBlock:
         x, normed = elementwise.residual_norm(x, self._self_attention(normed), **_norm(block.norm2, block.attn2.to_q))
         y = self._cross_attention(normed, text)
         x, normed = elementwise.residual_norm(x, y, **_norm(block.norm3, up.proj))
-        y = down(elementwise.geglu(up.proj(normed), quantize=takes(down)))
+        y = down(elementwise.glu(*up.proj(normed).chunk(2, dim=-1), kind="gelu", quantize=takes(down)))
         if following is None:
             return elementwise.residual(x, y), None
         return elementwise.residual_norm(x, y, **following.first_norm)

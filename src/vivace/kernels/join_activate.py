@@ -1,4 +1,4 @@
-"""Rows of `a` and of `activation(b)` side by side, plain or row-scaled to 8 bits: the way into a joint product."""
+"""Rows of `a` and of `activation(b)` (times `c`) side by side, plain or row-scaled: the way into a joint product."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from vivace.kernels.row import (
     tokens_of,
 )
 
-SCHEMA = "join_activate(Tensor a, Tensor b, str kind, str? quantize) -> Tensor[]"
+SCHEMA = "join_activate(Tensor a, Tensor b, Tensor? c, str kind, str? quantize) -> Tensor[]"
 
 
-def join_activate_ref(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+def join_activate_ref(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, kind: str, quantize: str | None
+) -> list[torch.Tensor]:
     """The operation in torch, in fp32 between one load and one store."""
-    return rows_ref(torch.cat((a.float(), activation_ref(b.float(), kind)), -1), a.dtype, quantize)
+    y = activation_ref(b.float(), kind)
+    return rows_ref(torch.cat((a.float(), y if c is None else y * c.float()), -1), a.dtype, quantize)
 
 
 @jit(do_not_specialize=("tokens",))
 def _join_activate_kernel(
-    a, b, out, row_scale, tokens, a_width, width, a_batch, a_token, b_batch, b_token,
+    a, b, c, out, row_scale, tokens, a_width, width, a_batch, a_token, b_batch, b_token, c_batch, c_token,
     KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -42,19 +45,26 @@ def _join_activate_kernel(
     far = rows.to(tl.int64)[:, None]
 
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0)
+    second = mask & (first == 0)
     at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
-    y = activation(tl.load(at, mask=mask & (first == 0), other=0.0).to(tl.float32), KIND)
+    y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND)
+    if c is not None:
+        at = c + batch * c_batch + far * c_token + (columns - a_width)[None, :]
+        y = y * tl.load(at, mask=second, other=0.0).to(tl.float32)
     y = tl.where(first, x.to(tl.float32), y)
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
-def _launch(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
+def _launch(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, kind: str, quantize: str | None
+) -> list[torch.Tensor]:
     batch, tokens, a_width = a.shape
     width = a_width + b.shape[-1]
     made = rows_like(a, quantize, width=width)
     rows, block, warps = tile(width)
     _join_activate_kernel[(ceil_div(tokens, rows), batch)](
-        a, b, made[0], made[-1], tokens, a_width, width, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        a, b, c, made[0], made[-1], tokens, a_width, width, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        *((0, 0) if c is None else c.stride()[:2]),
         KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
@@ -64,15 +74,23 @@ _op = register(SCHEMA, reference=join_activate_ref, launch=_launch)
 
 
 def join_activate(
-    a: torch.Tensor, b: torch.Tensor, *, kind: Activation = "gelu_tanh", quantize: Quantize | None = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    times: torch.Tensor | None = None,
+    kind: Activation = "gelu_tanh",
+    quantize: Quantize | None = None,
 ) -> torch.Tensor | RowScaled:
-    """`cat(a, activation(b))` of [B, S, D] and [B, S, E] with contiguous rows: [B, S, D + E], or as `RowScaled`.
+    """`cat(a, activation(b) * times)` of [B, S, D] and [B, S, E] with contiguous rows: [B, S, D + E], or `RowScaled`.
 
-    Raises ValueError where the leading dimensions or the types differ.
+    Raises ValueError where the leading dimensions or the types differ, or `times` is not of b's shape.
     """
     if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
         raise ValueError(f"a and b must agree but for their last dimension, got {list(a.shape)} and {list(b.shape)}")
-    return shaped(_op(tokens_of(a, "a"), tokens_of(b, "b"), kind, quantize), a)
+    if times is not None and times.shape != b.shape:
+        raise ValueError(f"times must be of b's shape {list(b.shape)}, got {list(times.shape)}")
+    c = None if times is None else tokens_of(times, "times")
+    return shaped(_op(tokens_of(a, "a"), tokens_of(b, "b"), c, kind, quantize), a)
 
 
 def _make(
@@ -82,11 +100,13 @@ def _make(
     tokens: int,
     widths: tuple[int, int],
     kind: str = "gelu_tanh",
+    gated: bool = False,
     quantize: str | None = None,
     pad: int = 0,
 ) -> dict[str, Any]:
     a, b = (draw(batch, tokens, width, pad=pad) for width in widths)
-    return {"a": a, "b": b, "kind": kind, "quantize": quantize}
+    c = draw(batch, tokens, widths[1], pad=2 * pad) if gated else None
+    return {"a": a, "b": b, "c": c, "kind": kind, "quantize": quantize}
 
 
 KERNEL = Kernel(
@@ -98,11 +118,16 @@ KERNEL = Kernel(
     cases=(
         Case("odd length, views", {"batch": 2, "tokens": 7, "widths": (192, 768), "pad": 64}),
         Case("silu, odd widths", {"tokens": 5, "widths": (77, 300), "kind": "silu"}),
+        Case("swiglu, views", {"batch": 2, "tokens": 5, "widths": (64, 192), "kind": "silu", "gated": True, "pad": 32}),
         Case("fp8 rows", {"batch": 2, "tokens": 3, "widths": (320, 1280), "quantize": "fp8"}),
         Case("int8 rows", {"tokens": 3, "widths": (64, 256), "quantize": "int8"}),
     ),
     bench=(
         Case("FLUX 1024² single", {"tokens": 4608, "widths": (3072, 12288)}),
+        Case(
+            "FLUX.2 1024² single, fp8",
+            {"tokens": 4608, "widths": (6144, 18432), "kind": "silu", "gated": True, "quantize": "fp8"},
+        ),
         Case("FLUX 1024² single, fp8", {"tokens": 4608, "widths": (3072, 12288), "quantize": "fp8"}),
     ),
 )

@@ -22,9 +22,9 @@ SCHEMA = (
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbours (0, 1), (2, 3), ... of `x` [B, S, H, D] by the angles of `cos` and `sin` [S, D / 2]."""
+    """Rotates neighbours (0, 1), (2, 3), ... of `x` [B, S, H, D] by the angles of `cos` and `sin` [(B,) S, D / 2]."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    cos, sin = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 
@@ -73,7 +73,7 @@ def _qk_norm_rope_kernel(
     qkv, q, k, v, q_weight, k_weight, cos, sin,
     offset, heads, depth, qkv_batch, qkv_token,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    cos_token, cos_pair, sin_token, sin_pair, eps,
+    cos_batch, cos_token, cos_pair, sin_batch, sin_token, sin_pair, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -85,6 +85,9 @@ def _qk_norm_rope_kernel(
     at = qkv + batch * qkv_batch + token * qkv_token + (part * heads + rows) * depth + columns[None, :]
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     to = token + offset
+    if cos is not None:
+        cos += batch * cos_batch
+        sin += batch * sin_batch
     if part == 0:
         _write_head(
             x, q_weight, cos, sin, q + batch * q_batch + to * q_token,
@@ -120,9 +123,14 @@ def _launch(
         qkv, q, k, v, q_weight, k_weight, cos, sin,
         offset, heads, depth, qkv.stride(0), qkv.stride(1),
         *q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]),
-        *((0, 0) if cos is None else cos.stride()), *((0, 0) if sin is None else sin.stride()), eps,
+        *_steps(cos), *_steps(sin), eps,
         ROWS=rows, BLOCK=block, num_warps=max(1, min(8, rows * block // 1024)),
     )  # fmt: skip
+
+
+def _steps(table: torch.Tensor | None) -> tuple[int, ...]:
+    """Strides of a table by sample, token and pair; samples may share it."""
+    return (0, 0, 0) if table is None else table.stride() if table.ndim == 3 else (0, *table.stride())
 
 
 _op = register(SCHEMA, reference=qk_norm_rope_ref, launch=_launch)
@@ -144,8 +152,9 @@ def qk_norm_rope(
     """Writes tokens `offset : offset + S` of `q`, `k` and `v` [B, S_total, H, D] from `qkv` [B, S, 3 H D].
 
     Where attention wants [B, H, S_total, D], pass `.transpose(1, 2)` of it. With `q_weight` and `k_weight` [D] each
-    head of q and k is RMS-normalised; with `cos` and `sin` [S, D / 2] its neighbours (0, 1), (2, 3), ... are rotated (a
-    table that holds each angle twice goes in as `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can
+    head of q and k is RMS-normalised; with `cos` and `sin` [S, D / 2], or [B, S, D / 2] where samples have tables of
+    their own, its neighbours (0, 1), (2, 3), ... are rotated (a table that holds each angle twice goes in as
+    `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can
     read it from `qkv`. Raises ValueError when the sizes do not fit, or a last dimension is not contiguous.
     """
     qkv = tokens_of(qkv, "qkv")
@@ -160,8 +169,8 @@ def qk_norm_rope(
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(f"{name} must be [{q.shape[-1]}], one a channel of a head, got {list(weight.shape)}")
     for name, table in {"cos": cos, "sin": sin}.items():
-        if table is not None and table.shape != (qkv.shape[1], q.shape[-1] // 2):
-            allowed = [qkv.shape[1], q.shape[-1] // 2]
+        allowed = [qkv.shape[1], q.shape[-1] // 2]
+        if table is not None and list(table.shape) not in (allowed, [len(qkv), *allowed]):
             raise ValueError(f"{name} must be {allowed}, [S, D / 2], got {list(table.shape)}; give this stream's rows")
     _op(qkv, q, k, v, q_weight, k_weight, cos, sin, offset, eps)
 
@@ -175,6 +184,7 @@ def _make(
     depth: int,
     norm: bool = True,
     rope: bool = True,
+    rope_each: bool = False,
     write_v: bool = True,
     before: int = 0,
     after: int = 0,
@@ -189,7 +199,8 @@ def _make(
         else draw.empty(batch, total, heads, depth)
         for _ in range(3)
     ]
-    cos, sin = (draw(tokens, depth if pad else depth // 2, dtype=torch.float32) if rope else None for _ in range(2))
+    angles = (*([batch] if rope_each else []), tokens, depth if pad else depth // 2)
+    cos, sin = (draw(*angles, dtype=torch.float32) if rope else None for _ in range(2))
     return {
         "qkv": draw(batch, tokens, 3 * heads * depth, pad=pad),
         "q": joint[0],
@@ -197,8 +208,8 @@ def _make(
         "v": joint[2] if write_v else None,
         "q_weight": draw(depth) if norm else None,
         "k_weight": draw(depth) if norm else None,
-        "cos": cos[:, ::2] if pad and cos is not None else cos,
-        "sin": sin[:, ::2] if pad and sin is not None else sin,
+        "cos": cos[..., ::2] if pad and cos is not None else cos,
+        "sin": sin[..., ::2] if pad and sin is not None else sin,
         "offset": before,
         "eps": 1e-6,
     }
@@ -228,6 +239,10 @@ KERNEL = Kernel(
         Case("head size 72, heads first", {"tokens": 5, "heads": 2, "depth": 72, "after": 3, "heads_first": True}),
         Case("head size 32, no norm", {"batch": 2, "tokens": 7, "heads": 6, "depth": 32, "norm": False}),
         Case("views, angles held twice", {"batch": 2, "tokens": 5, "heads": 2, "depth": 64, "pad": 64}),
+        Case(
+            "every sample its own angles",
+            {"batch": 2, "tokens": 5, "heads": 2, "depth": 32, "rope_each": True, "pad": 32, "after": 2},
+        ),
         Case("v left in place", {"tokens": 5, "heads": 2, "depth": 128, "write_v": False}),
     ),
     bench=(

@@ -20,6 +20,7 @@ from vivace.kernels.row import (
     check_vectors,
     limit_of,
     load_columns,
+    norm_ref,
     normalize,
     rows_like,
     shaped,
@@ -28,14 +29,15 @@ from vivace.kernels.row import (
 )
 
 SCHEMA = (
-    "residual_norm(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-    "float eps, str kind, str? quantize) -> Tensor[]"
+    "residual_norm(Tensor x, Tensor y, Tensor? y_weight, Tensor? gate, Tensor? scale, Tensor? shift, "
+    "Tensor? weight, Tensor? bias, float eps, str kind, str? quantize) -> Tensor[]"
 )
 
 
 def residual_norm_ref(
     x: torch.Tensor,
     y: torch.Tensor,
+    y_weight: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -46,6 +48,7 @@ def residual_norm_ref(
     quantize: str | None,
 ) -> list[torch.Tensor]:
     """The operation in torch: h is normalised in fp32, before it is rounded to x's type."""
+    y = y if y_weight is None else norm_ref(y.float(), eps, "rms") * y_weight.float()
     (h,) = gate_residual_ref(x.float(), y, gate)
     normed = norm_modulate_ref(h, scale, shift, weight, bias, eps, kind, quantize)
     return [h.to(x.dtype), *(normed if quantize else [normed[0].to(x.dtype)])]
@@ -53,7 +56,7 @@ def residual_norm_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
-    x, y, gate, scale, shift, weight, bias, h, out, row_scale,
+    x, y, y_weight, gate, scale, shift, weight, bias, h, out, row_scale,
     tokens, width, x_batch, x_token, y_batch, y_token, gate_batch, scale_batch, shift_batch, eps,
     KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +69,8 @@ def _residual_norm_kernel(
 
     branch = tl.load(y + batch * y_batch + far * y_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(x + batch * x_batch + far * x_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if y_weight is not None:
+        branch = normalize(branch, mask, width, eps, "rms") * load_columns(y_weight, columns, inside)
     if gate is not None:
         branch = branch * load_columns(gate + batch * gate_batch, columns, inside)
     stream = stream + branch
@@ -87,6 +92,7 @@ def _residual_norm_kernel(
 def _launch(
     x: torch.Tensor,
     y: torch.Tensor,
+    y_weight: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -101,7 +107,7 @@ def _launch(
     rows, block, warps = tile(width)
     gate_batch, scale_batch, shift_batch = (0 if t is None else t.stride(0) for t in (gate, scale, shift))
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
-        x, y, gate, scale, shift, weight, bias, made[0], made[1], made[-1],
+        x, y, y_weight, gate, scale, shift, weight, bias, made[0], made[1], made[-1],
         tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate_batch, scale_batch, shift_batch, eps,
         KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -115,6 +121,7 @@ def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor,
     *,
+    y_weight: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
@@ -126,15 +133,18 @@ def residual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
     """`h = x + gate * y` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
 
-    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D], `weight` and `bias` [D].
+    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D], `weight` and `bias` [D]. With
+    `y_weight` [D] it is the RMSNorm of y, times that weight, that joins h.
     Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format. Raises
     ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
     rows, branch = pair_of(x, y)
     check_vectors(
-        rows, per_sample={"gate": gate, "scale": scale, "shift": shift}, shared={"weight": weight, "bias": bias}
+        rows,
+        per_sample={"gate": gate, "scale": scale, "shift": shift},
+        shared={"y_weight": y_weight, "weight": weight, "bias": bias},
     )
-    h, *normed = _op(rows, branch, gate, scale, shift, weight, bias, eps, kind, quantize)
+    h, *normed = _op(rows, branch, y_weight, gate, scale, shift, weight, bias, eps, kind, quantize)
     return h.view(x.shape), shaped(normed, x)
 
 
@@ -145,19 +155,21 @@ def _make(
     tokens: int,
     width: int,
     modulate: bool = True,
+    sandwich: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
     pad: int = 0,
 ) -> dict[str, Any]:
-    """Gate, scale and shift with `modulate`; weight and bias without."""
+    """Gate, scale and shift with `modulate`; weight and bias without; all but shift and bias with `sandwich`."""
     gate, scale, shift = (draw(batch, width, pad=pad) if modulate else None for _ in range(3))
     return {
         "x": draw(batch, tokens, width, pad=pad),
         "y": draw(batch, tokens, width, pad=2 * pad),
+        "y_weight": draw(width) if sandwich else None,
         "gate": gate,
         "scale": scale,
-        "shift": shift,
-        "weight": None if modulate else draw(width),
+        "shift": None if sandwich else shift,
+        "weight": draw(width) if sandwich or not modulate else None,
         "bias": None if modulate or kind == "rms" else draw(width),
         "eps": 1e-6,
         "kind": kind,
@@ -177,6 +189,7 @@ KERNEL = Kernel(
         Case("width not a multiple of 16", {"tokens": 5, "width": 1155}),
         Case("add and LayerNorm", {"batch": 2, "tokens": 9, "width": 640, "modulate": False}),
         Case("add and RMSNorm", {"batch": 2, "tokens": 9, "width": 320, "modulate": False, "kind": "rms"}),
+        Case("both normalised", {"batch": 2, "tokens": 5, "width": 240, "sandwich": True, "kind": "rms", "pad": 16}),
         Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
         Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
     ),
@@ -184,6 +197,7 @@ KERNEL = Kernel(
         Case("FLUX 1024²", {"tokens": 4608, "width": 3072}),
         Case("FLUX 1024² fp8", {"tokens": 4608, "width": 3072, "quantize": "fp8"}),
         Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
+        Case("Z-Image 1024²", {"tokens": 4224, "width": 3840, "sandwich": True, "kind": "rms"}),
         Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "modulate": False}),
         Case("SDXL 1280 b2", {"batch": 2, "tokens": 1024, "width": 1280, "modulate": False}),
         Case("SD1.5 320 b2", {"batch": 2, "tokens": 4096, "width": 320, "modulate": False}),

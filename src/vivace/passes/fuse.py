@@ -112,7 +112,7 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
         )
         if lane.split.once is not None:
             with torch.no_grad():
-                kwargs["once"] = lane.split.once(**{name: kwargs.get(name) for name in lane.split.once_inputs})
+                kwargs["once"] = lane.split.prepare(kwargs)
         calls.append(without_values(kwargs))
     with ExitStack() as undo:
         rehearse(fused.fuse(skeleton(lane.denoiser), attend=_shape_of_attention, undo=undo), calls)

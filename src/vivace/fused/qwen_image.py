@@ -1,0 +1,155 @@
+"""Qwen-Image's joint blocks (arXiv 2508.02324), fused.
+
+The modulation of all blocks is one GEMM a step, text projections and rotary tables are made once per prompt, and where
+prompts of a batch differ in length each attends to its own words without a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+
+from vivace.attention.backend import Attend
+from vivace.families.qwen_image import spread
+from vivace.family import Split, State
+from vivace.fused.contract import Fused, brings, foreign_attention
+from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.heads import Tokens
+from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.modulation import Modulation
+
+
+def check(denoiser: Any) -> str | None:
+    """Why these blocks cannot be fused, or None."""
+    if denoiser.zero_cond_t:
+        return "it modulates the pictures to edit apart from the new one (Edit-2511)"
+    attentions = ((f"transformer_blocks.{i}", block.attn) for i, block in enumerate(denoiser.transformer_blocks))
+    return foreign_attention(attentions, known=(QwenDoubleStreamAttnProcessor2_0,))
+
+
+def declines(
+    *, attention_kwargs: Mapping[str, Any] | None = None, guidance: torch.Tensor | None = None, **kwargs: Any
+) -> str | None:
+    """Why one call must take the stock path, or None."""
+    return brings(attention_kwargs) or (None if guidance is None else "the call brings a guidance embedding")
+
+
+def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+    """The fused Split of a QwenImageTransformer2DModel."""
+    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
+
+
+def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
+    """`fuse`, with a form of the arithmetic of one's own choice."""
+    modulation = Modulation(_norms(denoiser), undo=undo)
+    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    modules = denoiser.transformer_blocks
+    joint = [_joint(block, i, modulation.spans, parts) for i, block in enumerate(modules)]
+    return Split(
+        prologue=partial(_prologue, denoiser, modulation),
+        blocks=chained("transformer_blocks", modules, joint),
+        epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
+        once=partial(_once, denoiser),
+        once_inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"),
+    )
+
+
+def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
+    for index, block in enumerate(denoiser.transformer_blocks):
+        yield f"{index}.image", block.img_mod[1]
+        yield f"{index}.text", block.txt_mod[1]
+    yield "out", denoiser.norm_out.linear
+
+
+def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+    image, text = streams_of(
+        block.attn,
+        spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
+        mlps=(Mlp.of(block.img_mlp), Mlp.of(block.txt_mlp)),
+        clips=(True, True),
+        undo=parts.undo,
+    )
+    return JointBlock(image, text, index=index, parts=parts, image_first=True)
+
+
+def _once(
+    denoiser: Any,
+    encoder_hidden_states: torch.Tensor,  # [B, T, D]
+    encoder_hidden_states_mask: torch.Tensor | None,  # [B, T], true for words
+    img_shapes: list[list[tuple[int, int, int]]],
+) -> Mapping[str, Any]:
+    """What holds for all steps of a prompt at one size. Waits for the device where there is a mask."""
+    words, mask = _words(encoder_hidden_states_mask)
+    text = encoder_hidden_states if words is None else encoder_hidden_states[:, : max(words)]
+    turns = denoiser.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=text.device)
+    image = turns[0].shape[0]
+    turn = torch.cat(turns)  # [S + T, D / 2], complex
+    alike = words is None or len(set(words)) == 1
+    tokens = Tokens(
+        cos=turn.real.contiguous(),
+        sin=turn.imag.contiguous(),
+        mask=None if mask is None else F.pad(mask, (image, 0), value=True)[:, None, None],
+        lengths=None if alike else tuple(image + count for count in words or ()),
+    )
+    return {"text": denoiser.txt_in(denoiser.txt_norm(text)), "tokens": tokens}
+
+
+def _words(mask: torch.Tensor | None) -> tuple[list[int] | None, torch.Tensor | None]:
+    """How many words each prompt has, where they come first and the padding last; else the mask as it is [B, T]."""
+    if mask is None:
+        return None, None
+    mask = mask.bool()
+    counts = mask.sum(1)
+    first = torch.arange(mask.shape[1], device=mask.device) < counts[:, None]
+    # A prompt without a word keeps its mask too: sequences of length 0 are no prefix that all can be cut to.
+    if not bool((first == mask).all() & (counts > 0).all()):
+        return None, mask
+    return counts.tolist(), None
+
+
+def _prologue(
+    denoiser: Any,
+    modulation: Modulation,
+    *,
+    hidden_states: torch.Tensor,  # [B, S, C]
+    timestep: torch.Tensor,  # [B], 0 to 1
+    once: Mapping[str, Any],
+    controlnet_block_samples: list[torch.Tensor] | None = None,
+    additional_t_cond: torch.Tensor | None = None,
+    return_dict: bool = True,
+    **unused: Any,
+) -> State:
+    x = denoiser.img_in(hidden_states)
+    embedding = denoiser.time_text_embed(timestep.to(x.dtype), x, additional_t_cond)
+    context = {
+        "modulation": modulation(F.silu(embedding)).unbind(1),
+        "tokens": once["tokens"],
+        "control": spread(controlnet_block_samples, len(denoiser.transformer_blocks)),
+        "return_dict": return_dict,
+    }
+    return State(x=x, text=once["text"], context=context)
+
+
+def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise, state: State) -> Any:
+    scale, shift = state.context["modulation"][span]
+    x = denoiser.proj_out(elementwise.norm(state.x, shift=shift, scale=scale))
+    return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
+
+
+QWEN_IMAGE = Fused(
+    summary="modulation of all blocks in one GEMM, q k v in one, text and rotary tables once per prompt, "
+    "a block's residual with the next one's norm",
+    devices=frozenset({"cpu", "cuda"}),
+    check=check,
+    declines=declines,
+    fuse=fuse,
+    quantised=True,
+    sides=True,
+)
