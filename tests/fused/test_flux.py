@@ -12,6 +12,9 @@ from vivace.attention.native import NATIVE
 from vivace.families import flux
 from vivace.fused.elementwise import KERNELS, TORCH
 from vivace.fused.flux import FLUX, fuse_with
+from vivace.kernels.row import RowScaled
+from vivace.quant import format_of
+from vivace.quant.linear import QuantLinear
 
 FORMS = pytest.mark.parametrize("form", [TORCH, KERNELS], ids=["torch", "kernels"])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -76,6 +79,27 @@ def test_layers_of_other_kinds_are_called(form):
             module.__class__ = Doubling
     fused, stock = both(model, inputs(model), form=form)
     torch.testing.assert_close(fused, stock, **CLOSE)
+
+
+def test_a_quantised_output_takes_attention_and_mlp_joined_in_rows(monkeypatch):
+    model = transformer()
+    arguments = inputs(model, batch=1)
+    exact = model(**arguments)[0]
+    projections = [block.proj_out for block in model.single_transformer_blocks]
+    for block, linear in zip(model.single_transformer_blocks, projections, strict=True):
+        block.proj_out = QuantLinear.of(linear, format=format_of("fp8"))
+    taken = []
+    product = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: (taken.append(x), product(self, x))[1])
+    stock = model(**arguments)[0]
+    assert [type(x) for x in taken] == 3 * [torch.Tensor]
+    dense = taken[0]
+    taken.clear()
+    fused, _ = both(model, arguments, form=KERNELS)
+    assert [type(x) for x in taken[3:]] == 3 * [RowScaled]
+    # Rounding to 8 bits is all that lies between the rows that a kernel joins and those that torch concatenates.
+    torch.testing.assert_close(taken[3].dense(), dense, rtol=2**-3, atol=1e-3)
+    assert (fused - exact).norm() <= 1.5 * (stock - exact).norm() + 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,8 +15,10 @@ FUSED: dict[str, str] = {
     "sdxl": "vivace.fused.sd_unet:SD_UNET",
     "lcm": "vivace.fused.sd_unet:SD_UNET",
     "flux": "vivace.fused.flux:FLUX",
+    "flux2": "vivace.fused.flux2:FLUX2",
     "sd3": "vivace.fused.sd3:SD3",
     "qwen_image": "vivace.fused.qwen_image:QWEN_IMAGE",
+    "z_image": "vivace.fused.z_image:Z_IMAGE",
 }
 
 

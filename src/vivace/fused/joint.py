@@ -150,8 +150,7 @@ class JointBlock:
         residual = None if control is None else control[self.index]
         x, text = state.x, state.text
         assert text is not None
-        normed = self._normed(state, modulation)
-        y, text_y = self._attention(*normed, state.context["tokens"])
+        y, text_y = self._attention(self._normed(state, modulation), state.context["tokens"])
         second = self._second(x, modulation)
         image_ahead, text_ahead = None, None
         if residual is None and self.following is not None:
@@ -177,14 +176,15 @@ class JointBlock:
         streams = zip((state.x, state.text), self.norms(modulation), strict=True)
         return tuple(self.elementwise.norm(x, **norm) for x, norm in streams)
 
-    def _attention(self, image_normed: Any, text_normed: Any, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attention(self, normed: tuple[Any, ...], tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """What the image [B, S, D] and the text [B, T, D] get of it."""
-        streams = [(self.image.qkv(image_normed), self.image.heads), (self.text.qkv(text_normed), self.text.heads)]
+        pairs = zip((self.image, self.text), normed, strict=True)
+        streams = [(stream.qkv(x), stream.heads) for stream, x in pairs]
         ordered = streams if self.image_first else streams[::-1]
         both = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
         first = ordered[0][0].shape[1]
-        halves = both[:, :first], both[:, first:]
-        return halves if self.image_first else halves[::-1]
+        start, end = both[:, :first], both[:, first:]
+        return (start, end) if self.image_first else (end, start)
 
     def _second(self, x: torch.Tensor, modulation: Sequence[torch.Tensor]) -> tuple[Any, Any] | None:
         """The image tokens among themselves, where a block has that too (SD 3.5 medium): [B, S, D], and its gate."""

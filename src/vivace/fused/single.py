@@ -19,7 +19,10 @@ from vivace.fused.stack import Stack, takes
 class Inward(Protocol):
     """The products into a single block."""
 
-    kind: str  # of the MLP's activation
+    @property
+    def kind(self) -> str:
+        """The MLP's activation."""
+        ...
 
     @property
     def takes(self) -> Any:

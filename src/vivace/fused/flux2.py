@@ -1,0 +1,174 @@
+"""FLUX.2's denoiser, fused: FLUX.1's two kinds of blocks with SwiGLUs, and one modulation for all blocks of a kind.
+
+Text projections and rotary tables are made once per prompt, and a block's last pass (gate, residual) already
+normalises and modulates for the next block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2AttnProcessor,
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+    Flux2ParallelSelfAttnProcessor,
+    Flux2Transformer2DModelOutput,
+)
+
+from vivace.attention.backend import Attend
+from vivace.family import Split, State
+from vivace.fused.contract import Fused, brings, foreign_attention
+from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.heads import Heads, Tokens
+from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.modulation import Modulation
+from vivace.fused.single import OneProduct, SingleBlock
+
+# Those that keep keys and values compute what the others do in calls that ask for nothing to be kept.
+PROCESSORS = (
+    Flux2AttnProcessor,
+    Flux2ParallelSelfAttnProcessor,
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
+
+
+def check(denoiser: Any) -> str | None:
+    """Why these blocks cannot be fused, or None."""
+    attentions = (
+        (f"{name}.{index}", block.attn)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for index, block in enumerate(getattr(denoiser, name))
+    )
+    return foreign_attention(attentions, known=PROCESSORS)
+
+
+def declines(
+    *, joint_attention_kwargs: Mapping[str, Any] | None = None, kv_cache_mode: str | None = None, **kwargs: Any
+) -> str | None:
+    """Why one call must take the stock path, or None."""
+    if kv_cache_mode is not None:
+        return "the call keeps keys and values of its references, or uses kept ones"
+    return brings(joint_attention_kwargs)
+
+
+def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+    """The fused Split of a Flux2Transformer2DModel."""
+    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
+
+
+def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
+    """`fuse`, with a form of the arithmetic of one's own choice."""
+    modulation = Modulation(_norms(denoiser), undo=undo)
+    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    blocks, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
+    double = [_double(block, i, modulation.spans, parts) for i, block in enumerate(blocks)]
+    single = [_single(block, i, len(double), modulation.spans, parts) for i, block in enumerate(singles)]
+    return Split(
+        prologue=partial(_prologue, denoiser, modulation),
+        blocks=(
+            *chained("transformer_blocks", blocks, double),
+            *chained("single_transformer_blocks", singles, single),
+        ),
+        epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
+        once=partial(_once, denoiser),
+        once_inputs=("encoder_hidden_states", "txt_ids", "img_ids"),
+    )
+
+
+def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
+    yield "image", denoiser.double_stream_modulation_img.linear
+    yield "text", denoiser.double_stream_modulation_txt.linear
+    yield "single", denoiser.single_stream_modulation.linear
+    yield "out", denoiser.norm_out.linear
+
+
+def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+    image, text = streams_of(
+        block.attn,
+        spans=(spans["image"], spans["text"]),
+        mlps=(
+            Mlp(up=block.ff.linear_in, down=block.ff.linear_out, gated=True),
+            Mlp(up=block.ff_context.linear_in, down=block.ff_context.linear_out, gated=True),
+        ),
+        clips=(False, True),
+        undo=parts.undo,
+    )
+    return JointBlock(image, text, index=index, parts=parts)
+
+
+def _single(block: Any, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
+    attention = block.attn
+    return SingleBlock(
+        OneProduct(linear=attention.to_qkv_mlp_proj, width=attention.inner_dim, elementwise=parts.elementwise),
+        attention.to_out,
+        heads=Heads(attention.heads, attention.norm_q, attention.norm_k),
+        index=index,
+        first=first,
+        span=spans["single"],
+        parts=parts,
+    )
+
+
+def _once(
+    denoiser: Any,
+    encoder_hidden_states: torch.Tensor,  # [B, T, D]
+    txt_ids: torch.Tensor,  # [T, 4]
+    img_ids: torch.Tensor,  # [S, 4]
+) -> Mapping[str, Any]:
+    """What holds for all steps of a prompt at one size."""
+    ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
+    cos, sin = denoiser.pos_embed(ids)  # [T + S, head size], each angle twice
+    return {
+        "text": denoiser.context_embedder(encoder_hidden_states),
+        "tokens": Tokens(cos=cos[:, ::2].contiguous(), sin=sin[:, ::2].contiguous()),
+    }
+
+
+def _prologue(
+    denoiser: Any,
+    modulation: Modulation,
+    *,
+    hidden_states: torch.Tensor,  # [B, S, C]
+    timestep: torch.Tensor,  # [B], 0 to 1
+    once: Mapping[str, Any],
+    guidance: torch.Tensor | None = None,  # [B]
+    return_dict: bool = True,
+    **unused: Any,
+) -> State:
+    kind = hidden_states.dtype
+    embedding = denoiser.time_guidance_embed(
+        timestep.to(kind) * 1000, None if guidance is None else guidance.to(kind) * 1000
+    )
+    context = {
+        "modulation": modulation(F.silu(embedding)).unbind(1),
+        "tokens": once["tokens"],
+        "control": None,
+        "single_control": None,
+        "return_dict": return_dict,
+    }
+    return State(x=denoiser.x_embedder(hidden_states), text=once["text"], context=context)
+
+
+def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise, state: State) -> Any:
+    scale, shift = state.context["modulation"][span]
+    x = denoiser.proj_out(elementwise.norm(state.x, shift=shift, scale=scale))
+    return Flux2Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
+
+
+FLUX2 = Fused(
+    summary="modulation of all blocks in one GEMM, q k v in one, text and rotary tables once per prompt, "
+    "a block's residual with the next one's norm",
+    devices=frozenset({"cpu", "cuda"}),
+    check=check,
+    declines=declines,
+    fuse=fuse,
+    quantised=True,
+    sides=True,
+)
