@@ -1,9 +1,12 @@
 """Every pipeline of the families with fused blocks: accelerated, it draws what the stock one draws, and comes back."""
 
+import inspect
+
 import pytest
 import torch
 
 import vivace
+from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
 from vivace.fused import FUSED
 
@@ -51,3 +54,22 @@ def test_draws_the_same(family, pipeline, quick):
         assert set(calls) == {"fused blocks"}
     torch.testing.assert_close(fast, stock, rtol=1e-3, atol=1e-3)
     assert torch.equal(picture(), stock)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_does_not_depend_on_the_step_is_computed_once_per_prompt(name, quick):
+    pipe = FAMILIES[name].tiny()
+    vivace.accelerate(pipe)
+    lane = next(iter(acceleration_of(pipe).target.lanes.values()))
+    made, prepare = [], type(lane.split).prepare
+    counted = type("Counted", (type(lane.split),), {"prepare": lambda s, kw: (made.append(1), prepare(s, kw))[1]})
+    lane.split = counted(**vars(lane.split))
+    # Guidance: in one call with captions of two lengths, or in two calls.
+    taken = {"negative": {"negative_prompt": "nothing"}, "true_cfg": {"true_cfg_scale": 3.0}}
+    given = {k: v for word, extra in taken.items() if word in FAMILIES[name].takes for k, v in extra.items()}
+    # With a picture to edit FLUX.2's pipeline joins the positions anew at every step.
+    given |= {"image": None} if "image" in inspect.signature(pipe.__call__).parameters else {}
+    quick(pipe, num_inference_steps=3, **given)
+    (calls,) = vivace.report(pipe).calls.values()
+    assert set(calls) == {"fused blocks"}
+    assert len(made) == sum(calls.values()) / 3
