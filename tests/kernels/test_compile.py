@@ -9,6 +9,8 @@ import pytest
 
 from vivace.kernels import KERNELS
 
+REHEARSED = ("flux", "flux2", "qwen_image", "z_image", "sd", "sdxl")
+
 
 def run_for(script, tmp_path, *arguments):
     """The rows that a script beside this one prints, in a process without the interpreter."""
@@ -32,6 +34,6 @@ def test_compiles_once(capability, tmp_path):
 
 def test_a_rehearsal_meets_every_kernel_that_any_size_needs(tmp_path):
     pytest.importorskip("triton")
-    for family, rehearsed, more in run_for("rehearse_for.py", tmp_path, "90", "flux", "sd", "sdxl"):
-        assert int(rehearsed) >= 5, f"{family}: only {rehearsed} kernels"
+    for family, rehearsed, more in run_for("rehearse_for.py", tmp_path, "90", *REHEARSED):
+        assert int(rehearsed) >= 4, f"{family}: only {rehearsed} kernels"
         assert int(more) == 0, f"{family}: other resolutions and batches compile {more} kernels more"
