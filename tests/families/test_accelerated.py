@@ -56,6 +56,19 @@ def test_draws_the_same(family, pipeline, quick):
     assert torch.equal(picture(), stock)
 
 
+def test_skip_layer_guidance(quick):
+    """SD 3.5's third call of some steps, with blocks left out, is served as the others are."""
+    pipe = FAMILIES["sd3"].tiny()
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    plain, stock = quick(pipe)[0], quick(pipe, **skipping)[0]
+    vivace.accelerate(pipe)
+    fast = quick(pipe, **skipping)[0]
+    (calls,) = vivace.report(pipe).calls.values()
+    assert set(calls) == {"fused blocks"}
+    assert not torch.allclose(stock, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fast, stock, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_what_does_not_depend_on_the_step_is_computed_once_per_prompt(name, quick):
     pipe = FAMILIES[name].tiny()

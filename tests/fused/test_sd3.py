@@ -7,8 +7,13 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 
+import vivace
+from vivace import PRESETS
 from vivace.attention.native import NATIVE
-from vivace.fused.elementwise import KERNELS
+from vivace.families import FAMILIES
+from vivace.fused import sd3
+from vivace.fused.elementwise import KERNELS, TORCH
+from vivace.fused.fold import Folded, fold_zero_tokens
 from vivace.fused.sd3 import SD3, fuse_with
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # the stock RMSNorm works in fp32, whatever the type
@@ -48,11 +53,10 @@ def inputs(*, dtype=torch.float64, zeros=16, size=8) -> dict:
     }
 
 
-def both(model, arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        fused = SD3.fuse(model, attend=NATIVE.attend, undo=undo)(**arguments)[0]
-        return fused, stock
+        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 16])
@@ -90,11 +94,43 @@ def test_another_size_and_the_output_object():
     torch.testing.assert_close(fused.sample, stock.sample, **CLOSE)
 
 
-def test_control_residuals_and_skipped_layers():
-    residuals = [torch.randn(2, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))]
-    for extra in ({"block_controlnet_hidden_states": residuals}, {"skip_layers": [1]}):
-        fused, stock = both(transformer(), {**inputs(), **extra})
-        torch.testing.assert_close(fused, stock, **CLOSE)
+RESIDUALS = {"block_controlnet_hidden_states": [torch.ones(2, 16, 16, dtype=torch.float64)]}
+
+
+@pytest.mark.parametrize("form", [TORCH, KERNELS], ids=["torch", "kernels"])
+@pytest.mark.parametrize(
+    "extra",
+    [RESIDUALS, {"skip_layers": [1]}, {"skip_layers": [0, 2]}, RESIDUALS | {"skip_layers": [1]}],
+    ids=["control", "skipped", "first and last skipped", "control and skipped"],
+)
+@pytest.mark.parametrize("dual", [(), (0, 1)], ids=["", "dual"])
+def test_control_residuals_and_skipped_layers(form, extra, dual):
+    model = transformer(dual_attention_layers=dual)
+    fused, stock = both(model, {**inputs(), **extra}, form=form)
+    torch.testing.assert_close(fused, stock, **CLOSE)
+
+
+@pytest.mark.parametrize("asked", [*PRESETS, {"quant": "int8"}, {"quant": "fp8"}], ids=str)
+def test_folding_an_absent_t5_changes_nothing(asked, monkeypatch):
+    """At every preset: identical tokens stay identical through every layer, also through layers of 8 bits."""
+    denoiser = FAMILIES["sd3"].tiny().transformer
+    arguments = FAMILIES["sd3"].inputs(denoiser, size=(64, 64), text_tokens=77 + 32)
+    arguments["encoder_hidden_states"][:, 77:] = 0
+    drawn = []
+    for fold in (fold_zero_tokens, lambda text, repeat: Folded(text=text)):
+        folded = []
+        monkeypatch.setattr(
+            sd3,
+            "fold_zero_tokens",
+            lambda text, fold=fold, folded=folded, **how: folded.append(fold(text, **how)) or folded[0],
+        )
+        vivace.accelerate(denoiser, asked)
+        with torch.no_grad():
+            drawn.append(denoiser(**arguments)[0])
+        assert set(vivace.report(denoiser).calls["denoiser"]) == {"fused blocks"}
+        assert (folded[0].text.shape[1] < 80) == (fold is fold_zero_tokens)
+        vivace.restore(denoiser)
+    torch.testing.assert_close(*drawn, **CLOSE)
 
 
 def test_weights_are_the_same_storage_and_come_back():
