@@ -65,10 +65,19 @@ def test_padded_prompts(words):
     assert len(masks) == 3 * (2 if words == "one shorter" else 1)
 
 
-def test_pictures_to_edit():
-    model = transformer()
+@FORMS
+@pytest.mark.parametrize("still", [False, True], ids=["", "2511"])
+def test_pictures_to_edit(form, still):
+    """Also where they are modulated apart from the new one, by tokens that are no multiple of each other."""
+    model = transformer(zero_cond_t=still)
     edit = {"hidden_states": torch.randn(2, 6 + 6 + 4, 64), "img_shapes": [[(1, 3, 2), (1, 2, 3), (1, 2, 2)]] * 2}
-    fused, stock = both(model, inputs(model, **edit))
+    fused, stock = both(model, inputs(model, **edit), form=form)
+    torch.testing.assert_close(fused, stock, **CLOSE)
+
+
+def test_nothing_to_edit():
+    model = transformer(zero_cond_t=True)
+    fused, stock = both(model, inputs(model))
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 
@@ -122,3 +131,5 @@ def test_says_what_it_cannot_fuse():
     assert "attention backend" in QWEN_IMAGE.check(model)
     assert QWEN_IMAGE.declines(attention_kwargs={"scale": 1.0}) is None
     assert "guidance" in QWEN_IMAGE.declines(guidance=torch.ones(1))
+    assert QWEN_IMAGE.declines(img_shapes=[[(1, 2, 3)]] * 2) is None
+    assert "several sizes" in QWEN_IMAGE.declines(img_shapes=[[(1, 2, 3)], [(1, 3, 2)]])

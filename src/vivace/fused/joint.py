@@ -136,81 +136,93 @@ def streams_of(
 class JointBlock:
     """Image [B, S, D] and text [B, T, D] attend to each other and go through their own MLPs.
 
-    `image_first` is the order in which `Tokens` has them; `following` is the next joint block, whose first norms this
-    one's last passes compute.
+    Where a call's context says how many `new` tokens the image has, those after them are `references`, with a
+    modulation of their own. `image_first` is the order in which `Tokens` has image and text; `following` is the next
+    joint block, whose first norms this one's last passes compute.
     """
 
-    def __init__(self, image: Stream, text: Stream, *, index: int, parts: Parts, image_first: bool = False) -> None:
-        self.image, self.text, self.index, self.image_first = image, text, index, image_first
+    def __init__(
+        self,
+        image: Stream,
+        text: Stream,
+        *,
+        index: int,
+        parts: Parts,
+        references: Stream | None = None,
+        image_first: bool = False,
+    ) -> None:
+        self.image, self.references, self.text = image, references, text
+        self.index, self.image_first = index, image_first
         self.attend, self.elementwise = parts.attend, parts.elementwise
         self.following: JointBlock | None = None
 
     def __call__(self, state: State) -> State:
-        modulation, control = state.context["modulation"], state.context["control"]
-        residual = None if control is None else control[self.index]
-        x, text = state.x, state.text
-        assert text is not None
-        y, text_y = self._attention(self._normed(state, modulation), state.context["tokens"])
-        second = self._second(x, modulation)
-        image_ahead, text_ahead = None, None
-        if residual is None and self.following is not None:
-            image_ahead, text_ahead = self.following.norms(modulation)
-
-        x, image_normed = self._stream(self.image, x, y, modulation, ahead=image_ahead, second=second)
-        text_normed = None
-        if self.text.out is not None:
-            text, text_normed = self._stream(self.text, text, text_y, modulation, ahead=text_ahead)
-        x = x if residual is None else x + residual
-        ahead = image_ahead and Ahead(x, text, self.index + 1, None, (image_normed, text_normed))
-        return replace(state, x=x, text=text, ahead=ahead)
-
-    def norms(self, modulation: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-        """The first norm of image and text, as keywords of the arithmetic."""
-        return [self.image.norm(modulation), self.text.norm(modulation)]
-
-    def _normed(self, state: State, modulation: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """Both streams, normalised and modulated for attention."""
+        context, modulation = state.context, state.context["modulation"]
+        residual = None if context["control"] is None else context["control"][self.index]
+        streams, xs = self._divided(state)
         ahead = ahead_for(state, self.index)
-        if ahead is not None:
-            return ahead.normed
-        streams = zip((state.x, state.text), self.norms(modulation), strict=True)
-        return tuple(self.elementwise.norm(x, **norm) for x, norm in streams)
+        normed = self._normed(xs, streams, modulation) if ahead is None else ahead.normed
+        ys = self._attention(streams, normed, context["tokens"])
+        norms: list[Any] = [None] * len(streams)
+        if residual is None and self.following is not None:
+            following, _ = self.following._divided(state)
+            norms = [stream.norm(modulation) for stream in following]
+        made = [self._stream(*one, modulation) for one in zip(streams, xs, ys, norms, strict=True)]
 
-    def _attention(self, normed: tuple[Any, ...], tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the image [B, S, D] and the text [B, T, D] get of it."""
-        pairs = zip((self.image, self.text), normed, strict=True)
-        streams = [(stream.qkv(x), stream.heads) for stream, x in pairs]
-        ordered = streams if self.image_first else streams[::-1]
-        both = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
-        first = ordered[0][0].shape[1]
-        start, end = both[:, :first], both[:, first:]
-        return (start, end) if self.image_first else (end, start)
+        *images, text = [x for x, _ in made]
+        x = images[0] if len(images) == 1 else torch.cat(images, dim=1)
+        x = x if residual is None else x + residual
+        normed = tuple(normed for _, normed in made)
+        return replace(state, x=x, text=text, ahead=norms[0] and Ahead(x, text, self.index + 1, None, normed))
 
-    def _second(self, x: torch.Tensor, modulation: Sequence[torch.Tensor]) -> tuple[Any, Any] | None:
-        """The image tokens among themselves, where a block has that too (SD 3.5 medium): [B, S, D], and its gate."""
-        if self.image.second is None:
-            return None
-        qkv, heads, out = self.image.second
-        shift, scale, gate = modulation[self.image.span][6:]
-        normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
-        y = attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise)
-        return out(y), gate
+    def _divided(self, state: State) -> tuple[list[Stream], list[torch.Tensor]]:
+        """The streams of this call, text last, and their tokens."""
+        assert state.text is not None
+        new = state.context.get("new")
+        if new is None or self.references is None:
+            return [self.image, self.text], [state.x, state.text]
+        return [self.image, self.references, self.text], [state.x[:, :new], state.x[:, new:], state.text]
+
+    def _normed(self, xs: Sequence[torch.Tensor], streams: Sequence[Stream], modulation: Any) -> tuple[Any, ...]:
+        """All streams, normalised and modulated for attention."""
+        pairs = zip(xs, streams, strict=True)
+        return tuple(self.elementwise.norm(x, **stream.norm(modulation)) for x, stream in pairs)
+
+    def _attention(self, streams: Sequence[Stream], normed: Sequence[Any], tokens: Tokens) -> list[torch.Tensor]:
+        """What each stream gets of it: [B, S_i, D]."""
+        # The text comes last here; in the joint sequence it may be the first.
+        shift = 0 if self.image_first else 1
+        products = [(stream.qkv(x), stream.heads) for stream, x in zip(streams, normed, strict=True)]
+        ordered = products[-shift:] + products[:-shift] if shift else products
+        y = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
+        shares = y.split([qkv.shape[1] for qkv, _ in ordered], dim=1)
+        return [*shares[shift:], *shares[:shift]]
 
     def _stream(
-        self, stream: Stream, x: torch.Tensor, y: torch.Tensor, modulation: Any, *, ahead: Any, second: Any = None
+        self, stream: Stream, x: torch.Tensor, y: torch.Tensor, ahead: dict[str, Any] | None, modulation: Any
     ) -> tuple[torch.Tensor, Any]:
         """One stream after attention's share `y`: residuals and MLP, and with `ahead` the next block's norm of it."""
-        assert stream.out is not None
+        if stream.out is None:
+            return x, None
         assert stream.mlp is not None
         elementwise, y = self.elementwise, stream.out(y)
-        _, _, gate, shift, scale, mlp_gate = modulation[stream.span][:6]
-        if second is not None:
-            x = elementwise.residual(x, y, gate=gate)
-            y, gate = second
-        x, normed = elementwise.residual_norm(x, y, gate=gate, shift=shift, scale=scale, quantize=takes(stream.mlp.up))
+        _, _, gate, shift, scale, mlp_gate, *more = modulation[stream.span]
+        if stream.second is not None:
+            second = self._second(stream.second, x, *more[:2])
+            x, y, gate = elementwise.residual(x, y, gate=gate), second, more[2]
+        norm = {"shift": shift, "scale": scale, "quantize": takes(stream.mlp.up)}
+        x, normed = elementwise.residual_norm(x, y, gate=gate, **norm)
         y, normed = stream.mlp(normed, elementwise), None
         if ahead is None:
             x = elementwise.residual(x, y, gate=mlp_gate)
         else:
             x, normed = elementwise.residual_norm(x, y, gate=mlp_gate, **ahead)
         return clipped(x) if stream.clips else x, normed
+
+    def _second(
+        self, second: tuple[Stack, Heads, Any], x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """The stream's tokens among themselves, where a block has that too (SD 3.5 medium): [B, S, D]."""
+        qkv, heads, out = second
+        normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
+        return out(attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise))

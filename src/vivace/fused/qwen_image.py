@@ -6,9 +6,11 @@ prompts of a batch differ in length each attends to its own words without a mask
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -28,16 +30,20 @@ from vivace.fused.modulation import Modulation
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    if denoiser.zero_cond_t:
-        return "it modulates the pictures to edit apart from the new one (Edit-2511)"
     attentions = ((f"transformer_blocks.{i}", block.attn) for i, block in enumerate(denoiser.transformer_blocks))
     return foreign_attention(attentions, known=(QwenDoubleStreamAttnProcessor2_0,))
 
 
 def declines(
-    *, attention_kwargs: Mapping[str, Any] | None = None, guidance: torch.Tensor | None = None, **kwargs: Any
+    *,
+    img_shapes: Sequence[Any] = (),
+    attention_kwargs: Mapping[str, Any] | None = None,
+    guidance: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> str | None:
     """Why one call must take the stock path, or None."""
+    if any(shapes != img_shapes[0] for shapes in img_shapes):
+        return "its samples have pictures of several sizes"
     return brings(attention_kwargs) or (None if guidance is None else "the call brings a guidance embedding")
 
 
@@ -51,7 +57,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     modulation = Modulation(_norms(denoiser), undo=undo)
     parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
     modules = denoiser.transformer_blocks
-    joint = [_joint(block, i, modulation.spans, parts) for i, block in enumerate(modules)]
+    joint = [_joint(block, i, modulation, parts) for i, block in enumerate(modules)]
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
         blocks=chained("transformer_blocks", modules, joint),
@@ -68,15 +74,19 @@ def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
     yield "out", denoiser.norm_out.linear
 
 
-def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+def _joint(block: Any, index: int, modulation: Modulation, parts: Parts) -> JointBlock:
+    span = modulation.spans[f"{index}.image"]
     image, text = streams_of(
         block.attn,
-        spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
+        spans=(span, modulation.spans[f"{index}.text"]),
         mlps=(Mlp.of(block.img_mlp), Mlp.of(block.txt_mlp)),
         clips=(True, True),
         undo=parts.undo,
     )
-    return JointBlock(image, text, index=index, parts=parts, image_first=True)
+    # From Edit-2511 on, the pictures to edit are modulated as at time zero, whose chunks lie behind all others.
+    still = slice(span.start + modulation.chunks, span.stop + modulation.chunks)
+    references = replace(image, span=still) if block.zero_cond_t else None
+    return JointBlock(image, text, references=references, index=index, parts=parts, image_first=True)
 
 
 def _once(
@@ -98,7 +108,12 @@ def _once(
         mask=None if mask is None else F.pad(mask, (image, 0), value=True)[:, None, None],
         lengths=None if alike else tuple(image + count for count in words or ()),
     )
-    return {"text": denoiser.txt_in(denoiser.txt_norm(text)), "tokens": tokens}
+    new = prod(img_shapes[0][0])
+    return {
+        "text": denoiser.txt_in(denoiser.txt_norm(text)),
+        "tokens": tokens,
+        "new": new if denoiser.zero_cond_t and new < image else None,
+    }
 
 
 def _words(mask: torch.Tensor | None) -> tuple[list[int] | None, torch.Tensor | None]:
@@ -127,10 +142,14 @@ def _prologue(
     **unused: Any,
 ) -> State:
     x = denoiser.img_in(hidden_states)
-    embedding = denoiser.time_text_embed(timestep.to(x.dtype), x, additional_t_cond)
+    timestep = timestep.to(x.dtype)
+    times = (timestep, timestep * 0) if denoiser.zero_cond_t else (timestep,)
+    embedding = denoiser.time_text_embed(torch.cat(times), x, additional_t_cond)
+    chunks = modulation(F.silu(embedding)).chunk(len(times))
     context = {
-        "modulation": modulation(F.silu(embedding)).unbind(1),
+        "modulation": tuple(vector for rows in chunks for vector in rows.unbind(1)),
         "tokens": once["tokens"],
+        "new": once["new"],
         "control": spread(controlnet_block_samples, len(denoiser.transformer_blocks)),
         "return_dict": return_dict,
     }
