@@ -86,3 +86,14 @@ def test_other_vaes_try_tiles(full):
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(z).sample, wanted, rtol=1e-3, atol=1e-3)
     assert vae.use_tiling is False
+
+
+def test_latents_by_any_name_and_place():
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8))
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = vae.decode(x).sample
+    rescue(vae)
+    for found in (vae.decode(x=x).sample, vae.decode(x, return_dict=False)[0], vae.decode(x, None, False)[0]):
+        assert torch.equal(found, wanted)

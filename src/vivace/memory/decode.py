@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import tempfile
 import time
@@ -30,11 +31,18 @@ def rescue(vae: Any, *, in_strips: bool = False, room: Callable[[], int] | None 
     device if that goes. Latents that nothing could decode are written to a file, which the error names.
     """
     stock = type(vae)
+    signature = inspect.signature(stock.decode)
+    latents = list(signature.parameters)[1]  # most classes call them z, AutoencoderTiny x
 
     @functools.wraps(stock.decode)
-    def decode(self: Any, z: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+    def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        return_dict = {**bound.arguments, **bound.kwargs}.get("return_dict", True)
+        z = bound.arguments[latents]
+
         def whole(vae: Any, z: torch.Tensor) -> torch.Tensor:
-            return stock.decode(vae, z, return_dict=False, **kwargs)[0]
+            bound.arguments |= {latents: z, "return_dict": False}
+            return stock.decode(*bound.args, **bound.kwargs)[0]
 
         sample = _first_that_fits(self, z, whole, in_strips=in_strips, room=room)
         if not return_dict:
