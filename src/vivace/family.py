@@ -126,6 +126,7 @@ class Family:
     multiple: int = 16  # pixel sizes must be multiples of this
     media: Literal["image", "video"] = "image"
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
+    mask_channels: int | None = None  # input channels by which its inpaint pipeline knows to blend in the latents
     single_file: bool = False  # diffusers reads its original-layout checkpoint
     shared: frozenset[str] = frozenset()  # arguments of the denoiser's call that have no batch dimension
     listed: frozenset[str] = frozenset()  # arguments of it that are lists with one entry for each picture

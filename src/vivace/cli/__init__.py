@@ -16,7 +16,7 @@ import typer
 from vivace.errors import InputError
 
 ORDER = """
-    generate serve info
+    generate ui serve info
     quantize merge distill
     eval calibrate tune
     families plan bench doctor

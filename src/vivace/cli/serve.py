@@ -31,6 +31,7 @@ def serve(
     folder: Annotated[Path | None, typer.Option(help="Where video jobs are kept.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A name this server also goes by.")] = None,
     a1111: Annotated[bool, typer.Option("--a1111", help="A small part of the A1111 API too.")] = False,
+    ui: Annotated[bool, typer.Option("--ui", help="The web page too, at /ui.")] = False,
 ) -> None:
     """Serve pictures and videos over HTTP: POST /v1/images/generations and its kin."""
     # Before diffusers is imported: no model may bring code of its own.
@@ -38,12 +39,22 @@ def serve(
     try:
         from vivace.serve.http.run import run
         from vivace.serve.http.settings import Settings
+
+        if ui:
+            import gradio  # noqa: F401
     except ImportError as error:
-        raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[serve]'") from error
+        extra = "ui" if ui else "serve"
+        raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[{extra}]'") from error
     from vivace.serve import Engine, Spec
 
     settings = Settings(
-        host=host, port=port, api_key=api_key, folder=folder, a1111=a1111, allowed_hosts=tuple(allowed_host or ())
+        host=host,
+        port=port,
+        api_key=api_key,
+        folder=folder,
+        a1111=a1111,
+        ui=ui,
+        allowed_hosts=tuple(allowed_host or ()),
     )
     loras = {alias: Path(path).expanduser() for alias, path in map(_pair, lora or ())}
     specs = {

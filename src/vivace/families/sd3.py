@@ -247,4 +247,5 @@ SD3 = Family(
     signal=signal,
     multiple=16,
     takes=frozenset({"prompt", "negative", "guidance", "image", "mask", "strength", "control"}),
+    mask_channels=16,
 )

@@ -13,6 +13,7 @@ from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 KEYS = ("prompt", "seed", "settings")
 SMALLEST_SIDE = 8  # pixels
@@ -61,13 +62,18 @@ def write(picture: Image.Image, path: Path, *, prompt: str, seed: int, settings:
 
     The bytes depend on nothing else, so the same picture made the same way is the same file.
     """
+    with whole(path) as part:
+        picture.save(part, format="PNG", pnginfo=chunks(prompt=prompt, seed=seed, settings=settings))
+
+
+def chunks(*, prompt: str, seed: int, settings: Mapping[str, Any]) -> PngInfo:
+    """The text chunks of a PNG that say how it was made."""
     from PIL.PngImagePlugin import PngInfo
 
-    chunks = PngInfo()
+    found = PngInfo()
     for key, value in zip(KEYS, (prompt, str(seed), json.dumps(settings, sort_keys=True)), strict=True):
-        chunks.add_itxt(key, value)
-    with whole(path) as part:
-        picture.save(part, format="PNG", pnginfo=chunks)
+        found.add_itxt(key, value)
+    return found
 
 
 def facts(path: Path) -> dict[str, Any]:

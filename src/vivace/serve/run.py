@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
+from vivace.family import Family
 from vivace.generation.generate import CALL, FPS
 from vivace.inputs import arguments
 from vivace.lane import Lane
@@ -22,6 +23,7 @@ from vivace.serve.call import Axes, Call
 from vivace.serve.job import Job, Preview, Progress, Result
 from vivace.serve.model import Model, lane_of
 from vivace.serve.prepare import Prepared
+from vivace.serve.request import Request
 from vivace.serve.view import view
 from vivace.serve.worker import Worker
 from vivace.steps import Counter
@@ -45,7 +47,8 @@ class Run:
     def __call__(self) -> Result:
         """The result. Raises what the pipeline raised, or the job's Failure."""
         request, source = self.job.request, self.model.source
-        pipe = view(self.model.as_class(self.prepared.pipeline), send=self._send, lock=self.model.lock)
+        whole = self.model.as_class(self.prepared.pipeline)
+        pipe = view(whole, send=self._send, lock=self.model.lock, told=_told(request, whole, source.family))
         if request.scheduler is not None:
             use_scheduler(pipe, request.scheduler, prediction=source.prediction)
         vars(pipe)["progress_bar"] = Counter(lambda done, total: self._tell(pipe, done, total))
@@ -189,6 +192,15 @@ def _hits(scope: Scope, model: Model) -> dict[str, int]:
 def _denoisers(model: Model) -> set[torch.nn.Module]:
     names = model.source.family.denoisers if model.source.family else ("transformer", "transformer_2", "unet")
     return {part for name in names if isinstance(part := getattr(model.pipe, name, None), torch.nn.Module)}
+
+
+def _told(request: Request, pipe: Any, family: Family | None) -> dict[str, dict[str, Any]]:
+    """What an inpaint pipeline is told of a denoiser whose latents have other channels than its first model's."""
+    if request.mask is None or family is None or family.mask_channels is None:
+        return {}
+    denoiser, latents = family.denoisers[0], pipe.vae.config.latent_channels
+    plain = getattr(pipe, denoiser).config.in_channels == latents
+    return {denoiser: {"in_channels": family.mask_channels}} if plain else {}
 
 
 def _for_vae(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

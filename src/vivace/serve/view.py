@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ METHODS = ("decode", "encode")
 
 
 class Remote:
-    """Stands for a module in a view: everything is the module's own, but its calls are sent."""
+    """Stands for a module in a view: everything is the module's own, but its calls are sent.
 
-    def __init__(self, module: torch.nn.Module, send: Send) -> None:
-        vars(self).update(_module=module, _send=send)
+    `told` are entries of its configuration that this pipeline is told otherwise.
+    """
+
+    def __init__(self, module: torch.nn.Module, send: Send, told: Mapping[str, Any]) -> None:
+        vars(self).update(_module=module, _send=send, _told=told)
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -38,7 +42,8 @@ class Remote:
         value = getattr(vars(self)["_module"], name)
         if name in METHODS:
             return lambda *args, **kwargs: self._method(name, args, kwargs)
-        return value
+        told = vars(self)["_told"]
+        return type(value)({**value, **told}) if name == "config" and told else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} belongs to every request; it cannot be set by one")
@@ -97,16 +102,19 @@ class Guarded:
         return locked
 
 
-def view(pipe: Any, *, send: Send, lock: threading.RLock) -> Any:
+def view(
+    pipe: Any, *, send: Send, lock: threading.RLock, told: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Any:
     """A pipeline like `pipe` with the same weights and nothing else in common that a call changes.
 
-    `lock` keeps the requests apart that share its tokenizers.
+    `lock` keeps the requests apart that share its tokenizers. `told` has entries of components' configurations that
+    the pipeline is told otherwise.
     """
     mine = object.__new__(_viewing(stock(type(pipe))))
     vars(mine).update(vars(pipe))
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            vars(mine)[name] = Remote(part, send)
+            vars(mine)[name] = Remote(part, send, told.get(name, {}))
         elif hasattr(part, "set_timesteps"):
             vars(mine)[name] = _counting(stock(type(part))).from_config(part.config)
         elif hasattr(part, "encode") and hasattr(part, "decode"):

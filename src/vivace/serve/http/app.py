@@ -8,17 +8,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from starlette.types import Scope
 
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
 from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
+from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import Guard
 from vivace.serve.http.links import Links
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
+from vivace.serve.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ SWEEP = 60.0  # seconds between two looks for videos that are over their time
 
 
 def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
-    """The ASGI application. It draws one small picture with each model at start, unless `warm` is off.
+    """The ASGI application. It loads the models at start, unless `warm` is off.
 
     It does not close the engine: who made it does.
     """
@@ -45,7 +48,7 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(_sweep(server))]
         if warm:
-            tasks.append(asyncio.create_task(_warm(engine)))
+            tasks.append(asyncio.create_task(_warm(engine, drawn=settings.ui)))
         try:
             yield
         finally:
@@ -59,14 +62,32 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
     envelope.install(app)
     for part in (images, videos, status, *((a1111,) if settings.a1111 else ())):
         app.include_router(part.router)
-    app.add_middleware(Guard, settings=settings, signed=server.links.signed, full=server.full, count=gauges.http)
+    page = None
+    if settings.ui:
+        from vivace.serve.ui.mount import mount
+
+        page = mount(app, server)
+
+    def passes(scope: Scope) -> bool:
+        signed = server.links.signed(scope["path"], scope["query_string"].decode("latin-1"))
+        return signed or (page is not None and page.admits(scope))
+
+    def full(scope: Scope) -> ApiError | None:
+        # The page's events are small, and most of them ask for no picture; those that do say so on the page.
+        return None if page is not None and page.is_event(scope) else server.full()
+
+    app.add_middleware(Guard, settings=settings, passes=passes, full=full, count=gauges.http)
     return app
 
 
-async def _warm(engine: Engine) -> None:
+async def _warm(engine: Engine, *, drawn: bool) -> None:
     # One that cannot be loaded has said so in the log; the others are served.
     with suppress(InputError, Failure):
         await asyncio.to_thread(engine.load)
+    if drawn:
+        # Previews are learned from a first picture. The page's first visitor shall have them.
+        with suppress(InputError, Failure):
+            await engine.submit(Request(prompt="a picture", steps=2, seed=0, priority=-8))
 
 
 async def _sweep(server: Server) -> None:

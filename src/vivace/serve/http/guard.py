@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vivace.serve.http.envelope import ApiError
@@ -25,8 +25,8 @@ OPEN = ("/livez", "/readyz")
 class Guard:
     """Checks every request before a route sees it, gives it an id, and logs what came of it.
 
-    `signed` says whether a path and query carry a valid signature of ours, which stands in for the key. `full` says
-    whether the queue is full, so that a body which would only be thrown away is not read.
+    `passes` says whether a request carries something of ours that stands in for the key. `full` says whether the
+    queue is full for it, so that a body which would only be thrown away is not read.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Guard:
         app: ASGIApp,
         *,
         settings: Settings,
-        signed: Callable[[str, str], bool],
-        full: Callable[[], ApiError | None],
+        passes: Callable[[Scope], bool],
+        full: Callable[[Scope], ApiError | None],
         count: Callable[[str, int, float], None],
     ) -> None:
-        self.app, self.settings, self.signed, self.full, self.count = app, settings, signed, full, count
+        self.app, self.settings, self.passes, self.full, self.count = app, settings, passes, full, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,12 +51,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"cache-control", b"no-store"),
-                ]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"], headers["x-content-type-options"] = request_id, "nosniff"
+                headers.setdefault("cache-control", "no-store")
             await send(message)
 
         try:
@@ -75,7 +72,7 @@ class Guard:
         """Raise ApiError for a request that may not pass."""
         headers, path = Headers(scope=scope), scope["path"]
         self._check_origin(headers)
-        if path not in OPEN and not self.signed(path, scope["query_string"].decode("latin-1")):
+        if path not in OPEN and not self.passes(scope):
             self._check_key(headers)
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return
@@ -89,7 +86,7 @@ class Guard:
             raise ApiError(400, "the content length is not a number", code="invalid_header") from None
         if length > self._room(kind):
             raise self._too_large(kind)
-        if (refusal := self.full()) is not None:
+        if (refusal := self.full(scope)) is not None:
             raise refusal
 
     def _check_key(self, headers: Headers) -> None:

@@ -71,11 +71,11 @@ async def edits(request: Request) -> Response:
         raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
     fields: dict[str, Any] = {"images": tuple(image.convert("RGB") for image in images), "strength": order.strength}
     if masks:
-        fields["mask"] = _mask(masks[0], images[0])
+        fields["mask"] = mask_of(masks[0], images[0])
     return await _answer(request, order, name="image_edit", **fields)
 
 
-def _mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
     """White where it is painted anew: where OpenAI's masks are transparent; a mask without transparency is as it is."""
     if mask.size != image.size:
         raise ApiError(400, "the mask is not of the image's size", code="invalid_image", param="mask")

@@ -18,6 +18,7 @@ class Settings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()  # more names than `host` that a request may be addressed to
     a1111: bool = False  # the A1111 routes too
+    ui: bool = False  # the web page too, at /ui
     folder: Path | None = None  # of video jobs; None: they end with the server
 
     most_pixels: int = 4096 * 4096  # width x height x n of one request

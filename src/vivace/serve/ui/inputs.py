@@ -1,0 +1,93 @@
+"""Pictures to edit: taken by the server's own upload, checked like the API's, kept in memory for a while."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from vivace.serve.failures import FieldError
+from vivace.serve.http.envelope import ApiError
+from vivace.serve.http.images import mask_of
+from vivace.serve.http.server import server_of
+from vivace.serve.http.uploads import pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Input:
+    """A picture to edit, and where: white in the mask is painted anew."""
+
+    image: Image.Image
+    mask: Image.Image | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(one.getbands()) * one.width * one.height for one in (self.image, self.mask) if one is not None)
+
+
+class Inputs:
+    """Uploaded pictures by a name that nobody can guess; the oldest go when there are too many bytes."""
+
+    def __init__(self, *, seconds: float, most_bytes: int) -> None:
+        self._seconds, self._most = seconds, most_bytes
+        self._kept: OrderedDict[str, tuple[float, Input]] = OrderedDict()  # name -> expiry, pictures
+        self._lock = threading.Lock()
+
+    def add(self, one: Input) -> str:
+        """Keep it; its name."""
+        name = secrets.token_urlsafe(18)
+        with self._lock:
+            self._kept[name] = (time.monotonic() + self._seconds, one)
+            while len(self._kept) > 1 and (self._bytes() > self._most or self._oldest() < time.monotonic()):
+                self._kept.popitem(last=False)
+        return name
+
+    def get(self, value: Any) -> Input | None:
+        """What the page's picture field names; None where it is empty. Raises FieldError."""
+        if not value:
+            return None
+        if not isinstance(value, Mapping) or "id" not in value:
+            # The page puts there what its upload was answered.
+            text = value.get("error") if isinstance(value, Mapping) else None
+            raise FieldError("image", str(text or "the picture was not understood; choose it again")[:500])
+        with self._lock:
+            expires, one = self._kept.get(str(value["id"]), (0.0, None))
+        if one is None or expires < time.monotonic():
+            raise FieldError("image", "the picture to edit is not kept any more; choose it again")
+        return one
+
+    def _oldest(self) -> float:
+        return next(iter(self._kept.values()))[0]
+
+    def _bytes(self) -> int:
+        return sum(one.nbytes for _, one in self._kept.values())
+
+
+def routes(inputs: Inputs, *, path: str) -> APIRouter:
+    """The upload: POST `path`, a form with `image` and maybe `mask`; it answers with the name."""
+    router = APIRouter()
+
+    @router.post(path, include_in_schema=False)
+    async def upload(request: Request) -> Response:
+        settings = server_of(request).settings
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise ApiError(415, "the body has to be multipart/form-data", code="unsupported_type")
+        async with request.form(max_files=2, max_fields=0, max_part_size=settings.most_body) as form:
+            images = await pictures(form, "image", settings=settings)
+            masks = await pictures(form, "mask", settings=settings)
+        if len(images) != 1 or len(masks) > 1:
+            raise ApiError(400, "one image is taken, and one mask at most", code="invalid_value", param="image")
+        mask = mask_of(masks[0], images[0]) if masks else None
+        return JSONResponse({"id": inputs.add(Input(images[0].convert("RGB"), mask))})
+
+    return router

@@ -1,0 +1,162 @@
+"""The page: what is on it, and what happens when something is pressed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from vivace.cache import POLICIES
+from vivace.config import PRESETS
+from vivace.serve.http.server import Server
+from vivace.serve.model import Model
+from vivace.serve.ui.compare import Way, compare
+from vivace.serve.ui.draw import State, Studio
+from vivace.serve.ui.form import NO_CACHE, Form, defaults, restored, sizes, takes
+from vivace.serve.ui.look import asset, part
+
+Fields = dict[str, Any]  # name of a Form's field -> gradio component
+
+NAMES = tuple(Form.__dataclass_fields__)
+MOST_RUNNING = 64  # events of all visitors at a time, besides those that wait in the engine's queue
+OWN: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "undocumented"}
+
+# The picture's field sends what it holds before an event goes out: see input.js.
+SEND_PICTURE = f"async (...values) => {{ values[{NAMES.index('edit')}] = await window.vivace.send(); return values; }}"
+DIE = "() => String(Math.floor(Math.random() * 2 ** 32))"
+
+
+def page(studio: Studio) -> gr.Blocks:
+    """The page of a server's picture models."""
+    server = studio.server
+    models = [alias for alias, model in server.engine.models.items() if model.media == "image"]
+    with gr.Blocks(title="Vivace", analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(asset("header.html"), elem_id="header", apply_default_css=False, js_on_load=asset("header.js"))
+        with gr.Row(elem_id="desk"):
+            with gr.Column(elem_id="ask"):
+                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, elem_id="prompt", placeholder="What to draw")
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                cancel = gr.Button("Cancel", elem_id="cancel")
+            with gr.Column(elem_id="view"), gr.Tabs(elem_id="tabs"):
+                with gr.Tab("Picture", id="picture"):
+                    stage = part("stage")
+                with gr.Tab("Compare", id="compare"):
+                    ways, both = _comparing()
+                    against = part("compare")
+            with gr.Column(elem_id="settings"):
+                fields = {"prompt": prompt, **_settings(server, models)}
+            with gr.Column(elem_id="made"):
+                gallery = part("gallery")
+        happen = _Happenings(studio)
+        order = [fields[name] for name in NAMES]
+        idle: dict[str, Any] = {"fn": None, "js": "() => window.vivace.idle()"}
+        gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND_PICTURE, **OWN).then(**idle)
+        both.click(happen.compare, [*order, *ways], against, js=SEND_PICTURE, **OWN).then(**idle)
+        cancel.click(happen.cancel, **OWN)
+        changed = [fields[name] for name in _adapted(server.engine.models[models[0]])]
+        fields["model"].change(happen.model, fields["model"], changed, **OWN)
+        gallery.again(happen.again, None, order, **OWN)
+        blocks.load(None, js="() => document.body.setAttribute('data-ready', '')")
+        blocks.unload(happen.cancel)
+    most = server.engine.most_queued + MOST_RUNNING
+    return blocks.queue(max_size=most, default_concurrency_limit=None, api_open=False)
+
+
+class _Happenings:
+    """What the page's events do. gradio reads the types of `request` and `event` to know what to hand in."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[State]:
+        form = Form(**dict(zip(NAMES, values, strict=True)))
+        async for state in self.studio.draw(form, visitor=request.session_hash):
+            yield state
+
+    async def compare(self, request: gr.Request, *values: Any) -> AsyncIterator[State]:
+        form = Form(**dict(zip(NAMES, values[:-4], strict=True)))
+        preset, cache, other_preset, other_cache = values[-4:]
+        ways = (Way(preset=preset, cache=cache), Way(preset=other_preset, cache=other_cache))
+        async for state in compare(self.studio, form, ways=ways, visitor=request.session_hash):
+            yield state
+
+    def cancel(self, request: gr.Request) -> None:
+        self.studio.cancel(request.session_hash)
+
+    def model(self, alias: Any) -> list[Any]:
+        return [*_adapted(self.studio.server.engine.model(alias)).values()]
+
+    def again(self, event: gr.EventData) -> list[Any]:
+        known = restored(event._data, self.studio.server)
+        return [gr.update(value=known[name]) if name in known else gr.skip() for name in NAMES]
+
+
+def _comparing() -> tuple[list[Any], gr.Button]:
+    names, caches = list(PRESETS), [NO_CACHE, *POLICIES]
+    with gr.Row(elem_id="ways"):
+        ways: list[Any] = []
+        for side, preset in (("Left", names[0]), ("Right", names[-1])):
+            with gr.Column(min_width=200):
+                ways.append(gr.Dropdown(names, value=preset, label=f"{side}: preset", elem_id=f"{side.lower()}-preset"))
+                ways.append(
+                    gr.Dropdown(caches, value=NO_CACHE, label=f"{side}: step cache", elem_id=f"{side.lower()}-cache")
+                )
+        both = gr.Button("Draw both", variant="primary", elem_id="both")
+    return ways, both
+
+
+def _settings(server: Server, models: list[str]) -> Fields:
+    model = server.engine.models[models[0]]
+    own, limits = defaults(model), server.settings
+    found: Fields = {}
+    with gr.Row(elem_classes="pair"):
+        found["model"] = gr.Dropdown(models, value=models[0], label="Model", elem_id="model", min_width=120)
+        found["preset"] = gr.Dropdown(
+            list(PRESETS), value=own["preset"], label="Preset", elem_id="preset", min_width=120
+        )
+    with gr.Row(elem_classes="pair"):
+        found["size"] = gr.Dropdown(
+            sizes(model), value=own["size"], label="Size", allow_custom_value=True, elem_id="size", min_width=120
+        )
+        with gr.Row(elem_id="seeds"):
+            found["seed"] = gr.Textbox(label="Seed", placeholder="any", elem_id="seed", max_lines=1, min_width=60)
+            die = gr.Button("⚄", elem_id="die", min_width=44)
+            die.click(None, None, found["seed"], js=DIE)
+    found["steps"] = gr.Slider(1, limits.most_steps, value=own["steps"], step=1, label="Steps", elem_id="steps")
+    found["guidance"] = gr.Slider(
+        0, 20, value=own["guidance"], step=0.1, label="Guidance", elem_id="guidance", visible=takes(model, "guidance")
+    )
+    found["negative"] = gr.Textbox(
+        label="Negative prompt",
+        max_lines=4,
+        placeholder="What to keep out",
+        elem_id="negative",
+        visible=takes(model, "negative"),
+    )
+    with gr.Accordion("Edit a picture", open=False, elem_id="editing", visible=takes(model, "image")):
+        found["edit"] = part("input")
+        found["strength"] = gr.Slider(0.05, 1, value=0.7, step=0.05, label="Strength", elem_id="strength")
+    with gr.Accordion("Step cache and LoRA", open=False, elem_id="more"):
+        found["cache"] = gr.Dropdown([NO_CACHE, *POLICIES], value=NO_CACHE, label="Step cache", elem_id="cache")
+        loras = list(model.spec.loras)
+        found["lora"] = gr.Dropdown(
+            loras, value=[], label="LoRA", multiselect=True, elem_id="lora", info=None if loras else "None registered"
+        )
+        found["lora_weight"] = gr.Slider(-2, 2, value=1, step=0.05, label="LoRA weight", elem_id="lora-weight")
+    return found
+
+
+def _adapted(model: Model) -> dict[str, Any]:
+    """The changes of fields when this model is chosen."""
+    own = defaults(model)
+    return {
+        "size": gr.update(choices=sizes(model), value=own["size"]),
+        "steps": gr.update(value=own["steps"]),
+        "guidance": gr.update(value=own["guidance"], visible=takes(model, "guidance")),
+        "preset": gr.update(value=own["preset"]),
+        "lora": gr.update(choices=list(model.spec.loras), value=[]),
+        "negative": gr.update(visible=takes(model, "negative")),
+        "edit": gr.update(visible=takes(model, "image")),
+        "strength": gr.update(visible=takes(model, "strength")),
+    }
