@@ -1,7 +1,8 @@
-"""Previews: a linear map from latents to colours, learned from the first finished picture of a model.
+"""Previews: a linear map from latents to colours, learned from the first finished pictures of a model.
 
-A latent position's colour is nearly linear in its channels, so least squares over one picture gives a map that costs
-nothing, knows no VAE, and works for packed latents too: it only sees a grid of positions.
+A latent position's colour is nearly linear in its channels, so least squares over a few pictures gives a map that costs
+nothing, knows no VAE, and works for packed latents too: it only sees a grid of positions. One picture may hold two
+colours only; each of the next ones adds its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE = 256  # pixels of a preview's longer side
+PICTURES = 16  # that are learned from
+RIDGE = 1e-3  # share of a channel's mean square that keeps what no picture has shown near zero
 
 
 class Sketch:
@@ -23,6 +26,8 @@ class Sketch:
 
     def __init__(self) -> None:
         self._map: torch.Tensor | None = None  # [C + 1, 3]
+        self._squares = self._products = torch.zeros(())  # of the features: [C + 1, C + 1], and with colours [C + 1, 3]
+        self._pictures = 0
         self._lock = threading.Lock()
 
     @property
@@ -30,8 +35,8 @@ class Sketch:
         return self._map is not None
 
     def learn(self, latents: torch.Tensor, picture: Image.Image) -> None:
-        """Take the final latents of a picture and the picture; later ones are ignored."""
-        if self._map is not None:
+        """Take the final latents of a picture and the picture; after `PICTURES` they are ignored."""
+        if self._pictures >= PICTURES:
             return
         grid = _grid(latents, picture.width / picture.height)
         if grid is None:
@@ -39,8 +44,15 @@ class Sketch:
         colours = torch.frombuffer(
             bytearray(picture.convert("RGB").resize((grid.shape[2], grid.shape[1])).tobytes()), dtype=torch.uint8
         )
+        seen = _features(grid)
         with self._lock:
-            self._map = torch.linalg.lstsq(_features(grid), colours.view(-1, 3).float()).solution
+            if self._map is not None and self._map.shape[0] != seen.shape[1]:
+                return
+            self._squares = self._squares + seen.T @ seen
+            self._products = self._products + seen.T @ colours.view(-1, 3).float()
+            self._pictures += 1
+            ridge = RIDGE * self._squares.diagonal().mean() * torch.eye(len(self._squares))
+            self._map = torch.linalg.solve(self._squares + ridge, self._products)
 
     def draw(self, latents: torch.Tensor, *, size: tuple[int, int]) -> Image.Image | None:
         """A small picture of the shape of `size` (width, height); None before it has learned, or for other latents."""

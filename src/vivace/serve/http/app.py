@@ -25,6 +25,7 @@ from vivace.serve.request import Request
 
 logger = logging.getLogger(__name__)
 
+COLOURFUL = "a red circle, a green square and a blue triangle on a yellow background"
 SWEEP = 60.0  # seconds between two looks for videos that are over their time
 
 
@@ -87,7 +88,7 @@ async def _warm(engine: Engine, *, drawn: bool) -> None:
     if drawn:
         # Previews are learned from a first picture. The page's first visitor shall have them.
         with suppress(InputError, Failure):
-            await engine.submit(Request(prompt="a picture", steps=2, seed=0, priority=-8))
+            await engine.submit(Request(prompt=COLOURFUL, steps=8, seed=0, priority=-8))
 
 
 async def _sweep(server: Server) -> None:

@@ -1,0 +1,319 @@
+"""The page in a real browser, with the built-in model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image, ImageDraw
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="this machine has no chromium; apt-get install chromium"),
+    pytest.mark.timeout(900),
+]
+expect = playwright.expect
+
+PATIENCE = 240_000  # milliseconds, on a machine that does much else
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+PROMPT = "a large red circle left of a small blue square"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    # Of this module alone: while it runs, no other test of the process can have an event loop.
+    with playwright.sync_playwright() as running:
+        running.selectors.set_test_id_attribute("id")
+        options = ["--disable-gpu", "--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else ["--disable-gpu"]
+        found = running.chromium.launch(executable_path=CHROMIUM, args=options)
+        expect.set_options(timeout=PATIENCE)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def site(launch):
+    found = launch(warm=True)
+    found.engine.submit(found.engine.model(None) and _request()).result(240)
+    return found
+
+
+def _request() -> Any:
+    from vivace.serve import Request
+
+    return Request(prompt=PROMPT, steps=2, seed=0, preview_every=1)
+
+
+@pytest.fixture
+def visit(browser, site) -> Iterator[Callable[..., Any]]:
+    """Opens the page; at the end nothing was asked of any other server, and nothing went wrong in the page."""
+    opened, hosts, wrong = [], set(), []
+
+    def watch(page: Any) -> None:
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
+
+    def visit(size: str = "desktop", *, where: str = site.url, **options: Any) -> Any:
+        width, height = SIZES[size]
+        touch = {"is_mobile": True, "has_touch": True} if size == "phone" else {}
+        context = browser.new_context(viewport={"width": width, "height": height}, **touch, **options)
+        context.set_default_timeout(PATIENCE)
+        opened.append(context)
+        page = context.new_page()
+        watch(page)
+        page.goto(where)
+        if where == site.url:
+            page.locator("body[data-ready]").wait_for()
+        return page
+
+    yield visit
+    for context in opened:
+        context.close()
+    assert {host for host in hosts if host} == {urlsplit(site.url).netloc}
+    assert wrong == []
+
+
+@pytest.fixture
+def held(site, hold):
+    """The built-in model's denoiser, which can be held."""
+    found = hold(site.engine.model(None).pipe.transformer)
+    yield found
+    found.remove()
+
+
+def ask(page: Any, prompt: str = PROMPT, *, steps: int = 3, **fields: str) -> None:
+    page.locator("#prompt textarea").fill(prompt)
+    for name, value in {"steps": str(steps), **fields}.items():
+        field = page.locator(f"#{name} :is(input:not([type=range]), textarea)").first
+        field.fill(value)
+        field.press("Enter" if name == "size" else "Tab")
+
+
+def done(page: Any, part: str = "stage", state: str = "done") -> Any:
+    found = page.locator(f"#{part} [data-state={state}]")
+    found.wait_for()
+    return found
+
+
+def loaded(page: Any, selector: str) -> list[int]:
+    """The sizes of a picture that the browser has decoded."""
+    page.wait_for_function("s => document.querySelector(s)?.naturalWidth > 0", arg=selector)
+    return page.evaluate("s => { const p = document.querySelector(s); return [p.naturalWidth, p.naturalHeight]; }", selector)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_draw(visit, held, size):
+    page = visit(size)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+    ask(page, seed="11")
+    held.shut()
+    page.locator("#draw").click()
+    expect(page.locator("#stage .now")).to_have_text(re.compile("Step 0 of 3|Starting"))
+    expect(page.locator("#cancel")).to_be_visible()
+    held.open.set()
+    done(page)
+    assert loaded(page, "#stage .frame img") == [256, 256]
+    told = page.locator("#stage .facts").inner_text().split("\n")
+    shown = dict(zip(told[::2], told[1::2], strict=True))
+    assert shown["seed"] == "11"
+    assert (shown["steps"], shown["preset"], shown["model"]) == ("3", "exact", "builtin")
+    expect(page.locator("#stage .legend .denoising")).to_have_text(re.compile(r"denoising \d"))
+    page.locator("#stage summary").click()
+    expect(page.locator("#stage .applied")).to_contain_text("fused" if shown["preset"] == "fast" else "attention")
+    expect(page.locator("#stage .applied")).to_contain_text("3 denoiser calls")
+    expect(page.locator("#gallery .cards li")).to_have_count(1)
+    expect(page.locator("#draw")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+
+
+def test_previews_and_seconds_left(visit):
+    page = visit()
+    page.evaluate(
+        "() => { window.seen = []; const stage = document.querySelector('#stage');"
+        " new MutationObserver(() => { const left = stage.querySelector('.left')?.textContent;"
+        " if (left) window.seen.push([left, stage.querySelector('.preview')?.src.slice(0, 22)]); })"
+        ".observe(stage, {subtree: true, childList: true, attributes: true, characterData: true}); }"
+    )
+    ask(page, steps=20)
+    page.locator("#draw").click()
+    done(page)
+    seen = page.evaluate("window.seen")
+    assert any(re.fullmatch(r"[\d.]+ s left", left) for left, _ in seen)
+    assert any(preview == "data:image/jpeg;base64" for _, preview in seen)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cancel(visit, site, held, until, size):
+    page = visit(size)
+    ask(page, steps=50)
+    held.shut()
+    page.locator("#draw").click()
+    until(lambda: (page.wait_for_timeout(50), held.reached.is_set())[1])
+    page.locator("#cancel").click()
+    done(page, state="cancelled")
+    held.open.set()
+    until(lambda: site.engine.running == 0)
+    expect(page.locator("#draw")).to_be_visible()
+    expect(page.locator("#cancel")).to_be_hidden()
+    ask(page, steps=2)
+    page.locator("#draw").click()
+    done(page)
+
+
+def test_leaving_ends_what_is_drawn(visit, site, held, until):
+    page = visit()
+    ask(page, steps=50)
+    held.shut()
+    page.locator("#draw").click()
+    until(lambda: (page.wait_for_timeout(50), held.reached.is_set())[1])
+    page.close()
+    # It is held at its first step: only a cancel ends it.
+    until(lambda: site.engine.running == 0)
+
+
+def test_a_mistake_is_told_where_it_is(visit):
+    page = visit()
+    ask(page, size="100x100")
+    page.locator("#draw").click()
+    done(page, state="error")
+    expect(page.locator("#stage [role=alert]")).to_contain_text("multiples of 16; the nearest is 96x96")
+    expect(page.locator("#size")).to_have_class(re.compile("wrong"))
+    ask(page, size="64x64")
+    page.locator("#draw").click()
+    done(page)
+    assert page.locator(".wrong").count() == 0
+    ask(page, "")
+    page.locator("#draw").click()
+    done(page, state="error")
+    expect(page.locator("#prompt")).to_have_class(re.compile("wrong"))
+
+
+def test_use_again(visit):
+    page = visit()
+    page.locator("#die").click()
+    expect(page.locator("#seed input, #seed textarea")).to_have_value(re.compile(r"^\d+$"))
+    seed = page.locator("#seed input, #seed textarea").input_value()
+    ask(page, steps=2, guidance="4.5", negative="a star")
+    page.locator("#draw").click()
+    done(page)
+    first = page.locator("#stage .frame img").get_attribute("src")
+    ask(page, "a green star", steps=4, seed="5", guidance="1", negative="")
+    page.locator("#draw").click()
+    page.wait_for_function("s => document.querySelector('#stage .frame img')?.getAttribute('src') !== s", arg=first)
+    expect(page.locator("#gallery .cards li")).to_have_count(2)
+    page.locator("#gallery .cards li").nth(1).get_by_text("Use again").click()
+    expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
+    expect(page.locator("#seed input, #seed textarea")).to_have_value(seed)
+    expect(page.locator("#steps input[type=number]")).to_have_value("2")
+    expect(page.locator("#guidance input[type=number]")).to_have_value("4.5")
+    expect(page.locator("#negative textarea, #negative input")).to_have_value("a star")
+
+
+def test_the_gallery_outlives_a_reload(visit):
+    page = visit()
+    ask(page, steps=2)
+    page.locator("#draw").click()
+    done(page)
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    page.locator("#gallery .thumb").click()
+    done(page)
+    assert loaded(page, "#stage .frame img") == [256, 256]
+
+
+def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch):
+    asked, submit = [], site.engine.submit
+    monkeypatch.setattr(site.engine, "submit", lambda request, **more: asked.append(request) or submit(request, **more))
+    picture = Image.new("RGB", (320, 256), "#ffd800")
+    ImageDraw.Draw(picture).ellipse((40, 60, 140, 160), fill="#ee2222")
+    picture.save(tmp_path / "in.png")
+    page = visit()
+    ask(page, "a blue square", steps=4)
+    page.locator("#editing > button").click()
+    page.locator("#input input[type=file]").set_input_files(tmp_path / "in.png")
+    easel = page.locator("#input canvas")
+    easel.scroll_into_view_if_needed()
+    box = easel.bounding_box()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.8 * box["height"], steps=6)
+    page.mouse.up()
+    expect(page.locator("#input .note")).to_have_text("Only what you painted is drawn anew.")
+    page.locator("#draw").click()
+    done(page)
+    (request,) = asked
+    assert request.images[0].size == request.mask.size == (320, 256)
+    assert [request.mask.getpixel(at) for at in ((240, 128), (80, 128))] == [255, 0]
+    assert request.images[0].getpixel((90, 110)) == (0xEE, 0x22, 0x22)
+    expect(page.locator("#stage .facts")).to_contain_text("0.7")
+    # The edit keeps its picture's shape, whatever the field says.
+    width, height = loaded(page, "#stage .frame img")
+    assert width > height
+
+
+def test_a_finished_picture_can_be_edited(visit):
+    page = visit()
+    ask(page, steps=2)
+    page.locator("#draw").click()
+    done(page)
+    page.locator("#stage").get_by_text("Edit", exact=True).click()
+    expect(page.locator("#input canvas")).to_be_visible()
+    page.locator("#input").get_by_text("Remove").click()
+    expect(page.locator("#input .drop")).to_be_visible()
+
+
+def test_what_is_no_picture(visit, tmp_path):
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    page = visit()
+    page.locator("#editing > button").click()
+    page.locator("#input input[type=file]").set_input_files(tmp_path / "no.png")
+    expect(page.locator("#input [role=alert]")).to_contain_text("no picture")
+
+
+def test_compare(visit):
+    page = visit()
+    ask(page, steps=6, seed="3")
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#right-cache input").click()
+    page.locator("#right-cache").get_by_role("option", name="teacache").click()
+    page.locator("#both").click()
+    done(page, "compare", "compared")
+    expect(page.locator("#compare .side")).to_have_count(2)
+    for number, title in enumerate(("exact", "teacache")):
+        expect(page.locator("#compare .side").nth(number)).to_contain_text(title)
+        assert re.search(r"\d s$", page.locator("#compare .side .took").nth(number).inner_text())
+    expect(page.locator("#compare .verdict")).to_contain_text("Same seed, 3;")
+    page.wait_for_function("() => [...document.querySelectorAll('#compare .overlay img')].every(p => p.naturalWidth)")
+    page.locator("#compare .overlay input").fill("20")
+    cut = "() => getComputedStyle(document.querySelector('#compare .over')).clipPath"
+    assert page.evaluate(cut) == "inset(0px 0px 0px 20%)"
+    expect(page.locator("#gallery .cards li")).to_have_count(2)
+
+
+def test_light_and_dark(visit):
+    colour = "() => getComputedStyle(document.querySelector('.gradio-container')).backgroundColor"
+    page = visit(color_scheme="light")
+    light = page.evaluate(colour)
+    page.locator("#shade").click()
+    dark = page.evaluate(colour)
+    assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 200 < sum(map(int, re.findall(r"\d+", light)[:3]))
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    assert page.evaluate(colour) == dark
+    assert visit(color_scheme="dark").evaluate(colour) == dark
+
+
+def test_nothing_is_left_on_disk(site):
+    """Last: everything above was drawn, uploaded and shown without a file."""
+    from gradio.utils import get_upload_folder
+
+    folder = Path(get_upload_folder())
+    assert not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
