@@ -63,7 +63,7 @@ def main() -> None:
     denoiser = transformer()
     denoiser.load_state_dict(student.denoiser.state_dict())
     export(assemble(vae.cpu(), denoiser, (student.clip.cpu(), student.least.cpu()), shift=shift), options.to)
-    defaults = {"steps": STEPS, "guidance": guidance, "size": [256, 256]}
+    defaults = {"steps": STEPS, "guidance": guidance, "size": [256, 256], "longest": 256}
     (options.to / "vivace.json").write_text(json.dumps(defaults) + "\n")
 
 

@@ -29,7 +29,7 @@ DTYPES = {
     "fp16": "float16",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Beside model_index.json: the steps, guidance and size ([width, height]) a model was made for.
+# Beside model_index.json: the steps, guidance and size ([width, height]) a model was made for, and its longest side.
 OWN = "vivace.json"
 
 
@@ -51,6 +51,11 @@ class Source:
         if "size" in self.own:
             return tuple(self.own["size"])
         return self.variant.size if self.variant else None
+
+    @property
+    def longest(self) -> int | None:
+        """The longest side in pixels that it can make, where that is known."""
+        return self.own.get("longest")
 
     @property
     def defaults(self) -> dict[str, Any]:

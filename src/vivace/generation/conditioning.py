@@ -86,10 +86,11 @@ def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: S
 
 
 def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
-    """A picture's size, shrunk to the area the model was made for, in multiples that its VAE can make."""
+    """A picture's size, shrunk to the area the model was made for and what it can make, in multiples of its VAE."""
     multiple = source.family.multiple if source.family else ROUND_TO
     native = source.size
     scale = min(1.0, math.sqrt(native[0] * native[1] / (size[0] * size[1]))) if native else 1.0
+    scale = min(scale, source.longest / max(size)) if source.longest else scale
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
     return width, height
 

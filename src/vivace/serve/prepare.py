@@ -99,6 +99,9 @@ def check(request: Request, source: Source) -> None:
         )
     if "prompt" in family.takes and not request.prompt.strip() and "prompt_embeds" not in request.arguments:
         raise FieldError("prompt", "the prompt is empty; say what to draw")
+    if request.size is not None and source.longest is not None and max(request.size) > source.longest:
+        text = f"size {request.size[0]}x{request.size[1]} cannot be made: the longest side of {source.name} is "
+        raise FieldError("size", f"{text}{source.longest} pixels")
     if request.size is not None and any(side % family.multiple for side in request.size):
         width, height = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in request.size)
         raise FieldError(

@@ -99,6 +99,7 @@ def sizes(model: Model) -> list[str]:
     found = [f"{width}x{height}"] if model.source.size else []
     for across, down in SHAPES:
         scale = (width * height / (across * down)) ** 0.5
+        scale = min(scale, model.source.longest / max(across, down)) if model.source.longest else scale
         sides = [max(multiple, round(part * scale / multiple) * multiple) for part in (across, down)]
         found.append(f"{sides[0]}x{sides[1]}")
     return list(dict.fromkeys(found))

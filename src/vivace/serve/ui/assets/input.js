@@ -9,7 +9,7 @@ let strokes = 0;
 let sent = null; // the name, while nothing has changed since
 let brush = 12; // per cent of the shorter side
 
-const blob = (canvas, type, quality) => new Promise((done) => canvas.toBlob(done, type, quality));
+const blob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"));
 const canvasOf = (width, height) => Object.assign(document.createElement("canvas"), { width, height });
 
 async function choose(file) {
@@ -94,24 +94,20 @@ function painting() {
   draw();
 }
 
-// White where it is painted, black elsewhere.
-function whole() {
+// As the API takes it: transparent where it is painted.
+function holes() {
   const found = canvasOf(mask.width, mask.height);
   const context = found.getContext("2d");
+  context.fillRect(0, 0, found.width, found.height);
+  context.globalCompositeOperation = "destination-out";
   context.drawImage(mask, 0, 0);
-  context.globalCompositeOperation = "source-in";
-  context.fillStyle = "white";
-  context.fillRect(0, 0, found.width, found.height);
-  context.globalCompositeOperation = "destination-over";
-  context.fillStyle = "black";
-  context.fillRect(0, 0, found.width, found.height);
   return found;
 }
 
 async function send() {
   const form = new FormData();
-  form.append("image", await blob(picture, "image/png"), "image.png");
-  if (strokes) form.append("mask", await blob(whole(), "image/png"), "mask.png");
+  form.append("image", await blob(picture), "image.png");
+  if (strokes) form.append("mask", await blob(holes()), "mask.png");
   const answer = await fetch(new URL("inputs", document.baseURI), { method: "POST", body: form });
   const found = await answer.json();
   return answer.ok ? found : { error: found.error.message };
