@@ -47,6 +47,9 @@ class Config:
     channels_last: Switch = "auto"
     """Store convolution weights in NHWC order."""
 
+    vae: Switch = "auto"
+    """The autoencoder's blocks fused, and kept in float16's range where its pipeline would widen it to float32."""
+
     quant: Quant = "off"
     """Linears in 8 or 4 bits: off, auto, or a name of `vivace.quant.FORMATS`."""
 

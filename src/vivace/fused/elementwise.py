@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.activate import activate, activation_ref
+from vivace.kernels.channel_norm_silu import channel_norm_silu
 from vivace.kernels.gate_residual import gate_residual
 from vivace.kernels.glu import glu
 from vivace.kernels.group_norm_silu import group_norm_silu
@@ -54,6 +55,9 @@ class Elementwise:
 
     picture_norm: Callable[..., torch.Tensor]
     """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
+
+    channel_norm: Callable[..., torch.Tensor]
+    """`(x, *, weight, silu=True)`: RMSNorm of `x` [B, C, ...] over C with `weight` [C], then SiLU."""
 
     picture_sum: Callable[..., torch.Tensor]
     """`(x, y, *, bias)`: `x + y + bias` of pictures in the same order, with `bias` [C]."""
@@ -116,6 +120,13 @@ def _picture_norm(x, *, groups, weight, bias, eps=1e-5, silu=True, add=None):
     return F.silu(y, inplace=True) if silu else y
 
 
+def _channel_norm(x, *, weight, silu=True):
+    # In the order of the stock norms, and of their roundings.
+    y = F.normalize(x.float() if x.dtype.itemsize == 2 else x, dim=1).to(x.dtype)
+    y = y * x.shape[1] ** 0.5 * weight[(..., *[None] * (x.ndim - 2))]
+    return F.silu(y, inplace=True) if silu else y
+
+
 def _picture_sum(x, y, *, bias=None):
     return x + y if bias is None else x + y + bias[:, None, None]
 
@@ -129,6 +140,7 @@ TORCH = Elementwise(
     glu=_glu,
     join=_join,
     picture_norm=_picture_norm,
+    channel_norm=_channel_norm,
     picture_sum=_picture_sum,
     late_bias=False,
 )
@@ -163,6 +175,7 @@ KERNELS = Elementwise(
     glu=glu,
     join=join_activate,
     picture_norm=group_norm_silu,
+    channel_norm=channel_norm_silu,
     picture_sum=_picture_sum_rows,
     late_bias=True,
 )

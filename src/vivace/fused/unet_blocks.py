@@ -33,20 +33,26 @@ class Parts:
 class ResidualBlock:
     """Norm, SiLU, convolution; the same again with the time embedding; and the sum with the input.
 
-    `span` is the place of its time embedding [B, C], to which the bias of the first convolution has been added.
+    `span` is the place of its time embedding [B, C], to which the bias of the first convolution has been added; None
+    for a block without one.
     """
 
-    def __init__(self, block: Any, *, span: slice, parts: Parts) -> None:
+    def __init__(self, block: Any, *, span: slice | None = None, parts: Parts) -> None:
         self.block, self.span, self.parts = block, span, parts
 
-    def __call__(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
         block, parts = self.block, self.parts
         # Something from outside (a ControlNet, an adapter) may have joined in another order.
         x = x.contiguous(memory_format=parts.layout)
-        y, bias = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), parts)
-        add = time[:, self.span]
-        y = parts.norm(block.norm2, y, silu=True, add=add if bias is not None else add - block.conv1.bias)
-        y, bias = _convolved(block.conv2, y, parts, late=parts.elementwise.late_bias)
+        late = parts.elementwise.late_bias
+        y, bias = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), parts, late=late or time is not None)
+        if time is not None and self.span is not None:
+            add = time[:, self.span]
+            add = add if bias is not None else add - block.conv1.bias
+        else:
+            add = None if bias is None else bias.expand(len(y), -1)
+        y = parts.norm(block.norm2, y, silu=True, add=add)
+        y, bias = _convolved(block.conv2, y, parts, late=late)
         x = x if block.conv_shortcut is None else _mixed(block.conv_shortcut, x)
         y = parts.elementwise.picture_sum(x, y, bias=bias)
         return y if block.output_scale_factor == 1 else y / block.output_scale_factor

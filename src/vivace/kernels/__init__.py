@@ -5,6 +5,7 @@ from __future__ import annotations
 from vivace.kernels import (
     activate,
     change,
+    channel_norm_silu,
     gate_residual,
     glu,
     group_norm_silu,
@@ -32,6 +33,7 @@ KERNELS: dict[str, Kernel] = {
         join_activate,
         glu,
         group_norm_silu,
+        channel_norm_silu,
         quant_rows,
         unpack_rows,
         int8_linear,

@@ -23,7 +23,7 @@ _WHOLE = 16384  # elements of a group up to which one program is quicker than th
 _CHUNKS = 512  # of pixels, at most: what the second launch has to sum for each channel
 
 
-def _format(x: torch.Tensor) -> torch.memory_format:
+def layout_of(x: torch.Tensor) -> torch.memory_format:
     """The layout of `x` that the result keeps."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
@@ -47,11 +47,11 @@ def group_norm_silu_ref(
     y = y - y.mean(2, keepdim=True)
     y = (y * torch.rsqrt(y.square().mean(2, keepdim=True) + eps)).view(x.shape)
     y = y * weight.float()[over_pixels] + bias.float()[over_pixels]
-    return [(F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=_format(x))]
+    return [(F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout_of(x))]
 
 
 @jit
-def _place(first, channel, in_channels, channels, pixels, plane, LAST: tl.constexpr, PIXELS: tl.constexpr):
+def place(first, channel, in_channels, channels, pixels, plane, LAST: tl.constexpr, PIXELS: tl.constexpr):
     """Offsets and mask of a [P, C] tile from pixel `first` on."""
     pixel = (first + tl.arange(0, PIXELS)).to(tl.int64)[:, None]
     if LAST:
@@ -71,7 +71,7 @@ def _moments(
     spread = tl.zeros((CHANNELS,), tl.float32)
     for i in range(tiles):
         start = first + i * PIXELS
-        at, mask = _place(start, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
+        at, mask = place(start, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         n = tl.minimum(pixels - start, PIXELS).to(tl.float32)
         here = tl.sum(v, 0) / n
@@ -98,7 +98,7 @@ def _apply(
     x, out, scale, shift, first, channel, in_channels, channels, pixels, plane,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    at, mask = _place(first, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
+    at, mask = place(first, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if SILU:
         y = activation(y, "silu")
@@ -208,7 +208,7 @@ def _launch(
     eps: float,
     silu: bool,
 ) -> list[torch.Tensor]:
-    layout = _format(x)
+    layout = layout_of(x)
     x = x.contiguous(memory_format=layout)
     out = torch.empty_like(x)
     batch, channels = x.shape[:2]

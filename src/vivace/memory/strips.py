@@ -31,7 +31,9 @@ def refuses(vae: Any) -> str | None:
     if type(decoder) is not Decoder:
         return f"a {type(vae).__name__} has another decoder"
     for block in decoder.up_blocks:
-        if type(block) is not UpDecoderBlock2D or any(type(resnet) is not ResnetBlock2D for resnet in block.resnets):
+        if type(block) is not UpDecoderBlock2D or not all(
+            isinstance(resnet, ResnetBlock2D) for resnet in block.resnets
+        ):
             return f"its decoder has a {type(block).__name__}"
     return None
 

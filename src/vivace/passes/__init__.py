@@ -10,6 +10,19 @@ from vivace.passes.graphs import GRAPHS
 from vivace.passes.lora import LORA
 from vivace.passes.quantize import QUANTIZE
 from vivace.passes.target import Pass
+from vivace.passes.vae import VAE
 from vivace.passes.vram import VRAM
 
-PASSES: tuple[Pass, ...] = (ATTENTION, LORA, CHANNELS_LAST, QUANTIZE, VRAM, FUSE, COMPILE, CACHE, ACCUMULATE, GRAPHS)
+PASSES: tuple[Pass, ...] = (
+    ATTENTION,
+    LORA,
+    CHANNELS_LAST,
+    VAE,
+    QUANTIZE,
+    VRAM,
+    FUSE,
+    COMPILE,
+    CACHE,
+    ACCUMULATE,
+    GRAPHS,
+)
