@@ -56,6 +56,15 @@ class Config:
     keep_base: KeepBase = "auto"
     """Where the 16-bit weights of quantised linears stay, for `restore`: auto is file where that is true, else host."""
 
+    encoders: Literal["off", "int8_weights", "fp8_weights", "int4_weights"] = "off"
+    """Linears of the text encoders stored in 8 or 4 bits; their originals stay on the host."""
+
+    prompts: Switch = "auto"
+    """Keep the embeddings of the last prompts."""
+
+    prompts_mib: float = 64.0
+    """Device memory that they may hold, in MiB; the least recently used go first."""
+
     vram: str | None = None
     """Device memory for the run: a size like 24GB, auto, or a level of `LEVELS`; None: as it is."""
 

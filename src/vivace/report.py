@@ -28,6 +28,7 @@ class Report:
     attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what computes them
     layers: dict[str, tuple[Layer, ...]]  # denoiser -> its linears, where quantising came into question
     cache: dict[str, dict[str, Any]]  # denoiser -> calls computed and skipped, the time that saved, bytes held
+    prompts: dict[str, int]  # encoded, found again, not looked for; bytes held
     calls: dict[str, dict[str, int]]  # denoiser -> what served, or why the stock forward did -> calls so far
     accelerate_seconds: float
     first_call_seconds: float | None  # None: not called yet
@@ -51,6 +52,8 @@ class Report:
         for name, calls in self.calls.items():
             lines += [f"  {name}: {count} calls, {served_by}" for served_by, count in calls.items()]
         lines += [f"  {name}: {_cached(found)}" for name, found in self.cache.items()]
+        if self.prompts:
+            lines.append(f"  prompts: {_remembered(self.prompts)}")
         first = "not called yet" if self.first_call_seconds is None else f"first call {self.first_call_seconds:.2f} s"
         lines.append(f"  cold start: accelerate {self.accelerate_seconds:.2f} s, {first}")
         peak = "" if self.peak_bytes is None else f", peak on the device {self.peak_bytes / 2**30:.2f} GiB"
@@ -76,6 +79,7 @@ def report(subject: Any) -> Report:
         attention=attention_of(target),
         layers=dict(target.layers),
         cache={name: lane.cache.to_dict() for name, lane in target.lanes.items() if lane.cache is not None},
+        prompts=target.prompts.to_dict() if target.prompts else {},
         calls={name: dict(lane.calls) for name, lane in target.lanes.items()},
         accelerate_seconds=acceleration.seconds,
         first_call_seconds=sum(firsts) if firsts else None,
@@ -96,6 +100,12 @@ def _cached(found: dict[str, Any]) -> str:
     )
 
 
+def _remembered(prompts: dict[str, int]) -> str:
+    known = f"{prompts['hits']} of {prompts['hits'] + prompts['computed']} found again"
+    passed = f", {prompts['passed']} that nothing is remembered by" if prompts["passed"] else ""
+    return f"{known}{passed}, {prompts['bytes'] / 2**20:.1f} MiB held"
+
+
 def _stock(subject: Any) -> Report:
     return Report(
         pipeline=type(subject).__name__,
@@ -108,6 +118,7 @@ def _stock(subject: Any) -> Report:
         attention={},
         layers={},
         cache={},
+        prompts={},
         calls={},
         accelerate_seconds=0.0,
         first_call_seconds=None,

@@ -16,7 +16,7 @@ from vivace.passes import PASSES
 def test_one_order_each_place_with_its_reason():
     names = [one.name for one in PASSES]
     first, last = (
-        ["attention", "lora", "channels_last", "vae", "quant", "vram"],
+        ["attention", "lora", "channels_last", "vae", "quant", "encoders", "prompts", "vram"],
         ["fuse", "compile", "cache", "accumulate", "graphs"],
     )
     assert names == first + last

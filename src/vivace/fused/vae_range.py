@@ -120,7 +120,8 @@ def _writers(vae: Any) -> Iterator[torch.nn.Parameter]:
         elif isinstance(module, ResnetBlock2D):
             made, passed = [module.conv1, module.conv2], [module.conv_shortcut]
         elif isinstance(module, Attention):
-            made = [module.to_out[0]]
+            projections: Any = module.to_out
+            made = [projections[0]]
         elif isinstance(module, Upsample2D | Downsample2D):
             passed = [module.conv]
         yield from (layer.weight for layer in made)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
     from vivace.memory.placement import Placement
+    from vivace.prompts import Prompts
     from vivace.quant.layers import Layer
     from vivace.quant.originals import Base
 
@@ -37,6 +38,7 @@ class Target:
     config: Config
     denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
     place: torch.device | None = None  # where they will compute, when that is not where they are
+    prompts: Prompts | None = None  # what is remembered of the last prompts
     placement: Placement | None = None  # where weights will live, when a budget was given
     lanes: dict[str, Lane] = field(default_factory=dict)  # filled when every check has passed
     notes: list[Note] = field(default_factory=list)

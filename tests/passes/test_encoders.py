@@ -1,0 +1,88 @@
+"""Text encoders stored in few bits: near the stock embeddings, smaller, and back to the bit."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import vivace
+from vivace import InputError
+from vivace.families import FAMILIES
+from vivace.quant.linear import QuantLinear
+
+
+def note(pipe):
+    return next(note for note in vivace.report(pipe).passes if note.name == "encoders")
+
+
+def encoded(pipe):
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(pipe.encode_prompt("a fox")) if isinstance(leaf, torch.Tensor)]
+
+
+def packed(pipe):
+    return sum(isinstance(m, QuantLinear) for n, e in pipe.components.items() if "encoder" in n for m in e.modules())
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", "qwen_image", "z_image", "wan"])
+@pytest.mark.parametrize("format", ["int8_weights", "fp8_weights"])
+def test_near_and_back(family, format):
+    pipe = FAMILIES[family].tiny()
+    stock = encoded(pipe)
+    weights = {n: {k: t.clone() for k, t in e.state_dict().items()} for n, e in encoders(pipe)}
+    vivace.accelerate(pipe, encoders=format)
+    assert f"{format}: {packed(pipe)} linears of text_encoder" in note(pipe).detail
+    assert packed(pipe) > 6
+    for ours, theirs in zip(encoded(pipe), stock, strict=True):
+        if theirs.is_floating_point() and theirs.any():
+            assert 0 < (ours - theirs).norm() < 0.1 * theirs.norm()
+    vivace.restore(pipe)
+    assert packed(pipe) == 0
+    assert all(map(torch.equal, encoded(pipe), stock))
+    for name, encoder in encoders(pipe):
+        assert all(torch.equal(tensor, weights[name][key]) for key, tensor in encoder.state_dict().items())
+
+
+def encoders(pipe):
+    return [(n, m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None]
+
+
+def test_what_is_kept_in_float32_stays():
+    pipe = FAMILIES["flux"].tiny().to(torch.bfloat16)
+    for block in pipe.text_encoder_2.encoder.block:
+        block.layer[-1].DenseReluDense.wo.float()
+    vivace.accelerate(pipe, encoders="int8_weights")
+    names = {n for n, m in pipe.text_encoder_2.named_modules() if isinstance(m, QuantLinear)}
+    assert names
+    assert not any(name.endswith("wo") for name in names)
+    encoded(pipe)
+    vivace.restore(pipe)
+
+
+def test_attention_is_said_where_nothing_is_changed():
+    pipe = FAMILIES["sd3"].tiny()
+    vivace.accelerate(pipe)
+    assert not note(pipe).done
+    assert "attention text_encoder sdpa" in note(pipe).detail
+    vivace.restore(pipe)
+
+
+def test_with_a_budget_of_memory(monkeypatch):
+    import importlib
+
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    pipe = FAMILIES["sdxl"].tiny()
+    stock = encoded(pipe)
+    vivace.accelerate(pipe, encoders="int8_weights", vram="encoders")
+    assert (encoded(pipe)[0] - stock[0]).norm() < 0.1 * stock[0].norm()
+    vivace.restore(pipe)
+    assert all(map(torch.equal, encoded(pipe), stock))
+
+
+def test_refusals_and_the_plan():
+    with pytest.raises(InputError, match="there is no text encoder"):
+        vivace.accelerate(FAMILIES["svd"].tiny(), encoders="int8_weights")
+    full = vivace.plan("flux", device="cpu", dtype="bfloat16")
+    small = vivace.plan("flux", encoders="int8_weights", device="cpu", dtype="bfloat16")
+    assert small.weight_bytes < full.weight_bytes - 3.5e9
+    assert "int8_weights" in str(small)
