@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from vivace.host_times import keeping_times
 from vivace.one_off import give_class
 
 LAYERS: tuple[tuple[str, str], ...] = (
@@ -103,18 +104,20 @@ def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callab
 
 
 def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> None:
-    """Let every `scheduler.step` count in the request it happens in."""
+    """Let every `scheduler.step` count in the request it happens in, and know its time without asking the device."""
     stock = type(scheduler)
     if not hasattr(stock, "step") or getattr(stock, "vivace_counts", False):
         return
+    members = keeping_times(stock)
+    uncounted = members.get("step", stock.step)
 
     @functools.wraps(stock.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock.step(self, *args, **kwargs)
+        result = uncounted(self, *args, **kwargs)
         if (request := current()) is not None:
             request.step += 1
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
             request.batch = None if sample is None else len(sample)
         return result
 
-    undo(give_class(scheduler, {"step": step, "vivace_counts": True}))
+    undo(give_class(scheduler, {**members, "step": step, "vivace_counts": True}))
