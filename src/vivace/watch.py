@@ -9,7 +9,7 @@ import torch
 
 
 class Watch:
-    """A module as it is now: which modules, parameters, attention processors, storages and hooks.
+    """A module as it is now: which modules, parameters, attention processors, adapters' strengths, storages and hooks.
 
     `changed` costs some tens of nanoseconds per parameter. That is cheaper to rely on than wrapping every method that
     casts, moves, loads, adapts or hooks: diffusers, peft and accelerate have some twenty, and people have their own.
@@ -20,6 +20,7 @@ class Watch:
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._storages: list[tuple[Callable[[], int], int]] = []
         self._hooked: list[tuple[dict[str, Any], bool]] = []
+        self._strengths: list[tuple[list[Any], list[Any]]] = []  # of IP-Adapters, which change in place
         for child in module.modules():
             self._places += [(child._modules, name, inner) for name, inner in child._modules.items()]
             self._places += [(child._parameters, name, weight) for name, weight in child._parameters.items()]
@@ -27,6 +28,8 @@ class Watch:
                 self._places.append((vars(child), "processor", vars(child)["processor"]))
             if storages:
                 self._storages += [(p.data_ptr, p.data_ptr()) for p in child._parameters.values() if p is not None]
+            if isinstance(strengths := vars(child).get("scale"), list):
+                self._strengths.append((strengths, list(strengths)))
             if child is not module:
                 self._hooked.append((vars(child), hooked(child)))
 
@@ -38,6 +41,9 @@ class Watch:
                 return True
         for pointer, before in self._storages:
             if pointer() != before:
+                return True
+        for strengths, before in self._strengths:
+            if strengths != before:
                 return True
         return any(_hooked(state) is not before for state, before in self._hooked)
 

@@ -30,29 +30,30 @@ def draw(groups: Mapping[str, Sequence[Line]], path: Path) -> None:
 
 def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]], ours: set[str], top: int) -> int:
     """Draws one workload from `top` down; returns where the next one starts."""
-    _text(canvas, (MARGIN, top), title, size=15, fill=INK)
-    _text(canvas, (MARGIN, top + 22), "median; shorter is faster", size=11, fill=FAINT)
+    text(canvas, (MARGIN, top), title, size=15, fill=INK)
+    text(canvas, (MARGIN, top + 22), "median; shorter is faster", size=11, fill=FAINT)
     top += HEADER
     longest = max((row["ms"] for row in found if row["ms"]), default=1.0)
     full = WIDTH - LABEL - MARGIN - 190  # what the figures beside the bars need
     for row in found:
         middle = top + ROW // 2
         mine = row["contestant"] in ours
-        _text(canvas, (LABEL - 10, middle), row["contestant"], size=13, fill=INK, anchor="rm")
+        text(canvas, (LABEL - 10, middle), row["contestant"], size=13, fill=INK, anchor="rm")
         if row["ms"]:
             end = LABEL + max(2, full * row["ms"] / longest)
             box = [edge * SCALE for edge in (LABEL, top + 5, end, top + ROW - 5)]
             canvas.rounded_rectangle(box, radius=3 * SCALE, fill=OURS if mine else PEER)
             cold = "" if row["cold s"] is None else f"   cold {row['cold s']:.1f} s"
-            _text(canvas, (end + 8, middle), f"{duration(row['ms'])}{cold}", size=12, fill=INK, anchor="lm")
+            text(canvas, (end + 8, middle), f"{duration(row['ms'])}{cold}", size=12, fill=INK, anchor="lm")
         else:
-            _text(canvas, (LABEL, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
+            text(canvas, (LABEL, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
         top += ROW
     return top + MARGIN
 
 
-def _text(
-    canvas: ImageDraw.ImageDraw, at: tuple[float, float], text: str, *, size: int, fill: str, anchor: str = "la"
+def text(
+    canvas: ImageDraw.ImageDraw, at: tuple[float, float], words: str, *, size: int, fill: str, anchor: str = "la"
 ) -> None:
+    """Draws `words`; sizes and places in units of the chart."""
     font = ImageFont.load_default(size * SCALE)
-    canvas.text((at[0] * SCALE, at[1] * SCALE), text, font=font, fill=fill, anchor=anchor)
+    canvas.text((at[0] * SCALE, at[1] * SCALE), words, font=font, fill=fill, anchor=anchor)

@@ -21,9 +21,11 @@ REFERENCE = "fp32"
 class Contestant:
     """One way to run a model. `fields` are Config fields of one of our presets, as `FIELD=VALUE`."""
 
-    name: str  # of a preset, a peer, or REFERENCE
+    name: str  # of a preset, a peer, a ladder's rung, or REFERENCE
     ours: bool = False
     fields: tuple[str, ...] = ()
+    rung: bool = False
+    quiz: int = 0  # captions of the built-in model's exam that it draws after it was timed
 
     @property
     def label(self) -> str:
@@ -52,8 +54,12 @@ def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
         accelerate(subject, contestant.name, **parse_fields(contestant.fields))
         request = "" if workload.end_to_end else "; a later step of a request, what its prompt decides kept"
         return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *contestant.fields)) + ")" + request
+    if contestant.rung:
+        from vivace.bench.rungs import climb
+
+        return climb(subject, workload, to=contestant.name)
     if contestant.name == REFERENCE:
-        return _widen(subject, workload)
+        return widen(subject, workload)
     return PEERS[contestant.name].prepare(subject, workload)
 
 
@@ -70,7 +76,8 @@ def contestants_of(*, presets: Sequence[str], fields: Sequence[str], peers: Sequ
     return ours + [Contestant(name=peer) for peer in sorted(peers, key=lambda peer: PEERS[peer].order)]
 
 
-def _denoisers(subject: Any, workload: Workload) -> Iterator[Any]:
+def denoisers_of(subject: Any, workload: Workload) -> Iterator[Any]:
+    """The denoisers of a workload's pipeline, or the bare denoiser that it is."""
     if not workload.end_to_end:
         yield subject
         return
@@ -79,7 +86,8 @@ def _denoisers(subject: Any, workload: Workload) -> Iterator[Any]:
             yield getattr(subject, name)
 
 
-def _widen(subject: Any, workload: Workload) -> str:
+def widen(subject: Any, workload: Workload) -> str:
+    """Make a pipeline or denoiser compute in float32, in place; says so."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -92,7 +100,7 @@ def _eager(subject: Any, workload: Workload) -> str:
 
 
 def _compile_regional(subject: Any, workload: Workload) -> str:
-    for denoiser in _denoisers(subject, workload):
+    for denoiser in denoisers_of(subject, workload):
         if not getattr(denoiser, "_repeated_blocks", None):
             raise InputError(f"not offered by {type(denoiser).__name__}")
         _use_channels_last(denoiser)
@@ -102,7 +110,7 @@ def _compile_regional(subject: Any, workload: Workload) -> str:
 
 def _compile_full(subject: Any, workload: Workload) -> str:
     mode = None
-    for denoiser in _denoisers(subject, workload):
+    for denoiser in denoisers_of(subject, workload):
         _use_channels_last(denoiser)
         mode = "reduce-overhead" if _parameters(denoiser) <= SMALL else None
         denoiser.compile(fullgraph=True, mode=mode)
@@ -127,9 +135,9 @@ def _torchao(subject: Any, workload: Workload) -> str:
             return False
         return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
-    for denoiser in _denoisers(subject, workload):
+    for denoiser in denoisers_of(subject, workload):
         quantize_(denoiser, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
-    regional = all(getattr(denoiser, "_repeated_blocks", None) for denoiser in _denoisers(subject, workload))
+    regional = all(getattr(denoiser, "_repeated_blocks", None) for denoiser in denoisers_of(subject, workload))
     return "torchao fp8, row scales; " + (_compile_regional if regional else _compile_full)(subject, workload)
 
 
@@ -159,7 +167,7 @@ def _use_channels_last(denoiser: Any) -> None:
 
 
 def _layout(subject: Any, workload: Workload) -> str:
-    return ", channels_last" if any(map(_convolutional, _denoisers(subject, workload))) else ""
+    return ", channels_last" if any(map(_convolutional, denoisers_of(subject, workload))) else ""
 
 
 def _parameters(denoiser: Any) -> int:

@@ -66,6 +66,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         times = samples(call, device, fewest=3 if workload.end_to_end else 7)
         peak, last = _peak(device), _error(call(), reference)
         profile = _profile(call, trace) if trace else None
+        quiz = _quiz(subject, workload, contestant.quiz) if contestant.quiz else None
     report = _report(contestant, subject)
     return {
         "status": "done",
@@ -83,6 +84,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         "first_error": error,
         "report": report,
         **({"profile": profile} if profile else {}),
+        **({"quiz": quiz} if quiz else {}),
     }
 
 
@@ -106,9 +108,19 @@ def _report(contestant: Contestant, subject: Any) -> dict[str, Any] | None:
 def _rate(contestant: Contestant, report: Mapping[str, Any] | None) -> str | None:
     """The roofline that the time is held against: that of the 8-bit format its linears run in, or None."""
     if report is None:
-        return PEERS[contestant.name].rate
+        return None if contestant.rung else PEERS[contestant.name].rate
     quantised = next((note["detail"] for note in report["passes"] if note["name"] == "quant" and note["done"]), "")
     return next((kind for kind in ("fp8", "int8") if quantised.startswith(f"{kind}:")), None)
+
+
+def _quiz(pipe: Any, workload: Workload, count: int) -> dict[str, int]:
+    """How many captions of the built-in model's exam its pictures show right; every contestant has the same ones."""
+    from vivace.builtin.reader import load_reader
+    from vivace.evals.builtin import draw_exam, take
+
+    reader = load_reader(device=workload.device)
+    answers = take(draw_exam(count), pipe, reader, steps=workload.steps, guidance_scale=workload.guidance)
+    return {"right": sum(verdict["right"] for verdict in answers.verdicts), "total": count}
 
 
 def _tensors(output: Any) -> list[Any]:

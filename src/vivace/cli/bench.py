@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,9 @@ def bench(
     ] = None,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Text encoders, all steps, VAE.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel against its bandwidth bound.")] = False,
+    ladder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rung by rung: sdxl, sd15, ssd1b, pixart, flux or builtin.")
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Under load, beside a lock around stock and one of ours.")
     ] = False,
@@ -75,6 +78,13 @@ def bench(
                 **shape,
             )
         return
+    if ladder:
+        shape = {"size": read_size(size) if size else None, "steps": steps, "model": model, "tiny": tiny}
+        times = {"limit": limit_s, "budget": budget_s, "again": again}
+        _climb(
+            ladder, presets=_names(presets), fields=fields or (), place=(device, dtype), folder=output, **shape, **times
+        )
+        return
     if model and random:
         raise InputError("--model and --random exclude each other; give one")
     if not families and not kernels:
@@ -114,6 +124,55 @@ def _serve(name: str, *, presets: tuple[str, ...], steps: int | None, **options:
     for preset in presets or ("exact",):
         path = run(name, preset=preset, steps=around, command=_command(sys.argv[1:]), on_line=_say, **options)
         print(path.with_suffix(".md").read_text(), path, sep="\n")
+
+
+def _climb(
+    name: str,
+    *,
+    presets: tuple[str, ...],
+    fields: Sequence[str],
+    place: tuple[str | None, str | None],
+    folder: Path,
+    limit: float,
+    budget: float | None,
+    again: bool,
+    **shape: Any,
+) -> None:
+    """One ladder: its rungs below, our presets on top, each in a process of its own."""
+    from vivace.bench import place as places
+    from vivace.bench.ladder import write
+    from vivace.bench.run import Bench
+    from vivace.bench.rungs import LADDERS, rungs_of
+    from vivace.bench.workload import workload_of
+
+    if name not in LADDERS:
+        raise InputError(f"unknown ladder {name!r}; --ladder takes {', '.join(LADDERS)}")
+    if name == "builtin":
+        shape = {**shape, "model": "builtin"}
+    draft = workload_of(LADDERS[name], device="", dtype="", end_to_end=True, **shape)
+    rungs_of(draft, presets=presets, fields=fields)
+    here = places.place(device=place[0], dtype=place[1])
+    workload = replace(draft, device=here.device, dtype=here.dtype)
+
+    def on_line(line: Mapping[str, Any]) -> None:
+        print(_sentence(line), flush=True)
+        write(folder, name=name, workload=workload)
+
+    left = Bench(
+        workloads=[workload],
+        contestants=rungs_of(workload, presets=presets, fields=fields),
+        folder=folder,
+        machine=here.machine,
+        command=_command(sys.argv[1:]),
+        limit=limit,
+        budget=budget,
+        again=again,
+        on_line=on_line,
+    ).run()
+    chart = write(folder, name=name, workload=workload)
+    if left:
+        print(f"{left} rungs left for the next time, when the same command goes on")
+    print(chart)
 
 
 def _say(line: Mapping[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """The UNet of Stable Diffusion, SDXL and LCM, fused.
 
-Keys and values of the text are computed once per prompt, the time embeddings of all residual blocks in one GEMM a step.
+Keys and values of the text are computed once per prompt, the time embeddings of all residual blocks in one GEMM a step,
+and so are the keys and values of an IP-Adapter's pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
@@ -74,8 +76,11 @@ ATTENTION: Mapping[str, Any] = {
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    if denoiser.encoder_hid_proj is not None:
-        return f"its text goes through a {type(denoiser.encoder_hid_proj).__name__}"
+    projection = denoiser.encoder_hid_proj
+    if projection is not None and type(projection) is not MultiIPAdapterImageProjection:
+        return f"its text goes through a {type(projection).__name__}"
+    if getattr(denoiser, "text_encoder_hid_proj", None) is not None:
+        return f"its text goes through a {type(denoiser.text_encoder_hid_proj).__name__}"
     if not isinstance(denoiser.config.cross_attention_dim, int):
         return "its blocks read texts of different widths"
     if len({isinstance(linear, QuantLinear) for linear in _text_linears(denoiser)}) > 1:
@@ -106,9 +111,11 @@ def _odd(module: Any) -> str | None:
         return None
     if module.attn2 is None or not isinstance(module.ff.net[0], GEGLU):
         return "no cross attention or no GEGLU"
-    for attention in (module.attn1, module.attn2):
-        if type(attention.processor) is not AttnProcessor2_0:
+    for attention, also in ((module.attn1, ()), (module.attn2, (IPAdapterAttnProcessor2_0,))):
+        if type(attention.processor) not in (AttnProcessor2_0, *also):
             return f"a {type(attention.processor).__name__}"
+        if any(isinstance(scale, list) for scale in getattr(attention.processor, "scale", ())):
+            return "an IP-Adapter with a strength for each picture"
         for attribute, plain in ATTENTION.items():
             if getattr(attention, attribute) != plain:
                 return f"an attention with {attribute}={getattr(attention, attribute)!r}"
@@ -143,7 +150,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     build = Builder(denoiser, parts)
     levels = [(name, block, build.level(block)) for name, block in _levels(denoiser)]
     return Split(
-        prologue=partial(_prologue, split(denoiser).prologue, build.time()),
+        prologue=partial(_prologue, split(denoiser).prologue, build.time(), build.pictures()),
         blocks=tuple(_block(name, block, level, denoiser) for name, block, level in levels),
         epilogue=partial(_epilogue, denoiser, parts),
         once=build.once(),
@@ -186,6 +193,7 @@ class Builder:
         self._residuals: list[Any] = []
         self._times = self._texts = 0  # columns so far
         self._keys: list[torch.nn.Linear] = []
+        self._picture_keys: list[list[Any]] = []  # of every IP-Adapter
 
     def level(self, block: Any) -> Level:
         attentions = [self._transformer(inner) for inner in _attentions(block)]
@@ -205,6 +213,11 @@ class Builder:
             spans.append(slice(self._texts, self._texts + sum(linear.out_features for linear in linears)))
             self._texts = spans[-1].stop
             self._keys += linears
+            processor = inner.attn2.processor
+            if isinstance(processor, IPAdapterAttnProcessor2_0):
+                pairs = [list(pair) for pair in zip(processor.to_k_ip, processor.to_v_ip, strict=True)]
+                before = self._picture_keys or [[] for _ in pairs]
+                self._picture_keys = [keys + pair for keys, pair in zip(before, pairs, strict=True)]
         return PixelTransformer(block, spans=spans, parts=self.parts)
 
     def time(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -218,6 +231,11 @@ class Builder:
         """Keys and values of all cross attentions [B, T, sum], from the text [B, T, D]."""
         stack = Stack(self._keys, undo=self.parts.undo) if self._keys else None
         return lambda encoder_hidden_states: {"text": stack and stack(encoder_hidden_states)}
+
+    def pictures(self) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+        """Keys and values of all cross attentions [B, T, sum] for each IP-Adapter, from its [B, pictures, T, D]."""
+        stacks = [Stack(keys, undo=self.parts.undo) for keys in self._picture_keys]
+        return lambda tokens: tuple(stack(one.flatten(1, 2)) for stack, one in zip(stacks, tokens, strict=True))
 
 
 def _block(name: str, module: Any, level: Level, denoiser: Any) -> Block:
@@ -281,12 +299,15 @@ def _up(block: Any, level: Level, index: int, last: int, state: State) -> State:
 def _prologue(
     stock: Callable[..., State],
     time: Callable[[torch.Tensor], torch.Tensor],
+    pictures: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]],
     *,
     once: Mapping[str, torch.Tensor],
     **kwargs: Any,
 ) -> State:
     state = stock(**kwargs)
-    context = {**state.context, "time": time(state.context["emb"]), "text": once["text"]}
+    text = state.context["attention"]["encoder_hidden_states"]
+    shown = pictures(text[1]) if isinstance(text, tuple) else ()
+    context = {**state.context, "time": time(state.context["emb"]), "text": (once["text"], *shown)}
     return replace(state, context=context)
 
 

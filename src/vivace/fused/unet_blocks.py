@@ -94,8 +94,8 @@ class PixelTransformer:
             for inner, span in zip(block.transformer_blocks, spans, strict=True)
         ]
 
-    def __call__(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`x` [B, C, H, W]; `text` [B, T, sum] the keys and values of all cross attentions."""
+    def __call__(self, x: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`x` [B, C, H, W]; `text` [B, T, sum] the keys and values of all cross attentions, then the pictures'."""
         block, parts = self.block, self.parts
         tokens = self._inward(parts.norm(block.norm, x, silu=False))
         normed = parts.elementwise.norm(tokens, **self.blocks[0].first_norm)
@@ -129,7 +129,7 @@ class TransformerBlock:
         self.qkv = Stack([own.to_q, own.to_k, own.to_v], undo=parts.undo)
 
     def __call__(
-        self, x: torch.Tensor, normed: Any, text: torch.Tensor, following: TransformerBlock | None
+        self, x: torch.Tensor, normed: Any, text: tuple[torch.Tensor, ...], following: TransformerBlock | None
     ) -> tuple[torch.Tensor, Any]:
         """`x` [B, S, D] and its first norm; the next block's comes back with the new x, None after the last."""
         block, elementwise = self.block, self.parts.elementwise
@@ -152,11 +152,20 @@ class TransformerBlock:
         q, k, v = self.qkv(normed).unflatten(-1, (3, attention.heads, -1)).unbind(2)
         return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
 
-    def _cross_attention(self, normed: Any, text: torch.Tensor) -> torch.Tensor:
+    def _cross_attention(self, normed: Any, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
         attention = self.block.attn2
         q = attention.to_q(normed).unflatten(-1, (attention.heads, -1))
-        k, v = text[..., self.span].unflatten(-1, (2, attention.heads, -1)).unbind(2)
-        return attention.to_out[0](self.parts.attend(q, k, v).flatten(2))
+        y = self._attended(q, text[0])
+        # An IP-Adapter's pictures are attended to beside the text, each with its strength.
+        for strength, picture in zip(getattr(attention.processor, "scale", ()), text[1:], strict=True):
+            if strength:
+                y = y + strength * self._attended(q, picture)
+        return attention.to_out[0](y)
+
+    def _attended(self, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """q [B, S, H, D] over the keys and values of this block in [B, T, sum] -> [B, S, H D]."""
+        k, v = keys[..., self.span].unflatten(-1, (2, q.shape[2], -1)).unbind(2)
+        return self.parts.attend(q, k, v).flatten(2)
 
 
 def _norm(norm: Any, reader: Any) -> dict[str, Any]:
