@@ -37,6 +37,7 @@ FEATURES = (
     Feature(name="LoRA beside", fields={"lora": "side"}, adapter=True),
     Feature(name="LoRA left to PEFT", fields={"lora": "off"}, adapter=True),
     Feature(name="int8 linears", fields={"quant": "int8"}, tolerance=0.2),
+    Feature(name="int8 text encoders", fields={"encoders": "int8_weights"}, tolerance=0.2),
     Feature(name="step cache", fields={"cache": "firstblock:threshold=0.05"}, tolerance=0.2),
     Feature(name="VAE in strips", fields={"vram": "strips"}),
     Feature(name="encoders streamed", fields={"vram": "encoders"}),

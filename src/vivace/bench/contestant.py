@@ -51,9 +51,11 @@ def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
         from vivace.accelerate import accelerate
         from vivace.config import parse_fields
 
-        accelerate(subject, contestant.name, **parse_fields(contestant.fields))
+        # A bench asks for one picture again and again: with its prompt remembered it would not be a picture's time.
+        fields = ("prompts=off", *contestant.fields) if workload.end_to_end else contestant.fields
+        accelerate(subject, contestant.name, **parse_fields(fields))
         request = "" if workload.end_to_end else "; a later step of a request, what its prompt decides kept"
-        return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *contestant.fields)) + ")" + request
+        return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *fields)) + ")" + request
     if contestant.rung:
         from vivace.bench.rungs import climb
 

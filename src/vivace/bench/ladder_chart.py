@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vivace.bench.chart import FAINT, INK, MARGIN, OURS, PAPER, PEER, SCALE, text
 from vivace.bench.table import duration
@@ -15,7 +15,6 @@ BAR, GAP, HEIGHT = 84, 34, 250
 """Width of a bar, the space beside it, and the height of the longest."""
 LABEL = 96  # what the names of the rows under the bars need
 TOP, NAMES, ROW = 108, 40, 22
-GRID = "#dee2e6"
 
 UNDER: tuple[tuple[str, str], ...] = (
     ("cold start", "cold s"),
@@ -36,7 +35,9 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, where: str, path: Pat
     text(canvas, (MARGIN, MARGIN), title, size=16, fill=INK)
     text(canvas, (MARGIN, MARGIN + 24), f"{where}; seconds, lower is faster", size=11, fill=FAINT)
     floor = TOP + HEIGHT
-    _grid(canvas, floor, width)
+    _legend(canvas, width - MARGIN)
+    edges = [edge * SCALE for edge in (MARGIN + LABEL, floor, width - MARGIN, floor)]
+    canvas.line(edges, fill=INK, width=SCALE)
     longest = max((row["seconds"] for row in rows if row["seconds"]), default=1.0)
     for index, row in enumerate(rows):
         left = MARGIN + LABEL + index * (BAR + GAP) + GAP // 2
@@ -49,12 +50,14 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, where: str, path: Pat
     image.save(path, optimize=True)
 
 
-def _grid(canvas: ImageDraw.ImageDraw, floor: int, width: int) -> None:
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = (floor - HEIGHT * share) * SCALE
-        canvas.line(
-            [(MARGIN + LABEL) * SCALE, y, (width - MARGIN) * SCALE, y], fill=INK if not share else GRID, width=SCALE
-        )
+def _legend(canvas: ImageDraw.ImageDraw, right: float) -> None:
+    """Which bars are ours."""
+    for name, fill in (("vivace", OURS), ("stock, step by step", PEER)):
+        text(canvas, (right, MARGIN + 8), name, size=12, fill=INK, anchor="rm")
+        right -= canvas.textlength(name, font=ImageFont.load_default(12 * SCALE)) / SCALE + 8
+        box = [edge * SCALE for edge in (right - 12, MARGIN + 2, right, MARGIN + 14)]
+        canvas.rounded_rectangle(box, radius=2 * SCALE, fill=fill)
+        right -= 12 + 20
 
 
 def _bar(canvas: ImageDraw.ImageDraw, row: Mapping[str, Any], *, left: int, floor: int, share: float) -> None:

@@ -62,7 +62,7 @@ def _sdpa(pipe: Any, workload: Workload) -> str:
 def _fuse_qkv(pipe: Any, workload: Workload) -> str:
     done = []
     for part in (*denoisers_of(pipe, workload), getattr(pipe, "vae", None)):
-        if hasattr(part, "fuse_qkv_projections"):
+        if part is not None and hasattr(part, "fuse_qkv_projections"):
             part.fuse_qkv_projections()
             done.append(type(part).__name__)
     if not done:
