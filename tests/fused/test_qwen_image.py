@@ -75,9 +75,12 @@ def test_pictures_to_edit(form, still):
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 
-def test_nothing_to_edit():
-    model = transformer(zero_cond_t=True)
-    fused, stock = both(model, inputs(model))
+@pytest.mark.parametrize(
+    ("still", "shapes"), [(True, [[(1, 2, 3)]] * 2), (False, [(1, 2, 3)] * 2)], ids=["2511", "as ControlNets say it"]
+)
+def test_nothing_to_edit(still, shapes):
+    model = transformer(zero_cond_t=still)
+    fused, stock = both(model, inputs(model, img_shapes=shapes))
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 

@@ -93,7 +93,7 @@ def _once(
     denoiser: Any,
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
     encoder_hidden_states_mask: torch.Tensor | None,  # [B, T], true for words
-    img_shapes: list[list[tuple[int, int, int]]],
+    img_shapes: list[Any],  # of each sample: frames, rows and columns of its pictures, or of its only one
 ) -> Mapping[str, Any]:
     """What holds for all steps of a prompt at one size. Waits for the device where there is a mask."""
     words, mask = _words(encoder_hidden_states_mask)
@@ -108,11 +108,11 @@ def _once(
         mask=None if mask is None else F.pad(mask, (image, 0), value=True)[:, None, None],
         lengths=None if alike else tuple(image + count for count in words or ()),
     )
-    new = prod(img_shapes[0][0])
+    new = prod(img_shapes[0][0]) if denoiser.zero_cond_t else image
     return {
         "text": denoiser.txt_in(denoiser.txt_norm(text)),
         "tokens": tokens,
-        "new": new if denoiser.zero_cond_t and new < image else None,
+        "new": new if new < image else None,
     }
 
 
