@@ -26,6 +26,7 @@ OFTEN = FIRST | {
     "QwenImageEditPlusPipeline",
     "QwenImageControlNetPipeline",
     "ZImageControlNetPipeline",
+    "WanImageToVideoPipeline",
 }
 
 
@@ -45,13 +46,13 @@ def test_draws_the_same(family, pipeline, quick):
     stock = picture()
     vivace.accelerate(pipe)
     fast = picture()
-    (calls,) = vivace.report(pipe).calls.values()
+    calls = vivace.report(pipe).calls.values()  # of one denoiser or two
     vivace.restore(pipe)
     aside = next((reason for name, reason in ASIDE.items() if name in pipeline), None)
     if aside:
-        assert any(aside in reason for reason in calls)
+        assert any(aside in reason for each in calls for reason in each)
     else:
-        assert set(calls) == {"fused blocks"}
+        assert all(set(each) == {"fused blocks"} for each in calls)
     torch.testing.assert_close(fast, stock, rtol=1e-3, atol=1e-3)
     assert torch.equal(picture(), stock)
 

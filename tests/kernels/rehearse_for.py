@@ -33,13 +33,19 @@ def main():
     for name in families:
         keys.clear()
         family = FAMILIES[name]
-        denoiser = family.full(device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        stand_in = SimpleNamespace(config=denoiser.config, device=torch.device("cpu"), dtype=torch.bfloat16)
+        denoiser = family.full(device="meta", dtype=torch.bfloat16)
+        for module in denoiser.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+        stand_in = SimpleNamespace(
+            **{"config": denoiser.config, "device": torch.device("cpu"), "dtype": torch.bfloat16},
+            use_additional_conditions=getattr(denoiser, "use_additional_conditions", None),
+        )
 
-        def inputs(size, batch, stand_in=stand_in, family=family):
-            return without_values(
-                family.inputs(stand_in, size=size, batch=batch, frames=1, text_tokens=77 + 256, seed=0)
-            )
+        tokens = 1 if family.variant().text_tokens == 1 else 77 + 256
+
+        def inputs(size, batch, stand_in=stand_in, family=family, tokens=tokens):
+            return without_values(family.inputs(stand_in, size=size, batch=batch, frames=1, text_tokens=tokens, seed=0))
 
         fused = fused_of(family)
         importlib.import_module(fused.fuse.__module__)

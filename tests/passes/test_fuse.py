@@ -80,6 +80,7 @@ TARGETS = {
     "sd3": ["to_q", "add_k_proj", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "context_embedder"],
     "qwen_image": ["to_q", "add_v_proj", "to_out.0", "to_add_out", "net.0.proj", "net.2", "img_mod.1", "txt_in"],
     "z_image": ["to_q", "to_v", "to_out.0", "w1", "w2", "adaLN_modulation.1", "cap_embedder.1"],
+    "wan": ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "time_proj", "text_embedder.linear_1"],
 }
 
 
@@ -105,7 +106,7 @@ def test_adapters_inside_fused_blocks(family, effect):
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", [*TARGETS, "pixart"])  # which takes no adapters
 def test_quantised_layers_inside_fused_blocks(family, format):
     """As far from the 16-bit model as the stock blocks with the same layers are."""
     denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
@@ -138,6 +139,21 @@ def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkey
         fused = drawn(call, arguments)
     assert taken["RowScaled"] >= taken["Tensor"]
     assert (fused - stock).norm() < 0.05 * stock.norm()
+
+
+def test_what_a_class_keeps_in_fp32_beside_its_type_is_fused(tmp_path):
+    transformer = FAMILIES["wan"].tiny().transformer
+    transformer.save_pretrained(tmp_path)
+    loaded = type(transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32, torch.bfloat16}
+    vivace.accelerate(loaded, fuse="on")
+    arguments = FAMILIES["wan"].inputs(loaded, size=(64, 64), batch=1, frames=1, text_tokens=7, seed=0)
+    with torch.no_grad():
+        fused = loaded(**arguments)[0]
+        assert served(loaded) == {"fused blocks": 1}
+        stock = vivace.restore(loaded)(**arguments)[0]
+    assert fused.dtype == stock.dtype
+    torch.testing.assert_close(fused, stock, rtol=0.1, atol=0.05)
 
 
 def test_weights_of_several_types_stay_stock():

@@ -107,11 +107,15 @@ def _epilogue(transformer: Any, state: State) -> Any:
     table = transformer.scale_shift_table
     shift, scale = (table[None] + state.context["embedded"][:, None].to(table.device)).chunk(2, dim=1)
     x = transformer.norm_out(state.x) * (1 + scale) + shift
-    patch = transformer.config.patch_size
-    x = transformer.proj_out(x).unflatten(1, state.context["grid"])  # [B, H, W, P P C]
-    x = x.unflatten(-1, (patch, patch, transformer.out_channels)).permute(0, 5, 1, 3, 2, 4)  # [B, C, H, P, W, P]
-    x = x.flatten(4, 5).flatten(2, 3)
+    x = picture_of(transformer, transformer.proj_out(x), grid=state.context["grid"])
     return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
+
+
+def picture_of(transformer: Any, x: torch.Tensor, *, grid: tuple[int, ...]) -> torch.Tensor:
+    """The picture [B, C, H, W] whose patches, in a `grid`, are the rows of `x` [B, S, patch C]."""
+    patch = transformer.config.patch_size
+    x = x.unflatten(1, grid).unflatten(-1, (patch, patch, transformer.out_channels))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def inputs(

@@ -185,9 +185,7 @@ def epilogue(transformer: Any, state: State) -> Any:
         shift, scale = (table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
     with lora_scaled(transformer, context["lora_scale"]):
         x = (transformer.norm_out(x.float()) * (1 + scale.to(x.device)) + shift.to(x.device)).type_as(x)
-        x = transformer.proj_out(x)
-    x = x.unflatten(1, context["grid"]).unflatten(-1, (*transformer.config.patch_size, -1))
-    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)  # [B, C, F, H, W]
+        x = video_of(transformer, transformer.proj_out(x), grid=context["grid"])
     return Transformer2DModelOutput(sample=x) if context["return_dict"] else (x,)
 
 
@@ -196,6 +194,12 @@ def grid(transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
     sides = zip(kwargs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
     frames, rows, columns = (side // step for side, step in sides)
     return frames, rows, columns
+
+
+def video_of(transformer: Any, x: torch.Tensor, *, grid: tuple[int, ...]) -> torch.Tensor:
+    """The video [B, C, F, H, W] whose patches, in a `grid`, are the rows of `x` [B, S, patch C]."""
+    x = x.unflatten(1, grid).unflatten(-1, (*transformer.config.patch_size, -1))
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def signal(transformer: Any, state: State) -> torch.Tensor:

@@ -19,6 +19,10 @@ FUSED: dict[str, str] = {
     "sd3": "vivace.fused.sd3:SD3",
     "qwen_image": "vivace.fused.qwen_image:QWEN_IMAGE",
     "z_image": "vivace.fused.z_image:Z_IMAGE",
+    "pixart": "vivace.fused.pixart:PIXART",
+    "svd": "vivace.fused.svd:SVD",
+    "wan": "vivace.fused.wan:WAN",
+    "wan_vace": "vivace.fused.wan_vace:WAN_VACE",
 }
 
 

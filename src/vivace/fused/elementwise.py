@@ -1,7 +1,8 @@
 """The arithmetic between the large products of a block, in two forms: torch operations, and this package's kernels.
 
 A fused block asks for what it means and is given the form that suits its device. Streams are [B, S, D] with contiguous
-rows; gates, scales and shifts are one vector a sample, [B, D]; pictures are [B, C, H, W] in either order.
+rows; gates, scales and shifts are one vector a sample, [B, D], or a token, [B, S, D], and may be a `Sum`; pictures are
+[B, C, H, W] in either order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.activate import activate, activation_ref
+from vivace.kernels.blend import blend
 from vivace.kernels.channel_norm_silu import channel_norm_silu
 from vivace.kernels.gate_residual import gate_residual
 from vivace.kernels.glu import glu
@@ -22,6 +24,7 @@ from vivace.kernels.join_activate import join_activate
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.residual_norm import residual_norm
+from vivace.kernels.row import Sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class Elementwise:
     """`(x, y, *, gate)`: `x + gate * y`."""
 
     residual_norm: Callable[..., Any]
-    """`(x, y, *, gate, y_weight, **norm)`: h = the residual (of y's RMSNorm with `y_weight`), and the norm of h."""
+    """`(x, y, *, gate, add, y_weight, **norm)`: h = `x + gate * y + add` with `add` [B, D] (of y's RMSNorm, with
+    `y_weight`), and the norm of h."""
 
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
@@ -60,28 +64,40 @@ class Elementwise:
     """`(x, *, weight, silu=True)`: RMSNorm of `x` [B, C, ...] over C with `weight` [C], then SiLU."""
 
     picture_sum: Callable[..., torch.Tensor]
-    """`(x, y, *, bias)`: `x + y + bias` of pictures in the same order, with `bias` [C]."""
+    """`(x, y, *, bias, gate)`: `x + gate * (y + bias)` of pictures in the same order; `bias` [C], `gate` [B, C]."""
+
+    blend: Callable[..., torch.Tensor]
+    """`(x, y, z, *, alpha, add)`: `alpha * (x - add) + (1 - alpha) * (y + z)` with `alpha` [1] and `add` [B, D]."""
 
     late_bias: bool
     """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
 
 
+def _vector(vector: torch.Tensor | Sum) -> torch.Tensor:
+    """[B, 1, D] or [B, S, D]."""
+    if isinstance(vector, Sum):
+        vector = vector.own.to(torch.promote_types(vector.own.dtype, torch.float32)) + vector.base
+    return vector if vector.ndim == 3 else vector.unsqueeze(1)
+
+
 def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, kind="layer", quantize=None):
-    size = x.shape[-1:]
-    y = F.layer_norm(x, size, weight, bias, eps) if kind == "layer" else F.rms_norm(x, size, weight, eps)
-    if scale is None:
-        return y
-    scale = (scale + 1).unsqueeze(1)
-    return y * scale if shift is None else torch.addcmul(shift.unsqueeze(1), y, scale)
+    scale, shift = (None if vector is None else _vector(vector) for vector in (scale, shift))
+    # Weights or modulation of a wider type than the stream ask for all of it in that type.
+    wide, size = x.to(next((t.dtype for t in (weight, scale) if t is not None), x.dtype)), x.shape[-1:]
+    y = F.layer_norm(wide, size, weight, bias, eps) if kind == "layer" else F.rms_norm(wide, size, weight, eps)
+    if scale is not None:
+        y = y * (scale + 1) if shift is None else torch.addcmul(shift, y, scale + 1)
+    return y.to(x.dtype)
 
 
 def _residual(x, y, *, gate=None):
-    return x + y if gate is None else torch.addcmul(x, gate.unsqueeze(1), y)
+    return x + y if gate is None else torch.addcmul(x, _vector(gate), y).to(x.dtype)
 
 
-def _residual_norm(x, y, *, gate=None, y_weight=None, eps=1e-6, **norm):
+def _residual_norm(x, y, *, gate=None, add=None, y_weight=None, eps=1e-6, **norm):
     y = y if y_weight is None else F.rms_norm(y, y.shape[-1:], y_weight, eps)
     h = _residual(x, y, gate=gate)
+    h = h if add is None else h.add_(add.unsqueeze(1))
     return h, _norm(h, eps=eps, **norm)
 
 
@@ -90,7 +106,8 @@ def _heads(qkv, *, q, k, v=None, q_weight=None, k_weight=None, cos=None, sin=Non
     q_in, k_in, v_in = qkv.unflatten(-1, (3, *q.shape[2:])).unbind(2)
     turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(-2)  # [(B,) S, 1, D / 2]
     for x, weight, out in ((q_in, q_weight, q), (k_in, k_weight, k)):
-        x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
+        if weight is not None:
+            x = F.rms_norm(x.flatten(2).unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).view(x.shape)
         out[:, tokens] = x if turn is None else _turned(x, turn)
     if v is not None:
         v[:, tokens] = v_in
@@ -127,8 +144,13 @@ def _channel_norm(x, *, weight, silu=True):
     return F.silu(y, inplace=True) if silu else y
 
 
-def _picture_sum(x, y, *, bias=None):
-    return x + y if bias is None else x + y + bias[:, None, None]
+def _picture_sum(x, y, *, bias=None, gate=None):
+    y = y if bias is None else y + bias[:, None, None]
+    return x + y if gate is None else torch.addcmul(x, gate[:, :, None, None], y)
+
+
+def _blend(x, y, z, *, alpha, add):
+    return torch.lerp(y + z, x - add.unsqueeze(1), alpha)
 
 
 TORCH = Elementwise(
@@ -142,6 +164,7 @@ TORCH = Elementwise(
     picture_norm=_picture_norm,
     channel_norm=_channel_norm,
     picture_sum=_picture_sum,
+    blend=_blend,
     late_bias=False,
 )
 
@@ -158,11 +181,11 @@ def _linear_gelu_epilogue(linear, x, *, quantize=None):
     return rows.view(*x.shape[:-1], -1)
 
 
-def _picture_sum_rows(x, y, *, bias=None):
+def _picture_sum_rows(x, y, *, bias=None, gate=None):
     if not x.is_contiguous(memory_format=torch.channels_last):
-        return _picture_sum(x, y, bias=bias)
+        return _picture_sum(x, y, bias=bias, gate=gate)
     rows, other = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, y))  # [B, H W, C], views
-    summed = gate_residual(rows, other, bias=bias)
+    summed = gate_residual(rows, other, bias=bias, gate=gate)
     return summed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -177,6 +200,7 @@ KERNELS = Elementwise(
     picture_norm=group_norm_silu,
     channel_norm=channel_norm_silu,
     picture_sum=_picture_sum_rows,
+    blend=blend,
     late_bias=True,
 )
 

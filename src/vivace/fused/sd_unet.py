@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -37,7 +37,14 @@ from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.elementwise import Elementwise, elementwise_for
 from vivace.fused.stack import Stack, join
-from vivace.fused.unet_blocks import Parts, PixelTransformer, ResidualBlock
+from vivace.fused.unet_blocks import (
+    Parts,
+    PixelTransformer,
+    ResidualBlock,
+    TransformerBlock,
+    TransformerBlocks,
+    odd_attention,
+)
 from vivace.quant.linear import QuantLinear
 
 BLOCKS = (
@@ -63,16 +70,6 @@ PLAIN: Mapping[type, Mapping[str, Any]] = {
 }
 """Attributes of the modules inside, and the values with which they are what is fused here."""
 
-ATTENTION: Mapping[str, Any] = {
-    "spatial_norm": None,
-    "group_norm": None,
-    "norm_cross": None,
-    "norm_q": None,
-    "norm_k": None,
-    "residual_connection": False,
-    "rescale_output_factor": 1.0,
-}
-
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
@@ -85,7 +82,7 @@ def check(denoiser: Any) -> str | None:
         return "its blocks read texts of different widths"
     if len({isinstance(linear, QuantLinear) for linear in _text_linears(denoiser)}) > 1:
         return "its text keys and values are quantised in part"
-    for name, block in _levels(denoiser):
+    for name, block in levels_of(denoiser):
         if type(block) not in BLOCKS:
             return f"{name} is a {type(block).__name__}"
         for kind, inner in (*((ResnetBlock2D, r) for r in block.resnets), *_transformers(block)):
@@ -111,14 +108,11 @@ def _odd(module: Any) -> str | None:
         return None
     if module.attn2 is None or not isinstance(module.ff.net[0], GEGLU):
         return "no cross attention or no GEGLU"
-    for attention, also in ((module.attn1, ()), (module.attn2, (IPAdapterAttnProcessor2_0,))):
-        if type(attention.processor) not in (AttnProcessor2_0, *also):
-            return f"a {type(attention.processor).__name__}"
-        if any(isinstance(scale, list) for scale in getattr(attention.processor, "scale", ())):
-            return "an IP-Adapter with a strength for each picture"
-        for attribute, plain in ATTENTION.items():
-            if getattr(attention, attribute) != plain:
-                return f"an attention with {attribute}={getattr(attention, attribute)!r}"
+    reason = odd_attention(module.attn1) or odd_attention(module.attn2, also=(IPAdapterAttnProcessor2_0,))
+    if reason is not None:
+        return reason
+    if any(isinstance(scale, list) for scale in getattr(module.attn2.processor, "scale", ())):
+        return "an IP-Adapter with a strength for each picture"
     return "dropout" if module.training and module.dropout else None
 
 
@@ -143,22 +137,27 @@ def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
 
 def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
     """`fuse`, with a form of the arithmetic of one's own choice."""
-    weight = denoiser.conv_in.weight
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    parts = Parts(attend=attend, elementwise=elementwise, layout=layout, undo=undo)
+    parts = Parts(attend=attend, elementwise=elementwise, layout=layout_of(denoiser), undo=undo)
     build = Builder(denoiser, parts)
-    levels = [(name, block, build.level(block)) for name, block in _levels(denoiser)]
+    levels = [(name, block, build.level(block)) for name, block in levels_of(denoiser)]
     return Split(
         prologue=partial(_prologue, split(denoiser).prologue, build.time(), build.pictures()),
-        blocks=tuple(_block(name, block, level, denoiser) for name, block, level in levels),
+        blocks=tuple(step_of(name, block, level, denoiser) for name, block, level in levels),
         epilogue=partial(_epilogue, denoiser, parts),
         once=build.once(),
         once_inputs=("encoder_hidden_states",),
     )
 
 
-def _levels(denoiser: Any) -> Iterator[tuple[str, Any]]:
+def layout_of(denoiser: Any) -> torch.memory_format:
+    """The order of pixels between blocks: that of the weights."""
+    weight = denoiser.conv_in.weight
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def levels_of(denoiser: Any) -> Iterator[tuple[str, Any]]:
+    """The down, mid and up blocks of a UNet, by name."""
     yield from ((f"down_blocks.{i}", block) for i, block in enumerate(denoiser.down_blocks))
     if denoiser.mid_block is not None:
         yield "mid_block", denoiser.mid_block
@@ -181,7 +180,7 @@ def _text_linears(denoiser: Any) -> Iterator[Any]:
     yield from (module for name, module in denoiser.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v")))
 
 
-Level = list[tuple[ResidualBlock, PixelTransformer | None]]
+Level = list[tuple[Callable[..., torch.Tensor], PixelTransformer | None]]
 """A UNet block: residual blocks, each with the transformer that follows it."""
 
 
@@ -196,29 +195,34 @@ class Builder:
         self._picture_keys: list[list[Any]] = []  # of every IP-Adapter
 
     def level(self, block: Any) -> Level:
-        attentions = [self._transformer(inner) for inner in _attentions(block)]
+        attentions = [self.transformer(inner) for inner in _attentions(block)]
         attentions += [None] * (len(block.resnets) - len(attentions))
-        return [(self._residual(inner), after) for inner, after in zip(block.resnets, attentions, strict=True)]
+        return [(self.residual(inner), after) for inner, after in zip(block.resnets, attentions, strict=True)]
 
-    def _residual(self, block: Any) -> ResidualBlock:
+    def residual(self, block: Any) -> Callable[..., torch.Tensor]:
+        return self.embedded(block)
+
+    def embedded(self, block: Any) -> ResidualBlock:
+        """A residual block with a place for its time embedding."""
         span = slice(self._times, self._times + block.out_channels)
         self._times = span.stop
         self._residuals.append(block)
         return ResidualBlock(block, span=span, parts=self.parts)
 
-    def _transformer(self, block: Any) -> PixelTransformer:
-        spans = []
+    def transformer(self, block: Any) -> PixelTransformer:
+        blocks = []
         for inner in block.transformer_blocks:
             linears = [inner.attn2.to_k, inner.attn2.to_v]
-            spans.append(slice(self._texts, self._texts + sum(linear.out_features for linear in linears)))
-            self._texts = spans[-1].stop
+            span = slice(self._texts, self._texts + sum(linear.out_features for linear in linears))
+            self._texts = span.stop
             self._keys += linears
             processor = inner.attn2.processor
             if isinstance(processor, IPAdapterAttnProcessor2_0):
                 pairs = [list(pair) for pair in zip(processor.to_k_ip, processor.to_v_ip, strict=True)]
                 before = self._picture_keys or [[] for _ in pairs]
                 self._picture_keys = [keys + pair for keys, pair in zip(before, pairs, strict=True)]
-        return PixelTransformer(block, spans=spans, parts=self.parts)
+            blocks.append(TransformerBlock(inner, span=span, parts=self.parts))
+        return PixelTransformer(block, layers=TransformerBlocks(blocks, parts=self.parts), parts=self.parts)
 
     def time(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """All time embeddings [B, sum], with the biases of the convolutions that they are added to."""
@@ -238,7 +242,8 @@ class Builder:
         return lambda tokens: tuple(stack(one.flatten(1, 2)) for stack, one in zip(stacks, tokens, strict=True))
 
 
-def _block(name: str, module: Any, level: Level, denoiser: Any) -> Block:
+def step_of(name: str, module: Any, level: Level, denoiser: Any) -> Block:
+    """One level of a UNet as a step on a state."""
     kind, _, place = name.partition(".")
     if kind == "down_blocks":
         forward = partial(_down, module, level, int(place))
@@ -249,7 +254,9 @@ def _block(name: str, module: Any, level: Level, denoiser: Any) -> Block:
     return Block(name=name, module=module, forward=forward)
 
 
-def _run(pair: tuple[ResidualBlock, PixelTransformer | None], x: torch.Tensor, context: Mapping[str, Any]):
+def _run(
+    pair: tuple[Callable[..., torch.Tensor], PixelTransformer | None], x: torch.Tensor, context: Mapping[str, Any]
+):
     residual, transformer = pair
     x = residual(x, context["time"])
     return x if transformer is None else transformer(x, context["text"])

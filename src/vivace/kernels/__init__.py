@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vivace.kernels import (
     activate,
+    blend,
     change,
     channel_norm_silu,
     gate_residual,
@@ -32,6 +33,7 @@ KERNELS: dict[str, Kernel] = {
         activate,
         join_activate,
         glu,
+        blend,
         group_norm_silu,
         channel_norm_silu,
         quant_rows,

@@ -1,4 +1,4 @@
-"""RMSNorm of each head of q and k, rotary embedding, and q, k, v written where attention reads them, in one pass.
+"""RMSNorm of q and k (of each head, or across all), rotary embedding, and q, k, v written where attention reads them.
 
 It reads the output of one stream's fused QKV product and writes at an offset into the joint sequence, so that text and
 image streams are never concatenated.
@@ -43,7 +43,9 @@ def qk_norm_rope_ref(
     """The operation in torch, in fp32 between one load and one store."""
     heads = qkv.unflatten(-1, (3, q.shape[2], q.shape[3])).float().unbind(2)
     for x, out, weight in zip(heads, (q, k), (q_weight, k_weight), strict=False):
-        x = norm_ref(x, eps, "rms") * weight.float() if weight is not None else x
+        if weight is not None:
+            grouped = x.flatten(2).unflatten(-1, (-1, len(weight)))  # [B, S, H, D], or [B, S, 1, H D]
+            x = (norm_ref(grouped, eps, "rms") * weight.float()).view(x.shape)
         x = _rotated(x, cos, sin) if cos is not None and sin is not None else x
         out[:, offset : offset + qkv.shape[1]] = x.to(out.dtype)
     if v is not None:
@@ -52,12 +54,16 @@ def qk_norm_rope_ref(
 
 @jit
 def _write_head(
-    x, weight, cos, sin, out, token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, head, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, cos, sin, out, token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, heads, depth, head,
+    eps, ACROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token's heads `x` [H, D] (fp32), normalised where there is a weight, rotated where there are angles."""
     if weight is not None:
-        x = normalize(x, mask, depth, eps, "rms") * load_columns(weight, columns, columns < depth)
+        if ACROSS:
+            factors = tl.load(weight + rows * depth + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = x * tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (heads * depth) + eps) * factors
+        else:
+            x = normalize(x, mask, depth, eps, "rms") * load_columns(weight, columns, columns < depth)
     if cos is not None:
         pairs = tl.arange(0, BLOCK // 2)
         inside = pairs < depth // 2
@@ -74,7 +80,7 @@ def _qk_norm_rope_kernel(
     offset, heads, depth, qkv_batch, qkv_token,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     cos_batch, cos_token, cos_pair, sin_batch, sin_token, sin_pair, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -91,12 +97,14 @@ def _qk_norm_rope_kernel(
     if part == 0:
         _write_head(
             x, q_weight, cos, sin, q + batch * q_batch + to * q_token,
-            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, q_head, eps, ROWS, BLOCK,
+            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, heads, depth, q_head,
+            eps, ACROSS, ROWS, BLOCK,
         )  # fmt: skip
     elif part == 1:
         _write_head(
             x, k_weight, cos, sin, k + batch * k_batch + to * k_token,
-            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, depth, k_head, eps, ROWS, BLOCK,
+            token, cos_token, cos_pair, sin_token, sin_pair, rows, columns, mask, heads, depth, k_head,
+            eps, ACROSS, ROWS, BLOCK,
         )  # fmt: skip
     else:
         if v is not None:
@@ -124,6 +132,7 @@ def _launch(
         offset, heads, depth, qkv.stride(0), qkv.stride(1),
         *q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]),
         *_steps(cos), *_steps(sin), eps,
+        ACROSS=q_weight is not None and heads > 1 and len(q_weight) > depth,
         ROWS=rows, BLOCK=block, num_warps=max(1, min(8, rows * block // 1024)),
     )  # fmt: skip
 
@@ -152,10 +161,10 @@ def qk_norm_rope(
     """Writes tokens `offset : offset + S` of `q`, `k` and `v` [B, S_total, H, D] from `qkv` [B, S, 3 H D].
 
     Where attention wants [B, H, S_total, D], pass `.transpose(1, 2)` of it. With `q_weight` and `k_weight` [D] each
-    head of q and k is RMS-normalised; with `cos` and `sin` [S, D / 2], or [B, S, D / 2] where samples have tables of
-    their own, its neighbours (0, 1), (2, 3), ... are rotated (a table that holds each angle twice goes in as
-    `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can
-    read it from `qkv`. Raises ValueError when the sizes do not fit, or a last dimension is not contiguous.
+    head of q and k is RMS-normalised, with [H D] all heads of a token together; with `cos` and `sin` [S, D / 2], or
+    [B, S, D / 2] where samples have tables of their own, their neighbours (0, 1), (2, 3), ... are rotated (a table that
+    holds each angle twice goes in as `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can read it from
+    `qkv`. Raises ValueError when the sizes do not fit, or a last dimension is not contiguous.
     """
     qkv = tokens_of(qkv, "qkv")
     if qkv.shape[-1] != 3 * q.shape[-1] * q.shape[-2] or offset + qkv.shape[1] > q.shape[1]:
@@ -166,8 +175,11 @@ def qk_norm_rope(
     if any(t is not None and t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("q, k and v must be contiguous in their last dimension; give views that keep D innermost")
     for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
-        if weight is not None and weight.shape != q.shape[-1:]:
-            raise ValueError(f"{name} must be [{q.shape[-1]}], one a channel of a head, got {list(weight.shape)}")
+        if weight is not None and weight.shape not in ((q.shape[-1],), (q.shape[-2] * q.shape[-1],)):
+            raise ValueError(
+                f"{name} must be [{q.shape[-1]}], one a channel of a head, or [{q.shape[-2] * q.shape[-1]}], one a "
+                f"channel, got {list(weight.shape)}"
+            )
     for name, table in {"cos": cos, "sin": sin}.items():
         allowed = [qkv.shape[1], q.shape[-1] // 2]
         if table is not None and list(table.shape) not in (allowed, [len(qkv), *allowed]):
@@ -183,6 +195,7 @@ def _make(
     heads: int,
     depth: int,
     norm: bool = True,
+    across: bool = False,
     rope: bool = True,
     rope_each: bool = False,
     write_v: bool = True,
@@ -206,8 +219,8 @@ def _make(
         "q": joint[0],
         "k": joint[1],
         "v": joint[2] if write_v else None,
-        "q_weight": draw(depth) if norm else None,
-        "k_weight": draw(depth) if norm else None,
+        "q_weight": draw(heads * depth if across else depth) if norm else None,
+        "k_weight": draw(heads * depth if across else depth) if norm else None,
         "cos": cos[..., ::2] if pad and cos is not None else cos,
         "sin": sin[..., ::2] if pad and sin is not None else sin,
         "offset": before,
@@ -243,6 +256,7 @@ KERNEL = Kernel(
             "every sample its own angles",
             {"batch": 2, "tokens": 5, "heads": 2, "depth": 32, "rope_each": True, "pad": 32, "after": 2},
         ),
+        Case("across heads", {"batch": 2, "tokens": 5, "heads": 3, "depth": 32, "across": True, "write_v": False}),
         Case("v left in place", {"tokens": 5, "heads": 2, "depth": 128, "write_v": False}),
     ),
     bench=(
@@ -250,6 +264,7 @@ KERNEL = Kernel(
         Case("FLUX 1024² text", {**_FLUX, "tokens": 512, "after": 4096, "rope": False}),
         Case("FLUX 1024² single", {**_FLUX, "tokens": 4608, "pad": 12288, "write_v": False}),
         Case("SD3.5-medium 1024² b2 image", {**_SD3, "tokens": 4096, "after": 333}),
+        Case("Wan 14B 480p", {"tokens": 32760, "heads": 40, "depth": 128, "across": True, "write_v": False}),
         Case("built-in b2", {"batch": 2, "tokens": 256, "heads": 6, "depth": 32, "rope": False, "after": 78}),
     ),
 )

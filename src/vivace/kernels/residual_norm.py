@@ -17,20 +17,26 @@ from vivace.kernels.norm_modulate import norm_modulate_ref
 from vivace.kernels.row import (
     Quantize,
     RowScaled,
+    Vector,
     check_vectors,
     limit_of,
     load_columns,
+    load_vector,
     norm_ref,
     normalize,
+    of_tokens,
     rows_like,
     shaped,
     store_rows,
+    strides_of,
+    terms,
     tile,
 )
 
 SCHEMA = (
-    "residual_norm(Tensor x, Tensor y, Tensor? y_weight, Tensor? gate, Tensor? scale, Tensor? shift, "
-    "Tensor? weight, Tensor? bias, float eps, str kind, str? quantize) -> Tensor[]"
+    "residual_norm(Tensor x, Tensor y, Tensor? y_weight, Tensor? add, Tensor? gate, Tensor? scale, Tensor? shift, "
+    "Tensor? gate_base, Tensor? scale_base, Tensor? shift_base, Tensor? weight, Tensor? bias, float eps, str kind, "
+    "str? quantize) -> Tensor[]"
 )
 
 
@@ -38,9 +44,13 @@ def residual_norm_ref(
     x: torch.Tensor,
     y: torch.Tensor,
     y_weight: torch.Tensor | None,
+    add: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    gate_base: torch.Tensor | None,
+    scale_base: torch.Tensor | None,
+    shift_base: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -49,16 +59,17 @@ def residual_norm_ref(
 ) -> list[torch.Tensor]:
     """The operation in torch: h is normalised in fp32, before it is rounded to x's type."""
     y = y if y_weight is None else norm_ref(y.float(), eps, "rms") * y_weight.float()
-    (h,) = gate_residual_ref(x.float(), y, gate)
-    normed = norm_modulate_ref(h, scale, shift, weight, bias, eps, kind, quantize)
+    (h,) = gate_residual_ref(x.float() if add is None else x.float() + add.float()[:, None], y, gate, gate_base)
+    normed = norm_modulate_ref(h, scale, shift, scale_base, shift_base, weight, bias, eps, kind, quantize)
     return [h.to(x.dtype), *(normed if quantize else [normed[0].to(x.dtype)])]
 
 
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
-    x, y, y_weight, gate, scale, shift, weight, bias, h, out, row_scale,
-    tokens, width, x_batch, x_token, y_batch, y_token, gate_batch, scale_batch, shift_batch, eps,
-    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias, h, out, row_scale,
+    tokens, width, x_batch, x_token, y_batch, y_token, add_batch,
+    gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token, eps,
+    KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -72,8 +83,11 @@ def _residual_norm_kernel(
     if y_weight is not None:
         branch = normalize(branch, mask, width, eps, "rms") * load_columns(y_weight, columns, inside)
     if gate is not None:
-        branch = branch * load_columns(gate + batch * gate_batch, columns, inside)
+        sample = batch * gate_batch
+        branch = branch * load_vector(gate, gate_base, sample, gate_token, rows, columns, inside, mask, EACH)
     stream = stream + branch
+    if add is not None:
+        stream = stream + load_columns(add + batch * add_batch, columns, inside)
     first = batch * tokens
     store_rows(h, h, first, rows, columns, stream, mask, tokens, width, 0.0)
 
@@ -83,9 +97,11 @@ def _residual_norm_kernel(
     if bias is not None:
         normed = normed + load_columns(bias, columns, inside)
     if scale is not None:
-        normed = normed * (1.0 + load_columns(scale + batch * scale_batch, columns, inside))
+        sample = batch * scale_batch
+        normed = normed * (1.0 + load_vector(scale, scale_base, sample, scale_token, rows, columns, inside, mask, EACH))
     if shift is not None:
-        normed = normed + load_columns(shift + batch * shift_batch, columns, inside)
+        sample = batch * shift_batch
+        normed = normed + load_vector(shift, shift_base, sample, shift_token, rows, columns, inside, mask, EACH)
     store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, width, LIMIT)
 
 
@@ -93,9 +109,13 @@ def _launch(
     x: torch.Tensor,
     y: torch.Tensor,
     y_weight: torch.Tensor | None,
+    add: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    gate_base: torch.Tensor | None,
+    scale_base: torch.Tensor | None,
+    shift_base: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -105,11 +125,12 @@ def _launch(
     batch, tokens, width = x.shape
     made = [*rows_like(x, None), *rows_like(x, quantize)]
     rows, block, warps = tile(width)
-    gate_batch, scale_batch, shift_batch = (0 if t is None else t.stride(0) for t in (gate, scale, shift))
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
-        x, y, y_weight, gate, scale, shift, weight, bias, made[0], made[1], made[-1],
-        tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate_batch, scale_batch, shift_batch, eps,
-        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
+        made[0], made[1], made[-1], tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        0 if add is None else add.stride(0), *strides_of(gate, scale, shift), eps,
+        KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 
@@ -122,29 +143,32 @@ def residual_norm(
     y: torch.Tensor,
     *,
     y_weight: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    gate: Vector = None,
+    scale: Vector = None,
+    shift: Vector = None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     kind: Literal["layer", "rms"] = "layer",
     quantize: Quantize | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
-    """`h = x + gate * y` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
+    """`h = x + gate * y + add` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
 
-    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D], `weight` and `bias` [D]. With
-    `y_weight` [D] it is the RMSNorm of y, times that weight, that joins h.
+    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D] or all of them [B, S, D] (or a
+    `Sum` of such and [D]), `add` [B, D], `weight` and `bias` [D]. With `y_weight` [D] it is the RMSNorm of y, times
+    that weight, that joins h.
     Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format. Raises
     ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
     rows, branch = pair_of(x, y)
     check_vectors(
         rows,
-        per_sample={"gate": gate, "scale": scale, "shift": shift},
+        modulation={"gate": gate, "scale": scale, "shift": shift},
         shared={"y_weight": y_weight, "weight": weight, "bias": bias},
     )
-    h, *normed = _op(rows, branch, y_weight, gate, scale, shift, weight, bias, eps, kind, quantize)
+    check_vectors(rows, modulation={"add": add})
+    h, *normed = _op(rows, branch, y_weight, add, *terms(gate, scale, shift), weight, bias, eps, kind, quantize)
     return h.view(x.shape), shaped(normed, x)
 
 
@@ -156,19 +180,28 @@ def _make(
     width: int,
     modulate: bool = True,
     sandwich: bool = False,
+    each: bool = False,
+    added: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
     pad: int = 0,
 ) -> dict[str, Any]:
-    """Gate, scale and shift with `modulate`; weight and bias without; all but shift and bias with `sandwich`."""
-    gate, scale, shift = (draw(batch, width, pad=pad) if modulate else None for _ in range(3))
+    """Gate, scale and shift with `modulate`, in two terms for `each` token; weight and bias without; all but shift and
+    bias with `sandwich`."""
+    vector = (batch, tokens, width) if each else (batch, width)
+    gate, scale, shift = (draw(*vector, pad=pad) if modulate else None for _ in range(3))
+    bases = [draw(width, dtype=torch.float32) if each else None for _ in range(3)]
     return {
         "x": draw(batch, tokens, width, pad=pad),
         "y": draw(batch, tokens, width, pad=2 * pad),
         "y_weight": draw(width) if sandwich else None,
+        "add": draw(batch, width, pad=pad) if added else None,
         "gate": gate,
         "scale": scale,
         "shift": None if sandwich else shift,
+        "gate_base": bases[0],
+        "scale_base": bases[1],
+        "shift_base": bases[2],
         "weight": draw(width) if sandwich or not modulate else None,
         "bias": None if modulate or kind == "rms" else draw(width),
         "eps": 1e-6,
@@ -187,6 +220,8 @@ KERNEL = Kernel(
         Case("odd length, two samples", {"batch": 2, "tokens": 37, "width": 192}),
         Case("wide rows, views", {"batch": 2, "tokens": 3, "width": 3072, "pad": 64}),
         Case("width not a multiple of 16", {"tokens": 5, "width": 1155}),
+        Case("each token its own", {"batch": 2, "tokens": 11, "width": 192, "each": True, "pad": 64}),
+        Case("a vector a sample added", {"batch": 2, "tokens": 5, "width": 320, "modulate": False, "added": True}),
         Case("add and LayerNorm", {"batch": 2, "tokens": 9, "width": 640, "modulate": False}),
         Case("add and RMSNorm", {"batch": 2, "tokens": 9, "width": 320, "modulate": False, "kind": "rms"}),
         Case("both normalised", {"batch": 2, "tokens": 5, "width": 240, "sandwich": True, "kind": "rms", "pad": 16}),
@@ -198,6 +233,8 @@ KERNEL = Kernel(
         Case("FLUX 1024² fp8", {"tokens": 4608, "width": 3072, "quantize": "fp8"}),
         Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
         Case("Z-Image 1024²", {"tokens": 4224, "width": 3840, "sandwich": True, "kind": "rms"}),
+        Case("Wan 14B 480p", {"tokens": 32760, "width": 5120}),
+        Case("Wan 5B 704p, each token its own", {"tokens": 27280, "width": 3072, "each": True, "pad": 15360}),
         Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "modulate": False}),
         Case("SDXL 1280 b2", {"batch": 2, "tokens": 1024, "width": 1280, "modulate": False}),
         Case("SD1.5 320 b2", {"batch": 2, "tokens": 4096, "width": 320, "modulate": False}),

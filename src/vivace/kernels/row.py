@@ -1,7 +1,8 @@
 """What the row kernels share: how rows become tiles, the normalisation of a row, and its row-scaled 8-bit form.
 
 A row is the last dimension, and has to be contiguous; batches and tokens may have any stride. A program takes a tile of
-`rows` tokens of one sample, so that the sample's modulation is read once a tile.
+`rows` tokens of one sample, so that the sample's modulation is read once a tile. Where every token has a modulation of
+its own (`[B, S, D]` instead of `[B, D]`), it is read like the tokens themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,28 @@ import torch
 from vivace.kernels.language import INTERPRETED, jit, power_of_two, tl
 
 Quantize = Literal["fp8", "int8"]
+
+
+class Sum(NamedTuple):
+    """A modulation vector in two terms, which are added in fp32 where it is used."""
+
+    own: torch.Tensor  # [B, D] of a sample, or [B, S, D] of a token
+    base: torch.Tensor  # [D], which all have in common
+
+
+Vector = torch.Tensor | Sum | None
+
+
+def terms(*vectors: Vector) -> tuple[torch.Tensor | None, ...]:
+    """The own terms of `vectors`, then their bases."""
+    pairs = [vector if isinstance(vector, Sum) else (vector, None) for vector in vectors]
+    return (*(own for own, _ in pairs), *(base for _, base in pairs))
+
+
+def vector_ref(own: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """A modulation vector in fp32, [B, 1, D] or [B, S, D]."""
+    own = own.float() if own.ndim == 3 else own.float()[:, None]
+    return own if base is None else own + base.float()
 
 
 class RowScaled(NamedTuple):
@@ -79,19 +102,39 @@ def tokens_of(x: torch.Tensor, name: str) -> torch.Tensor:
     return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
-def check_vectors(x: torch.Tensor, *, per_sample: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> None:
+def check_vectors(
+    x: torch.Tensor, *, modulation: Mapping[str, Vector], shared: Mapping[str, Any] | None = None
+) -> None:
     """Raises ValueError unless the given vectors fit `x` [B, S, D]: [B, D] a sample each, or one [D] for all.
 
-    A kernel reads them by pointer: where torch would broadcast or refuse, it would read another tensor's memory.
+    Those of the modulation may all be [B, S, D] instead, a token each. A kernel reads them by pointer: where torch
+    would broadcast or refuse, it would read another tensor's memory.
     """
-    batch, _, width = x.shape
-    for vectors, shape in ((per_sample, (batch, width)), (shared or {}, (width,))):
+    batch, tokens, width = x.shape
+    given = {name: vector for name, vector in modulation.items() if vector is not None}
+    owns = {name: vector.own if isinstance(vector, Sum) else vector for name, vector in given.items()}
+    bases = {f"{name}'s base": vector.base for name, vector in given.items() if isinstance(vector, Sum)}
+    each = any(own.ndim == 3 for own in owns.values())
+    sizes = (batch, tokens, width) if each else (batch, width)
+    for vectors, shape in ((owns, sizes), (bases | dict(shared or {}), (width,))):
         for name, vector in vectors.items():
             if vector is not None and (vector.shape != shape or vector.stride(-1) != 1):
                 raise ValueError(
                     f"{name} must be {list(shape)} for x of {list(x.shape)} and contiguous in its last dimension, got "
                     f"{list(vector.shape)} with strides {vector.stride()}; expand or reshape it"
                 )
+
+
+def strides_of(*vectors: torch.Tensor | None) -> tuple[int, ...]:
+    """For each vector of a modulation, how far apart its samples and its tokens lie."""
+    return tuple(
+        step for v in vectors for step in ((0, 0) if v is None else (v.stride(0), v.stride(-2) * (v.ndim - 2)))
+    )
+
+
+def of_tokens(*vectors: torch.Tensor | None) -> bool:
+    """Whether every token has a modulation of its own."""
+    return any(vector is not None and vector.ndim == 3 for vector in vectors)
 
 
 def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None) -> list[torch.Tensor]:
@@ -141,6 +184,19 @@ def norm_ref(x: torch.Tensor, eps: float, kind: str) -> torch.Tensor:
 def load_columns(pointer, columns, mask):
     """[1, C] fp32, for a vector that all rows of a tile share."""
     return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def load_vector(own, base, sample, token, rows, columns, inside, mask, EACH: tl.constexpr):
+    """A sample's modulation [1, C] in fp32, or that of each token [R, C]."""
+    if EACH:
+        at = own + sample + rows.to(tl.int64)[:, None] * token + columns[None, :]
+        vector = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        vector = load_columns(own + sample, columns, inside)
+    if base is not None:
+        vector = vector + load_columns(base, columns, inside)
+    return vector
 
 
 @jit

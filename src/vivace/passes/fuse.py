@@ -13,7 +13,7 @@ from vivace.fused import Fused, fused_of
 from vivace.kernels.language import triton
 from vivace.kernels.rehearsal import rehearse, skeleton, without_values
 from vivace.passes.quantize import quantises
-from vivace.passes.target import Pass, Target
+from vivace.passes.target import Pass, Target, types_of
 from vivace.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
                 return f"{name}.{parameter} is a {type(value).__name__}"
             if value is not None and ((value.is_meta and not planned) or not value.dtype.is_floating_point):
                 return f"{name}.{parameter} is offloaded or quantised"
-    types = {str(p.dtype).removeprefix("torch.") for p in denoiser.parameters()}
+    types = sorted(str(dtype).removeprefix("torch.") for dtype in types_of(denoiser))
     if len(types) > 1:
-        return f"its weights are of several types, {' and '.join(sorted(types))}"
+        return f"its weights are of several types, {' and '.join(types)}"
     return fused.check(denoiser)
 
 

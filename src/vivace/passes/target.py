@@ -54,8 +54,7 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's floating point type."""
-        parameters = next(iter(self.denoisers.values())).parameters()
-        return next((p.dtype for p in parameters if p.dtype.is_floating_point), torch.get_default_dtype())
+        return next(iter(types_of(next(iter(self.denoisers.values())))), torch.get_default_dtype())
 
     def repeated_blocks(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The repeated blocks of every denoiser, named within it."""
@@ -88,6 +87,13 @@ class Pass:
     apply: Callable[[Target], None]
     forecast: Callable[[Target], str] = lambda target: "will be done"
     adds_bytes: Callable[[Target], int] = lambda target: 0
+
+
+def types_of(module: torch.nn.Module) -> dict[torch.dtype, None]:
+    """The floating point types of its parameters, without those that its class keeps in fp32 beside any other type."""
+    apart = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    parameters = (p.dtype for name, p in module.named_parameters() if apart.isdisjoint(name.split(".")))
+    return dict.fromkeys(dtype for dtype in parameters if dtype.is_floating_point)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

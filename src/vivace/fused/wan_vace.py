@@ -1,0 +1,97 @@
+"""Wan VACE's denoiser, fused: the blocks of Wan, and control blocks that leave hints for some of them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from vivace.attention.backend import Attend
+from vivace.errors import InputError
+from vivace.family import Split, State
+from vivace.fused import wan
+from vivace.fused.contract import Fused
+from vivace.fused.cross_blocks import CrossBlock, Parts, chained, named
+from vivace.fused.elementwise import Elementwise, elementwise_for
+
+
+def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+    """The fused Split of a WanVACETransformer3DModel; `State.text` is the control stream, `State.skips` the hints."""
+    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
+
+
+def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
+    """`fuse`, with a form of the arithmetic of one's own choice."""
+    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    layers = denoiser.config["vace_layers"]
+    control = [wan.video_block(module, index=i, parts=parts) for i, module in enumerate(denoiser.vace_blocks)]
+    after = len(control)
+    main = chained(
+        [wan.video_block(module, index=i, parts=parts, text=after + i) for i, module in enumerate(denoiser.blocks)]
+    )
+    for layer in layers:
+        # A hint comes between this block and the one after it.
+        main[layer].following = None
+    hints = {layer: hint for hint, layer in enumerate(layers)}
+    leaving = [partial(_control, module, block) for module, block in zip(denoiser.vace_blocks, control, strict=True)]
+    taking = [partial(_block, block, hints.get(i)) for i, block in enumerate(main)]
+    return Split(
+        prologue=partial(_prologue, denoiser),
+        blocks=(
+            *named("vace_blocks", denoiser.vace_blocks, leaving),
+            *named("blocks", denoiser.blocks, taking),
+        ),
+        epilogue=partial(wan.epilogue, denoiser, elementwise),
+        once=partial(wan.prompt, denoiser, (*denoiser.vace_blocks, *denoiser.blocks)),
+        once_inputs=("encoder_hidden_states", "encoder_hidden_states_image"),
+    )
+
+
+def _prologue(
+    denoiser: Any,
+    *,
+    control_hidden_states: torch.Tensor,  # [B, C, F, H, W]
+    control_hidden_states_scale: torch.Tensor | None = None,  # [layers]
+    **kwargs: Any,
+) -> State:
+    state, layers = wan.prologue(denoiser, **kwargs), len(denoiser.vace_blocks)
+    scales = (
+        control_hidden_states.new_ones(layers) if control_hidden_states_scale is None else control_hidden_states_scale
+    )
+    if len(scales) != layers:
+        raise InputError(f"this model has {layers} control layers, got {len(scales)} scales; pass one for each")
+    control = denoiser.vace_patch_embedding(control_hidden_states).flatten(2).transpose(1, 2)
+    missing = state.x.shape[1] - control.shape[1]
+    control = torch.cat([control, control.new_zeros(len(control), missing, control.shape[2])], dim=1)
+    return replace(state, text=control, context={**state.context, "scales": scales.unbind()})
+
+
+def _control(module: Any, block: CrossBlock, state: State) -> State:
+    """One control block: its stream goes on, and a hint is left."""
+    context, elementwise, control = state.context, block.elementwise, state.text
+    assert control is not None
+    if module.proj_in is not None:
+        control = elementwise.residual(module.proj_in(control), state.x)
+    x, y, gate = block.advance(control, elementwise.norm(control, **block.norm(context)), context)
+    control = elementwise.residual(x, y, gate=gate)
+    hint = module.proj_out(control) * context["scales"][block.index]
+    return replace(state, text=control, skips=(*state.skips, hint))
+
+
+def _block(block: CrossBlock, hint: int | None, state: State) -> State:
+    state = block(state)
+    return state if hint is None else replace(state, x=block.elementwise.residual(state.x, state.skips[hint]))
+
+
+WAN_VACE = Fused(
+    summary=wan.WAN.summary,
+    devices=wan.WAN.devices,
+    check=wan.check,
+    declines=wan.declines,
+    fuse=fuse,
+    quantised=True,
+    sides=True,
+)
