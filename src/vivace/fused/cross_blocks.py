@@ -6,36 +6,16 @@ that is added to them. The two terms are never put together: the kernels add the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 
-from vivace.attention.backend import Attend
-from vivace.family import Block, State
-from vivace.fused.elementwise import Elementwise
+from vivace.family import State
+from vivace.fused.joint import Ahead, Mlp, Parts, ahead_for
 from vivace.fused.stack import takes
 from vivace.kernels.row import Sum
-
-
-class Ahead(NamedTuple):
-    """What a block computed for the one after it: its stream `x`, normalised and modulated for block `reader`."""
-
-    x: torch.Tensor
-    reader: int
-    normed: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What every block is built with."""
-
-    attend: Attend
-    elementwise: Elementwise
-    undo: ExitStack
 
 
 class Attention(Protocol):
@@ -66,7 +46,7 @@ class CrossBlock:
         parts: Parts,
     ) -> None:
         self.table, self.index, self.eps = table, index, eps
-        self.attention, self.cross, self.cross_norm, self.mlp = attention, cross, cross_norm, mlp
+        self.attention, self.cross, self.cross_norm, self.mlp = attention, cross, cross_norm, Mlp.of(mlp)
         self.elementwise = parts.elementwise
         self.following: CrossBlock | None = None
 
@@ -76,7 +56,7 @@ class CrossBlock:
         if following is None:
             return replace(state, x=self.elementwise.residual(x, y, gate=gate), ahead=None)
         x, normed = self.elementwise.residual_norm(x, y, gate=gate, **following.norm(context))
-        return replace(state, x=x, ahead=Ahead(x, following.index, normed))
+        return replace(state, x=x, ahead=Ahead(x, state.text, following.index, None, (normed,)))
 
     def advance(
         self, x: torch.Tensor, normed: Any, context: Mapping[str, Any]
@@ -90,11 +70,10 @@ class CrossBlock:
             affine = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "quantize": takes(self.cross.reader)}
             x, normed = self.elementwise.residual_norm(x, y, gate=gate, **affine)
         y = self.cross(normed, context)
-        up, _, down = self.mlp.net
         x, normed = self.elementwise.residual_norm(
-            x, y, shift=shift, scale=scale, eps=self.eps, quantize=takes(up.proj)
+            x, y, shift=shift, scale=scale, eps=self.eps, quantize=takes(self.mlp.up)
         )
-        return x, down(self.elementwise.linear_gelu(up.proj, normed, quantize=takes(down))), mlp_gate
+        return x, self.mlp(normed, self.elementwise), mlp_gate
 
     def norm(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """The norm in front of self attention, as keywords of the arithmetic."""
@@ -107,25 +86,10 @@ class CrossBlock:
 
     def _normed(self, state: State) -> Any:
         """The stream, normalised and modulated: ahead of time, unless it was changed since (by a cache)."""
-        ahead = state.ahead
-        if ahead is not None and ahead.reader == self.index and ahead.x is state.x:
-            return ahead.normed
-        return self.elementwise.norm(state.x, **self.norm(state.context))
+        ahead = ahead_for(state, self.index)
+        return ahead.normed[0] if ahead else self.elementwise.norm(state.x, **self.norm(state.context))
 
 
 def sums(vectors: Sequence[torch.Tensor], table: torch.Tensor) -> list[Sum]:
     """Vectors of time, with the rows of a table that are to be added to them."""
     return [Sum(own, base) for own, base in zip(vectors, table.flatten(0, -2).unbind(), strict=True)]
-
-
-def chained(blocks: Sequence[CrossBlock]) -> Sequence[CrossBlock]:
-    """The blocks, each of which knows the one after it."""
-    for one, following in pairwise(blocks):
-        one.following = following
-    return blocks
-
-
-def named(name: str, modules: Iterable[Any], forwards: Sequence[Callable[[State], State]]) -> tuple[Block, ...]:
-    """The steps `forwards` as blocks of the module list `name`."""
-    pairs = enumerate(zip(modules, forwards, strict=True))
-    return tuple(Block(name=f"{name}.{i}", module=module, forward=forward) for i, (module, forward) in pairs)

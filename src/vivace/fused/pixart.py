@@ -21,8 +21,9 @@ from vivace.errors import InputError
 from vivace.families.pixart import picture_of
 from vivace.family import Split, State
 from vivace.fused.contract import Fused
-from vivace.fused.cross_blocks import CrossBlock, Parts, chained, named, sums
+from vivace.fused.cross_blocks import CrossBlock, sums
 from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.joint import Parts, chained
 from vivace.fused.stack import Stack
 from vivace.fused.unet_blocks import odd_attention
 
@@ -82,7 +83,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     blocks = [_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.transformer_blocks)]
     return Split(
         prologue=partial(_prologue, denoiser),
-        blocks=named("transformer_blocks", denoiser.transformer_blocks, chained(blocks)),
+        blocks=chained("transformer_blocks", denoiser.transformer_blocks, blocks),
         epilogue=partial(_epilogue, denoiser, elementwise),
         once=partial(_prompt, denoiser),
         once_inputs=("encoder_hidden_states", "encoder_attention_mask"),

@@ -19,9 +19,11 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from vivace.attention.backend import Attend
 from vivace.families.wan import grid, video_of
 from vivace.family import Split, State
-from vivace.fused.contract import Fused
-from vivace.fused.cross_blocks import CrossBlock, Parts, chained, named, sums
+from vivace.fused.contract import Fused, brings, foreign_attention
+from vivace.fused.cross_blocks import CrossBlock, sums
 from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.heads import Heads, Tokens, attend_alone
+from vivace.fused.joint import Parts, chained
 from vivace.fused.stack import Stack
 
 ENCODED_TOKENS = 512
@@ -30,28 +32,20 @@ ENCODED_TOKENS = 512
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    for name in ("blocks", "vace_blocks"):
-        for index, block in enumerate(getattr(denoiser, name, ())):
-            if not isinstance(block.norm2, FP32LayerNorm):
-                return f"{name}.{index} has no norm before its cross attention"
-            for attention in (block.attn1, block.attn2):
-                processor = attention.processor
-                if type(processor) is not WanAttnProcessor:
-                    return f"{name}.{index} has a {type(processor).__name__}"
-                if processor._attention_backend is not None or processor._parallel_config is not None:
-                    return (
-                        f"{name}.{index} has an attention backend of diffusers' own; "
-                        "vivace.accelerate(pipe, attention=...) sets ours"
-                    )
-                if attention.fused_projections:
-                    return f"{name}.{index} has its projections fused by diffusers; unfuse_qkv_projections() first"
-    return None
+    blocks = {
+        f"{name}.{index}": block
+        for name in ("vace_blocks", "blocks")
+        for index, block in enumerate(getattr(denoiser, name, ()))
+    }
+    if (name := next((n for n, b in blocks.items() if not isinstance(b.norm2, FP32LayerNorm)), None)) is not None:
+        return f"{name} has no norm before its cross attention"
+    attentions = ((name, attention) for name, block in blocks.items() for attention in (block.attn1, block.attn2))
+    return foreign_attention(attentions, known=(WanAttnProcessor,))
 
 
 def declines(*, attention_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> str | None:
     """Why one call must take the stock path, or None."""
-    brings = set(attention_kwargs or {}) - {"scale"}
-    return f"the call brings {', '.join(sorted(brings))}" if brings else None
+    return brings(attention_kwargs)
 
 
 def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
@@ -62,10 +56,10 @@ def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
 def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
     """`fuse`, with a form of the arithmetic of one's own choice."""
     parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
-    blocks = chained([video_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.blocks)])
+    blocks = [video_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.blocks)]
     return Split(
         prologue=partial(prologue, denoiser),
-        blocks=named("blocks", denoiser.blocks, blocks),
+        blocks=chained("blocks", denoiser.blocks, blocks),
         epilogue=partial(epilogue, denoiser, elementwise),
         once=partial(prompt, denoiser, denoiser.blocks),
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_image"),
@@ -95,14 +89,11 @@ class TurnedAttention:
 
     def __call__(self, normed: Any, context: Mapping[str, Any]) -> torch.Tensor:
         attention, parts = self.attention, self.parts
-        qkv = self.reader(normed)
-        heads = qkv.unflatten(-1, (3, attention.heads, -1))
-        q, k = (qkv.new_empty(heads.shape[:2] + heads.shape[3:]) for _ in range(2))
-        parts.elementwise.heads(
-            qkv, q=q, k=k, q_weight=attention.norm_q.weight, k_weight=attention.norm_k.weight,
-            eps=attention.norm_q.eps, cos=context["cos"], sin=context["sin"],
-        )  # fmt: skip
-        return attention.to_out[0](parts.attend(q, k, heads[:, :, 2]).flatten(2))
+        heads = Heads(attention.heads, attention.norm_q, attention.norm_k)
+        y = attend_alone(
+            self.reader(normed), heads, context["tokens"], attend=parts.attend, elementwise=parts.elementwise
+        )
+        return attention.to_out[0](y)
 
 
 class TextAttention:
@@ -172,8 +163,7 @@ def prologue(
         "modulation": embed.time_proj(embed.act_fn(time)).unflatten(-1, (6, -1)).unbind(-2),
         "time": time,
         "text": once["text"],
-        "cos": cos[0, :, 0, ::2],
-        "sin": sin[0, :, 0, ::2],
+        "tokens": Tokens(cos[0, :, 0, ::2], sin[0, :, 0, ::2]),
         "grid": grid(denoiser, {"hidden_states": hidden_states}),
         "return_dict": return_dict,
     }

@@ -11,11 +11,12 @@ import torch
 
 from vivace.attention.backend import Attend
 from vivace.errors import InputError
-from vivace.family import Split, State
+from vivace.family import Block, Split, State
 from vivace.fused import wan
 from vivace.fused.contract import Fused
-from vivace.fused.cross_blocks import CrossBlock, Parts, chained, named
+from vivace.fused.cross_blocks import CrossBlock
 from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.joint import Parts, chained
 
 
 def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
@@ -26,23 +27,26 @@ def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
 def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
     """`fuse`, with a form of the arithmetic of one's own choice."""
     parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
-    layers = denoiser.config["vace_layers"]
+    hints = {layer: hint for hint, layer in enumerate(denoiser.config["vace_layers"])}
     control = [wan.video_block(module, index=i, parts=parts) for i, module in enumerate(denoiser.vace_blocks)]
-    after = len(control)
-    main = chained(
-        [wan.video_block(module, index=i, parts=parts, text=after + i) for i, module in enumerate(denoiser.blocks)]
-    )
-    for layer in layers:
+    main = [
+        wan.video_block(module, index=i, parts=parts, text=len(hints) + i) for i, module in enumerate(denoiser.blocks)
+    ]
+    blocks = chained("blocks", denoiser.blocks, main)
+    for layer in hints:
         # A hint comes between this block and the one after it.
         main[layer].following = None
-    hints = {layer: hint for hint, layer in enumerate(layers)}
-    leaving = [partial(_control, module, block) for module, block in zip(denoiser.vace_blocks, control, strict=True)]
-    taking = [partial(_block, block, hints.get(i)) for i, block in enumerate(main)]
     return Split(
         prologue=partial(_prologue, denoiser),
         blocks=(
-            *named("vace_blocks", denoiser.vace_blocks, leaving),
-            *named("blocks", denoiser.blocks, taking),
+            *(
+                Block(name=f"vace_blocks.{i}", module=module, forward=partial(_control, module, control[i]))
+                for i, module in enumerate(denoiser.vace_blocks)
+            ),
+            *(
+                replace(block, forward=partial(_hinted, main[i], hints[i])) if i in hints else block
+                for i, block in enumerate(blocks)
+            ),
         ),
         epilogue=partial(wan.epilogue, denoiser, elementwise),
         once=partial(wan.prompt, denoiser, (*denoiser.vace_blocks, *denoiser.blocks)),
@@ -81,9 +85,9 @@ def _control(module: Any, block: CrossBlock, state: State) -> State:
     return replace(state, text=control, skips=(*state.skips, hint))
 
 
-def _block(block: CrossBlock, hint: int | None, state: State) -> State:
+def _hinted(block: CrossBlock, hint: int, state: State) -> State:
     state = block(state)
-    return state if hint is None else replace(state, x=block.elementwise.residual(state.x, state.skips[hint]))
+    return replace(state, x=block.elementwise.residual(state.x, state.skips[hint]))
 
 
 WAN_VACE = Fused(
