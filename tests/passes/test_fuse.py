@@ -54,8 +54,9 @@ def flux_image(transformer):
     return {"image_proj": image, "ip_adapter": keys}, argument
 
 
-@pytest.mark.parametrize(("family", "image"), [("sd", unet_image), ("flux", flux_image)])
-def test_an_ip_adapter_takes_the_stock_path(family, image):
+@pytest.mark.parametrize(("family", "image", "fused"), [("sd", unet_image, True), ("flux", flux_image, False)])
+def test_an_ip_adapter_that_comes_later(family, image, fused):
+    """A UNet's blocks take it in; FLUX's leave the call to stock, and say so."""
     pipe = FAMILIES[family].tiny()
     denoiser = getattr(pipe, FAMILIES[family].denoisers[0])
     stock = copy.deepcopy(denoiser)
@@ -69,7 +70,9 @@ def test_an_ip_adapter_takes_the_stock_path(family, image):
             model._load_ip_adapter_weights([copy.deepcopy(weights)])
         ours, theirs = (model(**arguments, **copy.deepcopy(argument))[0] for model in (denoiser, stock))
         torch.testing.assert_close(ours, theirs, **CLOSE)
-        assert any("IPAdapter" in reason or "ImageProjection" in reason for reason in served(denoiser))
+        others = {reason for reason in served(denoiser) if reason != "fused blocks"}
+        assert served(denoiser)["fused blocks"] == (2 if fused else 1)
+        assert fused or any("IPAdapter" in reason or "ImageProjection" in reason for reason in others)
 
 
 TARGETS = {
