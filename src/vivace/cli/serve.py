@@ -10,6 +10,9 @@ import typer
 
 from vivace.errors import InputError
 
+DRAIN = {False: 30.0, True: 600.0}
+"""Seconds for what runs after SIGTERM, alone and on Ray, where a replica may be ended in the middle of a video."""
+
 
 def serve(
     models: Annotated[
@@ -28,42 +31,57 @@ def serve(
     max_running: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that share a denoiser call.")] = 16,
     memory: Annotated[float | None, typer.Option(help="GiB of weights that stay loaded.")] = None,
+    drain: Annotated[
+        float | None, typer.Option(min=0, help="Seconds for what runs after SIGTERM: 30, with --ray 600.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where video jobs are kept.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A name this server also goes by.")] = None,
     a1111: Annotated[bool, typer.Option("--a1111", help="A small part of the A1111 API too.")] = False,
     ui: Annotated[bool, typer.Option("--ui", help="The web page too, at /ui.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="On Ray Serve: several replicas behind one address.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="With --ray: a cluster that runs (auto: this machine's), not one of its own.")
+    ] = None,
+    replicas: Annotated[
+        str | None, typer.Option(metavar="N or N-M", help="With --ray: how many, M when there is much to do; 1.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: of a replica; 1 where there are some.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=0.1, help="With --ray: of a replica; 1.")] = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="With --ray: Ray's dashboard, on 127.0.0.1.")] = False,
 ) -> None:
     """Serve pictures and videos over HTTP: POST /v1/images/generations and its kin."""
     # Before diffusers is imported: no model may bring code of its own.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     try:
         from vivace.serve.http.run import run
-        from vivace.serve.http.settings import Settings
+        from vivace.serve.plan import read_plan
 
         if ui:
             import gradio  # noqa: F401
     except ImportError as error:
         extra = "ui" if ui else "serve"
         raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[{extra}]'") from error
-    from vivace.serve import Engine, Spec
-
-    settings = Settings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        folder=folder,
-        a1111=a1111,
-        ui=ui,
-        allowed_hosts=tuple(allowed_host or ()),
+    only = {"address": address, "replicas": replicas, "gpus": gpus, "cpus": cpus, "dashboard": dashboard or None}
+    stray = [f"--{name}" for name, value in only.items() if value is not None]
+    if stray and not ray:
+        raise InputError(f"{stray[0]} needs --ray; add it, or leave {stray[0]} out")
+    optional = {"gpus": gpus, "cpus": cpus, "memory": memory, "folder": str(folder) if folder else None}
+    plan = read_plan(
+        {
+            **{"models": dict(map(_pair, models or ("builtin=builtin",))), "loras": dict(map(_pair, lora or ()))},
+            **{"preset": preset, "dtype": dtype, "device": device, "host": host, "a1111": a1111, "ui": ui},
+            **{"allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[ray] if drain is None else drain},
+            **{"max_running": max_running, "max_queue": max_queue, "max_batch": max_batch},
+            **{name: value for name, value in optional.items() if value is not None},
+            **(_range(replicas) if replicas else {}),
+        }
     )
-    loras = {alias: Path(path).expanduser() for alias, path in map(_pair, lora or ())}
-    specs = {
-        alias: Spec(source=source, preset=preset, loras=loras, dtype=dtype, device=device)
-        for alias, source in map(_pair, models or ("builtin=builtin",))
-    }
-    budget = None if memory is None else int(memory * 2**30)
-    engine = Engine(models=specs, queue=max_queue, threads=max_running, batch=max_batch, memory=budget)
-    raise typer.Exit(run(engine, settings))
+    if not ray:
+        settings = plan.settings(api_key=api_key, port=port)
+        raise typer.Exit(run(plan.engine(), settings))
+    from vivace.serve.cluster.run import run as run_on_ray
+
+    raise typer.Exit(run_on_ray(plan, api_key=api_key, port=port, address=address, dashboard=dashboard))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -71,3 +89,11 @@ def _pair(text: str) -> tuple[str, str]:
     if not (alias and equals and value):
         raise InputError(f"{text!r} is not ALIAS=VALUE; write it like sdxl=~/models/sdxl")
     return alias, value
+
+
+def _range(text: str) -> dict[str, int]:
+    """`2` or `1-4` -> how many replicas there are at least and at most. Raises InputError."""
+    low, dash, high = text.partition("-")
+    if not low.isdecimal() or (dash and not high.isdecimal()):
+        raise InputError(f"--replicas {text!r} is neither a number nor a range; write it like 2 or 1-4")
+    return {"replicas": int(low), **({"max_replicas": int(high)} if dash else {})}

@@ -6,26 +6,25 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vivace.errors import InputError
+from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
-from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable, UnknownModelError
+from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec, lane_of
-from vivace.serve.prepare import prepare
 from vivace.serve.request import Request
 from vivace.serve.run import Run
+from vivace.serve.studio import Health
 from vivace.serve.worker import Batch, Worker, out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -33,14 +32,6 @@ logger = logging.getLogger(__name__)
 LOST_TO_MEMORY = 3  # requests in a row that run out of memory before the engine counts as unwell
 
 CLOCK = 0.1  # seconds between two looks at who waited too long
-
-
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """Whether requests can be taken, and if not, why."""
-
-    ready: bool
-    reason: str  # "" when ready
 
 
 class Engine:
@@ -114,19 +105,10 @@ class Engine:
 
         `most_pixels`, of all its frames, also holds for a size that the model chooses.
         """
-        model = self.model(request.model)
-        prepared = prepare(request, model.source)
-        if most_pixels is not None and (prepared.pixels or 0) > most_pixels:
-            raise FieldError("size", f"that is {prepared.pixels} pixels in all; the most is {most_pixels}")
-        mode = model.mode_of(request)
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        job = Job(request, model=model.alias, seed=seed)
-        # Such pipelines put attention processors into the shared denoiser while they run.
-        if hasattr(prepared.pipeline, "set_pag_applied_layers"):
-            mode = replace(mode, alone=job.id)
-        job.withdraw = self._withdraw
-        self._backlog.put(Entry(job=job, prepared=prepared, model=model, mode=mode), full=self.busy)
-        return job
+        entry = admit(request, self.models, most_pixels=most_pixels)
+        entry.job.withdraw = self._withdraw
+        self._backlog.put(entry, full=self.busy)
+        return entry.job
 
     def busy(self) -> Busy:
         """What a full queue answers."""
@@ -134,11 +116,11 @@ class Engine:
 
     def model(self, alias: str | None) -> Model:
         """The model of an alias; None: the default one. Raises UnknownModelError."""
-        if alias is None:
-            return next(iter(self.models.values()))
-        if alias not in self.models:
-            raise UnknownModelError("model", f"no model {alias!r}; there are {', '.join(self.models)}")
-        return self.models[alias]
+        return model_of(self.models, alias)
+
+    def loaded(self, alias: str) -> bool:
+        """Whether the weights of a model are there."""
+        return self.models[alias].pipe is not None
 
     def load(self, *aliases: str) -> None:
         """Load models now rather than at their first request; none named: all. Raises InputError."""

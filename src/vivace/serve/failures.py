@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from vivace.errors import InputError
 
 
@@ -11,6 +14,10 @@ class FieldError(InputError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are copied to other processes by calling their class with `args`, which is the message alone.
+        return type(self), (self.field, str(self))
 
 
 class UnknownModelError(FieldError):
@@ -31,6 +38,9 @@ class Busy(Failure):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), retry_after=self.retry_after), (str(self),)
 
 
 class Cancelled(Failure):

@@ -11,7 +11,6 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 from vivace.errors import InputError
-from vivace.serve.engine import Engine
 from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
@@ -22,6 +21,7 @@ from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
 from vivace.serve.request import Request
+from vivace.serve.studio import Studio
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ COLOURFUL = "a red circle, a green square and a blue triangle on a yellow backgr
 SWEEP = 60.0  # seconds between two looks for videos that are over their time
 
 
-def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
+def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
     """The ASGI application. It loads the models at start, unless `warm` is off.
 
     It does not close the engine: who made it does.
@@ -81,7 +81,7 @@ def create_app(engine: Engine, settings: Settings | None = None, *, warm: bool =
     return app
 
 
-async def _warm(engine: Engine, *, drawn: bool) -> None:
+async def _warm(engine: Studio, *, drawn: bool) -> None:
     # One that cannot be loaded has said so in the log; the others are served.
     with suppress(InputError, Failure):
         await asyncio.to_thread(engine.load)

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from vivace.serve.worker import Batch
 
 if TYPE_CHECKING:
-    from vivace.serve.engine import Engine
     from vivace.serve.job import Job
+    from vivace.serve.studio import Studio
 
 LATENCIES = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -63,7 +63,7 @@ class Gauges:
         self._http.labels(route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 
-    def text(self, engine: Engine) -> bytes:
+    def text(self, engine: Studio) -> bytes:
         """The page."""
         self._queue.set(engine.queued)
         self._running.set(engine.running)

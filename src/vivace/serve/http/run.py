@@ -59,6 +59,8 @@ def run(engine: Engine, settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        # Not whichever is installed: the other one has no limit for headers.
+        http="h11",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LINGER,

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from vivace.serve.engine import Engine
 from vivace.serve.failures import UnknownModelError
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.gauges import Gauges
@@ -18,6 +17,7 @@ from vivace.serve.http.links import Links
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
 from vivace.serve.job import Job
+from vivace.serve.studio import Studio
 
 Answer = TypeVar("Answer")
 
@@ -26,9 +26,9 @@ LOOK = 0.1  # seconds between two looks at whether the client is still there
 
 @dataclass(kw_only=True)
 class Server:
-    """An engine with everything around it that a request may need."""
+    """A studio with everything around it that a request may need."""
 
-    engine: Engine
+    engine: Studio
     settings: Settings
     gauges: Gauges
     links: Links

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.server import server_of
 from vivace.serve.model import Model
+from vivace.serve.studio import Studio
 
 router = APIRouter()
 
@@ -40,13 +41,14 @@ async def metrics(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """The aliases that requests may name."""
     engine = server_of(request).engine
-    return JSONResponse({"object": "list", "data": [_model(alias, one) for alias, one in engine.models.items()]})
+    return JSONResponse({"object": "list", "data": [_model(engine, one) for one in engine.models.values()]})
 
 
 @router.get("/v1/models/{alias}")
 async def model(request: Request, alias: Annotated[str, Path(max_length=200)]) -> Response:
     """One alias."""
-    return JSONResponse(_model(alias, server_of(request).engine.model(alias)))
+    engine = server_of(request).engine
+    return JSONResponse(_model(engine, engine.model(alias)))
 
 
 @router.get("/v1/files/{name}")
@@ -60,6 +62,6 @@ async def file(request: Request, name: Annotated[str, Path(max_length=64)]) -> R
     return Response(found[0], media_type=found[1])
 
 
-def _model(alias: str, found: Model) -> dict[str, object]:
-    facts = {"media": found.media, "loaded": found.pipe is not None, "loras": [*found.spec.loras]}
-    return {"id": alias, "object": "model", "created": 0, "owned_by": "vivace", **facts}
+def _model(engine: Studio, found: Model) -> dict[str, object]:
+    facts = {"media": found.media, "loaded": engine.loaded(found.alias), "loras": [*found.spec.loras]}
+    return {"id": found.alias, "object": "model", "created": 0, "owned_by": "vivace", **facts}

@@ -1,0 +1,86 @@
+"""A Ray cluster: one of this process's own, closed to everything else, or one that is there already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vivace.errors import InputError, first_line
+
+LOOPBACK = "127.0.0.1"
+MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+TOKEN = Path.home() / ".ray" / "auth_token"
+
+
+@contextmanager
+def connect(
+    address: str | None = None,
+    *,
+    cpus: int | None = None,
+    store_bytes: int | None = None,
+    dashboard: bool = False,
+    logs: bool = False,
+) -> Iterator[None]:
+    """Be connected to a cluster inside the block. Raises InputError where Ray is missing or does not answer.
+
+    Without an address a cluster of this process's own is started and ends with it: everything of it listens on the
+    loopback device alone, and answers only who has its token. `cpus` and `store_bytes` are what it may use; `dashboard`
+    shows it in a browser on this machine. An address, or "auto", joins a cluster that somebody runs. With `logs`, what
+    the cluster's processes say comes out here too.
+    """
+    _prepare(own=address is None)
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("Ray is not installed; install it with: pip install 'vivace[ray]'") from error
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {
+            "address": "local",
+            "num_cpus": cpus,
+            "object_store_memory": store_bytes,
+            "include_dashboard": dashboard,
+            "dashboard_host": LOOPBACK,
+        }
+    try:
+        ray.init(**options, configure_logging=False, log_to_driver=logs)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "a cluster on this machine cannot be started" if address is None else f"no Ray cluster at {address}"
+        raise InputError(f"{where}: {first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus() -> int:
+    """GPUs of the cluster that this process is connected to."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _prepare(*, own: bool) -> None:
+    """What Ray reads from the environment, once, when it is imported; what somebody set stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Who asks for no GPU sees none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    if not own:
+        return
+    if "ray" in sys.modules and os.environ.get(MANY_MACHINES) != "0":
+        raise InputError(
+            "Ray was imported before a cluster of one's own was asked for, which it has to know by then; "
+            "import it later, or give the address of a cluster"
+        )
+    # Off, a cluster is one machine's, and listens on the loopback device; the name says where that is usual.
+    os.environ[MANY_MACHINES] = "0"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    known = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or TOKEN.is_file()
+    if os.environ["RAY_AUTH_MODE"] == "token" and not known:
+        # For this process and what it starts; Ray would write one into the home folder.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -1,0 +1,116 @@
+"""The application on Ray Serve: `build` is what `vivace serve --ray`, `serve run` and a RayService start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
+
+from vivace.cluster.connect import gpus
+from vivace.serve.cluster.fleet import Fleet
+from vivace.serve.cluster.replica import Replica
+from vivace.serve.http.app import create_app
+from vivace.serve.http.log import configure
+from vivace.serve.http.settings import Settings
+from vivace.serve.model import Model
+from vivace.serve.plan import Plan, read_plan
+
+logger = logging.getLogger(__name__)
+
+NAME = "vivace"  # of the application
+MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
+LOOK = 1.0  # seconds between two looks at how many replicas run
+
+
+@serve.ingress()
+class Door:
+    """The HTTP application: keys, limits, validation, records of videos. It holds no weights and needs no GPU."""
+
+    def __init__(self, replicas: DeploymentHandle, plan: dict[str, object], settings: Settings) -> None:
+        os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+        configure()
+        wanted = read_plan(plan)
+        self._settings, self._replicas, self._alive = settings, replicas, 0
+        limits = {"queue": wanted.max_queue, "places": wanted.max_running}
+        self.fleet = Fleet(replicas, wanted.specs, alive=lambda: self._alive, **limits)
+        self._looking = asyncio.get_running_loop().create_task(self._look())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Ray calls for the application, in the replica."""
+        return create_app(self.fleet, self._settings, warm=False)
+
+    async def drain(self) -> None:
+        """Take no more requests; those that wait fail, those that run go on."""
+        self.fleet.drain()
+
+    async def busy(self) -> int:
+        """Requests that are not over."""
+        return self.fleet.unfinished
+
+    async def facts(self) -> dict[str, Any]:
+        """What waits and runs, the processes that draw, and how many requests had to be sent again."""
+        fleet = self.fleet
+        counts = {"queued": fleet.queued, "running": fleet.running, "unfinished": fleet.unfinished}
+        return {**counts, "retried": fleet.retried, "drawing": fleet.drawing, "replicas": self._alive}
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                self._alive = await asyncio.to_thread(running, self._replicas.deployment_name)
+            except Exception as error:  # Ray's controller restarts now and then; the count stays as it was
+                logger.warning("the replicas cannot be counted: %s", type(error).__name__)
+            await asyncio.sleep(LOOK)
+
+
+def running(deployment: str = Replica.__name__, *, application: str = NAME) -> int:
+    """Replicas of a deployment that take requests."""
+    found = serve.status().applications.get(application)
+    states = found.deployments[deployment].replica_states if found and deployment in found.deployments else {}
+    return states.get(ReplicaState.RUNNING, 0)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of a Serve config file: `args` are the fields of a Plan. Raises InputError."""
+    return application(read_plan(args), api_key=os.environ.get("VIVACE_API_KEY"))
+
+
+def application(plan: Plan, *, api_key: str | None, port: int = 8000) -> Application:
+    """One door, and the replicas that the plan asks for. Raises InputError."""
+    settings = plan.settings(api_key=api_key, port=port)
+    for alias, spec in plan.specs.items():
+        Model(alias, spec)  # what cannot be a model is found here, not by a replica
+    cards = min(1, gpus()) if plan.gpus is None else plan.gpus
+    given = plan.model_dump()
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}  # the door has a log of requests
+    replicas = serve.deployment(Replica).options(
+        logging_config=quiet,
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": cards},
+        max_ongoing_requests=plan.max_running,
+        # The door refuses at `max_queue`; what was taken and is sent again must find room beyond that.
+        max_queued_requests=plan.max_queue + plan.most_replicas * plan.max_running,
+        graceful_shutdown_timeout_s=plan.drain_seconds,
+        **_number(plan),
+    )
+    door = serve.deployment(Door).options(
+        logging_config=quiet,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MOST_AT_DOOR,
+        graceful_shutdown_timeout_s=plan.drain_seconds + 10,
+    )
+    return door.bind(replicas.bind(given), given, settings)
+
+
+def _number(plan: Plan) -> dict[str, Any]:
+    """How many replicas: fixed, or as many as there is work for."""
+    if plan.most_replicas == plan.replicas:
+        return {"num_replicas": plan.replicas}
+    target = max(1, plan.max_running // 2)
+    limits = {"min_replicas": plan.replicas, "max_replicas": plan.most_replicas}
+    return {"autoscaling_config": {**limits, "target_ongoing_requests": target}}

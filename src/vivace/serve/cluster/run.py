@@ -1,0 +1,85 @@
+"""Serving on Ray until a signal ends it: drain first, leave at once at the second signal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from vivace.cluster.connect import connect, gpus
+from vivace.errors import InputError, first_line
+from vivace.serve.http.log import configure
+from vivace.serve.http.run import IDLE_SECONDS
+from vivace.serve.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def run(plan: Plan, *, api_key: str | None, port: int, address: str | None = None, dashboard: bool = False) -> int:
+    """Serve a plan until a signal; the process's exit code. Raises InputError."""
+    plan.settings(api_key=api_key)  # what is wrong comes out before Ray is started, which takes seconds
+    configure()
+    with (
+        connect(address, dashboard=dashboard, logs=True),
+        serving(plan, api_key=api_key, port=port, own=address is None) as door,
+    ):
+        logger.info("listening", extra={"facts": {"host": plan.host, "port": port, "replicas": plan.replicas}})
+        _until_signal()
+        logger.info("draining")
+        _drain(door, seconds=plan.drain_seconds)
+    return 0
+
+
+@contextmanager
+def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> Iterator[Any]:
+    """The plan's application, up and ready, on the connected cluster; the door's handle. Raises InputError.
+
+    At the end the application is taken off the cluster; off one of our `own`, the whole of Ray Serve.
+    """
+    from ray import serve
+
+    from vivace.serve.cluster.app import NAME, application
+
+    if plan.gpus and gpus() < plan.gpus:
+        raise InputError(f"a replica is to have {plan.gpus:g} GPUs, and the cluster has {gpus()}; set --gpus 0")
+    made = application(plan, api_key=api_key, port=port)
+    # Without a timeout of its own: the door has one for every request, and a video has none.
+    http = {"host": plan.host, "port": port, "keep_alive_timeout_s": IDLE_SECONDS}
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "WARNING"})
+    try:
+        try:
+            yield serve.run(made, name=NAME, logging_config={"log_level": "WARNING"})
+        except RuntimeError as error:
+            raise InputError(f"the replicas do not start: {first_line(error)}; Ray's log says more") from error
+    finally:
+        serve.shutdown() if own else serve.delete(NAME)
+
+
+def _until_signal() -> None:
+    """Wait for SIGTERM or SIGINT; from then on the next one ends the process without further ado."""
+    came = threading.Event()
+
+    def note(sig: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            os._exit(128 + sig)
+        came.set()
+
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, note)
+    # In slices: a signal handler of Python's runs between two of them.
+    while not came.wait(0.5):
+        pass
+
+
+def _drain(door: Any, *, seconds: float) -> None:
+    """Have what runs finish, as far as it does within `seconds`."""
+    door.drain.remote().result()
+    end = time.monotonic() + seconds
+    while door.busy.remote().result() and time.monotonic() < end:
+        time.sleep(0.2)

@@ -1,0 +1,89 @@
+"""A real cluster on this machine: two CPU replicas of tiny models behind the door."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from vivace.cluster.connect import connect
+from vivace.families import FAMILIES
+from vivace.serve.cluster.run import serving
+from vivace.serve.plan import Plan
+
+# Looked for, not imported: Ray has to be told first what it is for.
+collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["test_*.py"]
+
+KEY = "a-key-of-the-tests-alone"
+PATIENCE = 120  # seconds: no test waits for less than a slow machine may need
+
+
+@dataclass(kw_only=True)
+class Live:
+    """A door that answers, and how to reach it and what is behind it."""
+
+    url: str
+    door: Any
+    folders: dict[str, Path]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
+
+    @property
+    def http(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=PATIENCE)
+
+    def facts(self) -> dict[str, Any]:
+        return self.door.facts.remote().result(timeout_s=PATIENCE)
+
+    def outcomes(self, outcome: str) -> int:
+        """How many requests ended like that in the replicas."""
+        from ray import serve
+
+        asked = serve.get_deployment_handle("Replica", "vivace").broadcast("ended")
+        return sum(one.get(outcome, 0) for one in asked.results(timeout_s=PATIENCE))
+
+    def idle(self) -> bool:
+        return not self.facts()["unfinished"]
+
+
+def wait(holds: Callable[[], object]) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], object]], None]:
+    return wait
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folders = {}
+    for alias, family in (("tiny", "sd3"), ("clip", "wan")):
+        folders[alias] = tmp_path_factory.mktemp(alias)
+        FAMILIES[family].tiny().save_pretrained(folders[alias])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plan = Plan(
+        models={alias: str(folder) for alias, folder in folders.items()},
+        **{"replicas": 2, "max_running": 2, "max_queue": 4, "gpus": 0, "drain_seconds": 5},
+        folder=str(tmp_path_factory.mktemp("videos")),
+    )
+    with connect(cpus=2, store_bytes=100 * 2**20), serving(plan, api_key=KEY, port=port) as door:
+        found = Live(url=f"http://127.0.0.1:{port}", door=door, folders=folders)
+        wait(lambda: found.http.get("/readyz").status_code == 200)
+        yield found

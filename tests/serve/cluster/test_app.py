@@ -1,0 +1,124 @@
+"""The server on real Ray: what a client sees of it is what the plain server does, also when a replica is killed."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import threading
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from vivace.serve import Engine, Request
+
+WANTED = {"prompt": "a red circle", "size": "64x64", "steps": 3, "seed": 7, "deterministic": True}
+LONG = {"prompt": "a", "size": "64x64", "steps": 150, "frames": 65}
+HEAVY = {"prompt": "a", "size": "256x256", "steps": 150, "deterministic": True}
+
+
+def pixels(answer):
+    raw = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(raw)))
+
+
+def test_a_picture_is_the_plain_engines(live):
+    with live.http as http:
+        answer = http.post("/v1/images/generations", json=WANTED)
+        assert answer.status_code == 200, answer.text
+        models = http.get("/v1/models").json()["data"]
+    assert [(one["id"], one["media"], one["loaded"]) for one in models] == [
+        ("tiny", "image", True),
+        ("clip", "video", True),
+    ]
+    wanted = Request(prompt="a red circle", size=(64, 64), steps=3, seed=7, deterministic=True)
+    with Engine(models={"tiny": str(live.folders["tiny"])}) as engine:
+        expected = engine.submit(wanted).result(120).pictures[0]
+    assert np.array_equal(pixels(answer), np.asarray(expected))
+
+
+def test_steps_and_previews_come_as_they_are_made(live):
+    events = list(
+        live.client.images.generate(
+            prompt="a red circle", size="64x64", stream=True, partial_images=2, extra_body={"steps": 6, "seed": 1}
+        )
+    )
+    assert [event.type for event in events][-1] == "image_generation.completed"
+
+
+def test_who_has_no_key_gets_nothing(live):
+    with httpx2.Client(base_url=live.url, timeout=60) as http:
+        assert http.get("/livez").status_code == 200
+        assert http.get("/v1/models").status_code == 401
+        assert http.post("/v1/images/generations", json=WANTED).status_code == 401
+        assert http.get("/metrics").status_code == 401
+
+
+def test_what_is_wrong_is_said_at_the_door(live):
+    with pytest.raises(openai.BadRequestError) as error:
+        live.client.images.generate(prompt="a", size="63x64")
+    assert error.value.param == "size"
+
+
+def test_a_video_from_beginning_to_end(live, until):
+    begun = live.client.videos.create(prompt="a", size="64x64", extra_body={"steps": 2, "frames": 5, "seed": 3})
+    until(lambda: live.client.videos.retrieve(begun.id).status not in ("queued", "in_progress"))
+    assert live.client.videos.retrieve(begun.id).status == "completed"
+    assert live.client.videos.download_content(begun.id).read()[4:8] == b"ftyp"
+    assert begun.id in [one.id for one in live.client.videos.list()]
+    assert live.client.videos.delete(begun.id).deleted
+
+
+def test_a_full_queue_and_a_cancel_that_reaches_the_steps(live, until):
+    done, cancelled = live.outcomes("done"), live.outcomes("cancelled")
+    with live.http as http:
+        names = [http.post("/v1/videos", json=LONG).json()["id"] for _ in range(4)]
+        until(lambda: live.facts()["running"] == 4)
+        names += [http.post("/v1/videos", json=LONG).json()["id"] for _ in range(4)]
+        refused = http.post("/v1/images/generations", json=WANTED)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        for name in reversed(names):  # those that wait first, lest they take a place
+            assert http.delete(f"/v1/videos/{name}").json()["deleted"]
+        until(live.idle)
+    assert live.outcomes("cancelled") - cancelled == 4
+    assert live.outcomes("done") == done
+
+
+def test_a_client_that_goes_away_ends_its_picture(live, until):
+    cancelled = live.outcomes("cancelled")
+    body = b'{"prompt": "a", "size": "256x256", "steps": 150}'
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as connection:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        key = "Authorization: Bearer a-key-of-the-tests-alone\r\n"
+        connection.sendall(f"{head}{key}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: live.facts()["running"])
+    until(live.idle)
+    assert live.outcomes("cancelled") == cancelled + 1
+
+
+def test_a_killed_replica_loses_no_request(live, until):
+    """Last: the replica that comes in its stead takes its time."""
+    answers = {}
+
+    def ask(seed):
+        with live.http as http:
+            answers[seed] = http.post("/v1/images/generations", json=HEAVY | {"seed": seed})
+
+    retried = live.facts()["retried"]
+    clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for client in clients:
+        client.start()
+    until(lambda: len(live.facts()["drawing"]) == 2)
+    os.kill(live.facts()["drawing"][0], signal.SIGKILL)
+    for client in clients:
+        client.join(120)
+    assert sorted(answers) == [*range(6)], "a request hangs"
+    assert live.facts()["retried"] > retried
+    for answer in answers.values():
+        assert answer.status_code == 200 or (answer.status_code == 503 and answer.headers["retry-after"]), answer.text
+    assert any(answer.status_code == 200 for answer in answers.values())
