@@ -41,6 +41,9 @@ def bench(
     serve: Annotated[
         bool, typer.Option("--serve", help="Under load, beside a lock around stock and one of ours.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="With --serve: Ray's replicas beside the plain server, and killed ones.")
+    ] = False,
     concurrency: Annotated[str, typer.Option(metavar="N,N", help="Clients at a time, with --serve.")] = "1,4,16",
     pictures: Annotated[int, typer.Option(min=4, help="Asked of each server, with --serve.")] = 64,
     profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of each contestant.")] = False,
@@ -68,6 +71,9 @@ def bench(
         if not clients:
             raise InputError(f"--concurrency {concurrency!r} names no number of clients; write it like 1,4,16")
         for name in (model,) if model else families or ("builtin",):
+            if ray:
+                _serve_on_ray(name, steps=steps, size=shape["size"], clients=clients[-1], pictures=pictures, to=output)
+                continue
             _serve(
                 name,
                 presets=_names(presets),
@@ -173,6 +179,18 @@ def _climb(
     if left:
         print(f"{left} rungs left for the next time, when the same command goes on")
     print(chart)
+
+
+def _serve_on_ray(
+    name: str, *, steps: int | None, size: tuple[int, int] | None, clients: int, pictures: int, to: Path
+) -> None:
+    """The load on the plain server and on Ray's."""
+    from vivace.bench.cluster import run
+
+    around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
+    options = {"steps": around, "size": size, "concurrency": clients, "pictures": pictures}
+    path = run(name, folder=to, command=_command(sys.argv[1:]), on_line=_say, **options)
+    print(path.with_suffix(".md").read_text(), path, sep="\n")
 
 
 def _say(line: Mapping[str, Any]) -> None:

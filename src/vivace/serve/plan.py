@@ -24,22 +24,22 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: dict[str, str] = Field({"builtin": "builtin"}, min_length=1)  # alias -> folder, file, hub id or builtin
+    models: dict[str, str] = Field(default={"builtin": "builtin"}, min_length=1)  # alias -> folder, file, hub id or builtin
     preset: str = "exact"
     loras: dict[str, str] = {}  # alias -> file
     dtype: str | None = None
     device: str | None = None
 
-    max_running: int = Field(16, ge=1)  # requests that run at a time
-    max_queue: int = Field(64, ge=1)  # requests that wait
-    max_batch: int = Field(16, ge=1)  # requests that share a denoiser call
-    memory: float | None = Field(None, gt=0)  # GiB of weights that stay loaded
-    drain_seconds: float = Field(600, ge=0)  # for what runs when the end is asked for
+    max_running: int = Field(default=16, ge=1)  # requests that run at a time
+    max_queue: int = Field(default=64, ge=1)  # requests that wait
+    max_batch: int = Field(default=16, ge=1)  # requests that share a denoiser call
+    memory: float | None = Field(default=None, gt=0)  # GiB of weights that stay loaded
+    drain_seconds: float = Field(default=600, ge=0)  # for what runs when the end is asked for
 
-    replicas: int = Field(1, ge=1)  # that always run
-    max_replicas: int = Field(0, ge=0)  # that run when there is much to do; 0: no more than `replicas`
-    gpus: float | None = Field(None, ge=0)  # of a replica; None: 1 where the cluster has some
-    cpus: float = Field(1, gt=0)  # of a replica
+    replicas: int = Field(default=1, ge=1)  # that always run
+    max_replicas: int = Field(default=0, ge=0)  # that run when there is much to do; 0: no more than `replicas`
+    gpus: float | None = Field(default=None, ge=0)  # of a replica; None: 1 where the cluster has some
+    cpus: float = Field(default=1, gt=0)  # of a replica
 
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()

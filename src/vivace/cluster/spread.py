@@ -1,0 +1,58 @@
+"""Work spread over workers of a cluster, each with a model of its own; what a worker had when it died is done again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from vivace.cluster.connect import gpus
+from vivace.errors import InputError
+
+Task = TypeVar("Task")
+
+TRIES = 3  # times that a task is begun again after its worker died: it may be what ends them
+
+
+def spread(
+    make: Callable[[], Callable[[Task], Any]], tasks: Sequence[Task], *, workers: int | None = None
+) -> Iterator[tuple[Task, Any]]:
+    """Each task and what came of it, in the order in which they are done.
+
+    `make` runs once in every worker and returns what does a task there; both travel to other processes. A worker has
+    one GPU where the cluster has some, and there are `workers` of them: None for one a GPU, or for one where there is
+    none. A worker that dies is started again, elsewhere if need be, and does its task again. Raises InputError as the
+    task raised it, and for a task whose workers die every time.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+    from ray.util import ActorPool
+
+    cards = gpus()
+    count = min(workers or cards or 1, len(tasks))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, count))
+    place = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": cpus}
+    worker = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=TRIES, **place)
+    pool = ActorPool([worker.remote(make) for _ in range(count)])
+    try:
+        # The task comes back with its result: they are done in any order.
+        yield from pool.map_unordered(lambda actor, task: actor.do.remote(task), list(tasks))
+    except RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        raise InputError(str(error.cause)) if isinstance(cause, InputError) else error from None
+    except RayActorError as error:
+        raise InputError(
+            f"a worker died {TRIES + 1} times over the same task; what was made so far is kept, run it again"
+        ) from error
+
+
+class _Worker:
+    """Makes what does the tasks when the first one comes, so that a worker which fails at that can say why."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make = make
+        self._do: Callable[[Any], Any] | None = None
+
+    def do(self, task: Any) -> tuple[Any, Any]:
+        if self._do is None:
+            self._do = self._make()
+        return task, self._do(task)
