@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from vivace.config import Config
-    from vivace.generation.job import Lora
+    from vivace.generation.generate import Result
+    from vivace.generation.job import Job, Lora
     from vivace.steps import Step
 
 
@@ -65,6 +67,11 @@ def generate(
     ] = None,
     call_kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="More arguments of the pipeline.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line, in place of PROMPT.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread over the GPUs of a Ray cluster; run again, it makes what is missing.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="With --ray: a cluster that runs, not one of its own.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: how many; one a GPU, or one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
     show: Annotated[bool, typer.Option(help="Preview the picture in the terminal.")] = False,
@@ -108,9 +115,11 @@ def generate(
         call_kwargs=read_call_kwargs(call_kwargs) if call_kwargs else {},
         overwrite=overwrite,
     )
-    check(job)  # before the heavy imports of what follows
+    if (address or workers) and not ray:
+        raise InputError("--address and --workers need --ray; add it, or leave them out")
+    check(replace(job, overwrite=overwrite or ray))  # before the heavy imports of what follows
     with quiet(), bar() as on_step:
-        result = run(job, on_step=on_step)
+        result = _on_ray(job, address, workers=workers, on_step=on_step) if ray else run(job, on_step=on_step)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -118,6 +127,14 @@ def generate(
         if show:
             preview.show(made.path)
         print(f"{made.path}  (seed {made.seed}, {result.steps} steps, {made.seconds:.1f} s)")
+
+
+def _on_ray(job: Job, address: str | None, *, workers: int | None, on_step: Callable[[Step], None] | None) -> Result:
+    from vivace.cluster.connect import connect
+    from vivace.generation.spread import generate
+
+    with connect(address):
+        return generate(job, workers=workers, on_step=on_step)
 
 
 def read_size(text: str) -> tuple[int, int]:

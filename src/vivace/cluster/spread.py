@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vivace.cluster.connect import gpus
@@ -27,28 +30,35 @@ def spread(
     from ray.exceptions import RayActorError, RayTaskError
     from ray.util import ActorPool
 
+    if not tasks:
+        return
     cards = gpus()
     count = min(workers or cards or 1, len(tasks))
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, count))
     place = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": cpus}
     worker = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=TRIES, **place)
-    pool = ActorPool([worker.remote(make) for _ in range(count)])
+    pool = ActorPool([worker.remote(make, str(Path.cwd())) for _ in range(count)])
     try:
         # The task comes back with its result: they are done in any order.
-        yield from pool.map_unordered(lambda actor, task: actor.do.remote(task), list(tasks))
+        for task, result in pool.map_unordered(lambda actor, task: actor.do.remote(task), list(tasks)):
+            yield task, result
     except RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        raise InputError(str(error.cause)) if isinstance(cause, InputError) else error from None
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise
     except RayActorError as error:
         raise InputError(
-            f"a worker died {TRIES + 1} times over the same task; what was made so far is kept, run it again"
+            f"a worker died {TRIES + 1} times over the same task; what was made is kept, and a second run goes on"
         ) from error
 
 
 class _Worker:
     """Makes what does the tasks when the first one comes, so that a worker which fails at that can say why."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], folder: str) -> None:
+        # Where relative paths begin, if this machine has the folder too.
+        with suppress(OSError):
+            os.chdir(folder)
         self._make = make
         self._do: Callable[[Any], Any] | None = None
 

@@ -88,6 +88,61 @@ class Ready:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One picture or video that was written, and how it was drawn."""
+
+    made: Made
+    steps: int
+    size: tuple[int, int]
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A job whose model is loaded."""
+
+    ready: Ready
+    pipe: DiffusionPipeline
+    applied: Mapping[str, Any]
+
+    def draw(
+        self,
+        prompt: str,
+        path: Path,
+        *,
+        seed: int,
+        on_step: Callable[[Step], None] | None = None,
+        picture: int = 0,
+        pictures: int = 1,
+    ) -> Drawn:
+        """Make and write one of the job's pictures. Raises InputError."""
+        with counted(self.pipe, on_step, picture=picture, pictures=pictures) as counter:
+            start = time.perf_counter()
+            frames = _call(self.pipe, self.ready.call, prompt=prompt, seed=seed)
+            seconds = round(time.perf_counter() - start, 3)
+        _write(frames, path, ready=self.ready, prompt=prompt, seed=seed, applied=self.applied)
+        made = Made(path=path, prompt=prompt, seed=seed, seconds=seconds)
+        return Drawn(made=made, steps=counter.total, size=frames[0].size, frames=len(frames))
+
+
+def open_job(job: Job) -> Opened:
+    """Check a job and load its model. Raises InputError."""
+    ready = prepare(job)
+    pipe = _load(ready)
+    return Opened(ready=ready, pipe=pipe, applied=_applied(ready, pipe))
+
+
+def plan_of(job: Job, *, seed: int) -> list[tuple[str, int]]:
+    """Prompt and seed of every picture, in order."""
+    return [(prompt, (seed + number) % SEEDS) for prompt in job.prompts or ("",) for number in range(job.count)]
+
+
+def draw_seed() -> int:
+    """For a job that names none."""
+    return secrets.randbelow(2**32)
+
+
 def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Result:
     """Make and write what `job` asks for.
 
@@ -95,33 +150,25 @@ def generate(job: Job, *, on_step: Callable[[Step], None] | None = None) -> Resu
     a text encoder has no room for is cut, which is logged as a warning. Raises InputError.
     """
     began = time.perf_counter()
-    ready = prepare(job)
-    pipe = _load(ready)
-    applied = _applied(ready, pipe)
+    opened = open_job(job)
     loaded = time.perf_counter()
-    seed = secrets.randbelow(2**32) if job.seed is None else job.seed
-    plan = [(prompt, (seed + number) % SEEDS) for prompt in job.prompts or ("",) for number in range(job.count)]
-    made: list[Made] = []
-    steps, size, count = 0, (0, 0), 0
-    for index, ((prompt, seed), path) in enumerate(zip(plan, ready.paths, strict=True)):
-        with counted(pipe, on_step, picture=index, pictures=len(plan)) as counter:
-            start = time.perf_counter()
-            frames = _call(pipe, ready.call, prompt=prompt, seed=seed)
-            seconds = round(time.perf_counter() - start, 3)
-        _write(frames, path, ready=ready, prompt=prompt, seed=seed, applied=applied)
-        steps, size, count = counter.total, frames[0].size, len(frames)
-        made.append(Made(path=path, prompt=prompt, seed=seed, seconds=seconds))
+    plan = plan_of(job, seed=draw_seed() if job.seed is None else job.seed)
+    drawn = [
+        opened.draw(prompt, path, seed=seed, on_step=on_step, picture=index, pictures=len(plan))
+        for index, ((prompt, seed), path) in enumerate(zip(plan, opened.ready.paths, strict=True))
+    ]
     total = time.perf_counter() - began
-    timings = {"load_s": loaded - began, "generate_s": sum(one.seconds for one in made), "total_s": total}
+    timings = {"load_s": loaded - began, "generate_s": sum(one.made.seconds for one in drawn), "total_s": total}
+    last = drawn[-1]
     return Result(
-        made=tuple(made),
-        steps=steps,
-        size=size,
-        frames=count,
-        applied=applied,
-        cache=_cached(pipe) if job.config and job.config.cache else {},
+        made=tuple(one.made for one in drawn),
+        steps=last.steps,
+        size=last.size,
+        frames=last.frames,
+        applied=opened.applied,
+        cache=_cached(opened.pipe) if job.config and job.config.cache else {},
         timings={name: round(value, 3) for name, value in timings.items()},
-        report=_report(pipe) if job.config else None,
+        report=_report(opened.pipe) if job.config else None,
     )
 
 
@@ -260,15 +307,23 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
     """Everything besides prompt and seed that decided the pixels, as plain values."""
     from vivace import __version__
 
+    return {
+        **asked(ready),
+        "scheduler": type(pipe.components["scheduler"]).__name__,
+        "dtype": str(ready.dtype).removeprefix("torch."),
+        "device": str(ready.device),
+        "vivace": __version__,
+    }
+
+
+def asked(ready: Ready) -> dict[str, Any]:
+    """What of that is known before a model is loaded, and the same on every machine."""
     job = ready.job
     plain = {name: value for name, value in ready.call.items() if isinstance(value, str | int | float | list | dict)}
     files = {"image": job.images, "mask": job.mask, "control_image": job.control_image, "ip_adapter": job.ip_adapter}
     return {
         "model": job.model,
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.components["scheduler"]).__name__,
-        "dtype": str(ready.dtype).removeprefix("torch."),
-        "device": str(ready.device),
+        "pipeline": ready.pipeline.__name__,
         **{name: value for name, value in plain.items() if not _holds_pictures(value)},
         **{
             name: [str(p) for p in value] if isinstance(value, tuple) else str(value)
@@ -279,7 +334,6 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
         **({"controlnet": job.controlnet} if job.controlnet else {}),
         **({"few_step": True} if job.few_step else {}),
         **(_accelerated(job.config) if job.config else {}),
-        "vivace": __version__,
     }
 
 

@@ -24,7 +24,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: dict[str, str] = Field(default={"builtin": "builtin"}, min_length=1)  # alias -> folder, file, hub id or builtin
+    models: dict[str, str] = Field(
+        default={"builtin": "builtin"}, min_length=1
+    )  # alias -> folder, file, hub id or builtin
     preset: str = "exact"
     loras: dict[str, str] = {}  # alias -> file
     dtype: str | None = None
