@@ -33,7 +33,7 @@ def connect(
     shows it in a browser on this machine. An address, or "auto", joins a cluster that somebody runs. With `logs`, what
     the cluster's processes say comes out here too.
     """
-    _prepare(own=address is None)
+    prepare(own=address is None)
     try:
         import ray
     except ImportError as error:
@@ -65,8 +65,8 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _prepare(*, own: bool) -> None:
-    """What Ray reads from the environment, once, when it is imported; what somebody set stays."""
+def prepare(*, own: bool) -> None:
+    """Set what Ray reads from the environment once, when it is imported; what is set stays. Raises InputError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Who asks for no GPU sees none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")

@@ -40,8 +40,8 @@ def spread(
     pool = ActorPool([worker.remote(make, str(Path.cwd())) for _ in range(count)])
     try:
         # The task comes back with its result: they are done in any order.
-        for task, result in pool.map_unordered(lambda actor, task: actor.do.remote(task), list(tasks)):
-            yield task, result
+        for done in pool.map_unordered(lambda actor, task: actor.do.remote(task), list(tasks)):
+            yield done[0], done[1]
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None

@@ -1,0 +1,73 @@
+"""The example for Kubernetes says what the application takes, and what is wrong in a plan is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vivace.cluster.connect import prepare
+from vivace.errors import InputError
+from vivace.serve.plan import Plan, read_plan
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "rayservice.yaml"
+
+
+@pytest.fixture
+def example():
+    return yaml.safe_load(EXAMPLE.read_text())["spec"]
+
+
+def test_the_example_is_a_serve_config_for_our_application(example, monkeypatch):
+    prepare(own=True)  # for tests of this process that start a cluster
+    from ray.serve.schema import ServeDeploySchema
+
+    from vivace.serve.cluster import app
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(example["serveConfigV2"]))
+    (found,) = config.applications
+    module, _, name = found.import_path.partition(":")
+    assert (module, getattr(app, name)) == (app.__name__, app.build)
+    assert found.name == app.NAME
+    assert config.http_options.host == found.args["host"]
+    # The folder of its model is not on this machine.
+    args = found.args | {"models": {"builtin": "builtin"}, "folder": None}
+    monkeypatch.delenv("VIVACE_API_KEY", raising=False)
+    with pytest.raises(InputError, match="--api-key"):
+        app.build(args)
+    monkeypatch.setenv("VIVACE_API_KEY", "a-key-of-the-tests-alone")
+    assert app.build(args) is not None
+
+
+def test_the_examples_machines_have_what_a_replica_asks_for(example):
+    plan = read_plan(yaml.safe_load(example["serveConfigV2"])["applications"][0]["args"])
+    cluster = example["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert workers["maxReplicas"] >= plan.most_replicas
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > plan.drain_seconds
+        assert "VIVACE_API_KEY" in [one["name"] for one in pod["containers"][0]["env"]]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert float(limits["nvidia.com/gpu"]) >= plan.gpus
+    assert float(limits["cpu"]) >= plan.cpus
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"replica": 2}, "replica: .*there are models"),
+        ({"replicas": 4, "max_replicas": 2}, "max_replicas is 2"),
+        ({"replicas": 0}, "replicas"),
+        ({"models": {}}, "models"),
+        ({"api_key": "x"}, "api_key"),
+    ],
+)
+def test_what_is_wrong_in_a_plan_is_named(fields, said):
+    with pytest.raises(InputError, match=said):
+        read_plan(fields)
+
+
+def test_a_plan_is_the_same_after_it_was_sent():
+    plan = Plan(models={"a": "builtin"}, allowed_hosts=("x",), replicas=2)
+    assert read_plan(plan.model_dump()) == plan
