@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("multi_gpu") and there < 2:
             item.add_marker(pytest.mark.skip(reason="needs several NVIDIA GPUs"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of this process's own, on two processors."""
+    # Looked for, not imported: Ray has to be told first what it is for.
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("needs the extra [ray]")
+    from vivace.cluster.connect import connect
+
+    with connect(cpus=2, store_bytes=100 * 2**20):
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`vivace serve` as a process: it starts, draws, and ends as it should."""
 
 import contextlib
+import importlib.util
 import json
 import signal
 import socket
@@ -52,7 +53,7 @@ class Process:
         return None
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while self.ready() != 200:
             assert self.process.poll() is None, self.lines
             assert time.monotonic() < deadline, self.lines
@@ -100,6 +101,10 @@ def launch(folders):
         (("sdxl",), "ALIAS=VALUE"),
         (("x=/no/such/model",), "no model at"),
         (("--lora", "style"), "ALIAS=VALUE"),
+        (("--replicas", "2"), "--replicas needs --ray"),
+        (("--ray", "--replicas", "2-x"), "--replicas '2-x'"),
+        (("--ray", "--replicas", "4-2"), "max_replicas is 2"),
+        (("--ray", "--host", "0.0.0.0"), "--api-key"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
@@ -140,6 +145,21 @@ def test_it_draws_and_ends_after_what_runs(launch):
     asked = [one for one in records if one["logger"] == "vivace.serve.access" and "images" in one["route"]]
     assert [one["status"] for one in asked if one["status"] != 503] == [200, 200]
     assert all(len(one["request_id"]) == 16 for one in asked)
+    assert "Traceback" not in "".join(server.lines)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra [ray]")
+def test_on_ray_it_ends_after_what_runs_too(launch):
+    server = launch("tiny", options=("--ray", "--gpus", "0", "--replicas", "1-2"))
+    answers = []
+    body = {"size": "256x256", "extra_body": {"steps": 150, "seed": 1}}
+    asking = threading.Thread(target=lambda: answers.append(server.client.images.generate(prompt="a", **body)))
+    asking.start()
+    _until(lambda: "vivace_running 1.0" in server.http.get("/metrics").text)
+    server.process.send_signal(signal.SIGTERM)
+    asking.join(120)
+    assert answers[0].data[0].b64_json
+    assert server.wait(120) == 0
     assert "Traceback" not in "".join(server.lines)
 
 

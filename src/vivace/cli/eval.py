@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
+    from vivace.evals.contest import Contest, Contestant
     from vivace.evals.instruments import Instruments
     from vivace.load import Source
 
@@ -43,6 +45,9 @@ def eval(
     inception: Annotated[Path | None, typer.Option(help="Inception's weights, as torch-fidelity's.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the captions and the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="With --presets: spread over the GPUs of a Ray cluster.")] = False,
+    address: Annotated[str | None, typer.Option(help="With --ray: a cluster that runs, not one of its own.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: how many; one a GPU, or one.")] = None,
     json: Annotated[Path | None, typer.Option(help="Without --presets: also write the figures to this file.")] = None,
 ) -> None:
     """Examine the built-in model, or compare presets and step caches of any model.
@@ -50,12 +55,16 @@ def eval(
     Alone: caption accuracy with its interval, FID and KID in its reader's features. With --presets or --cache: pictures
     of the same prompts and seeds, their distance from the reference beside the noise floor and beside what the same
     time buys with fewer steps; a contact sheet and one HTML page. Run again it goes on where it was stopped; under
-    `accelerate launch` every GPU draws its share.
+    `accelerate launch` every GPU draws its share, and with --ray every GPU of a cluster.
     """
     from vivace.load import find
 
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be 1 or more, got {steps}")
+    if (address or workers) and not ray:
+        raise InputError("--address and --workers need --ray; add it, or leave them out")
+    if ray and presets is None and not cache:
+        raise InputError("--ray spreads a comparison over workers; give --presets or --cache, or leave it out")
     if presets is None and not cache and model != "builtin":
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
     source = find(model)
@@ -78,7 +87,8 @@ def eval(
         lpips=lpips or lpips_weights is not None, lpips_weights=lpips_weights, clip=clip, fid=fid, kid=kid,
         inception=inception, drawn=len(texts),
     )  # fmt: skip
-    _compare(
+    compare = partial(_compare_on_ray, address=address, workers=workers) if ray else _compare
+    compare(
         source, presets=names, configs=compared, prompts=texts, output=output, steps=settings["steps"], seed=seed,
         call=call_of(source, settings, size), device=device, instruments=instruments,
     )  # fmt: skip
@@ -98,14 +108,12 @@ def _compare(
     instruments: Instruments,
 ) -> None:
     from accelerate import PartialState
-    from rich.console import Console
 
     from vivace.cli.generate import quiet
-    from vivace.evals.comparison import draw_all, write_all
+    from vivace.evals.comparison import draw_all
     from vivace.evals.contest import Contest, contestants
     from vivace.evals.store import Store
     from vivace.load import load_source
-    from vivace.machine import machine
 
     contestants(presets=presets, configs=configs, steps=steps)
     # Under `accelerate launch` one process a GPU; alone, one process.
@@ -117,17 +125,62 @@ def _compare(
         contest = Contest(
             pipe=pipe, model=source.name, prediction=source.prediction, prompts=prompts, store=store, steps=steps,
             seed=seed, call=call, rank=state.process_index, ranks=state.num_processes,
-            together=state.wait_for_everyone, tell=tell,
+            together=lambda contestant: state.wait_for_everyone(), tell=tell,
         )  # fmt: skip
         reference, others = draw_all(contest, presets=presets, configs=configs)
-    if not state.is_main_process:
-        return
-    about = {"command": f"vivace eval {source.name}", "model": source.name, "prompts": len(prompts), "steps": steps}
-    about |= {"seed": seed, "place": contest.place, "call": call, "machine": machine()}
-    written = write_all(contest, reference, others, instruments=instruments, about=about)
+    if state.is_main_process:
+        _show(contest, reference, others, instruments=instruments)
+
+
+def _compare_on_ray(
+    source: Source,
+    *,
+    presets: list[str],
+    configs: dict[str, Any],
+    prompts: tuple[str, ...],
+    output: Path,
+    steps: int,
+    seed: int,
+    call: dict[str, Any],
+    device: str | None,
+    instruments: Instruments,
+    address: str | None,
+    workers: int | None,
+) -> None:
+    from vivace.cli.generate import quiet
+    from vivace.cluster.connect import connect
+    from vivace.evals.contest import Contest, contestants
+    from vivace.evals.spread import Order, draw, ranks_of
+    from vivace.evals.store import Store
+
+    contestants(presets=presets, configs=configs, steps=steps)
+    store = Store(output.absolute())
+    with quiet(), status() as tell, connect(address):
+        tell("drawing")
+        ranks = ranks_of(prompts, workers=workers)
+        asked = {"presets": presets, "configs": configs, "prompts": prompts, "steps": steps, "seed": seed, "call": call}
+        drawn = draw(Order(model=source.name, folder=store.folder, device=device, ranks=ranks, **asked))
+    contest = Contest(
+        pipe=None, model=source.name, prediction=source.prediction, prompts=prompts, store=store, steps=steps,
+        seed=seed, call=call, place=drawn.place,
+    )  # fmt: skip
+    _show(contest, drawn.reference, drawn.others, instruments=instruments)
+
+
+def _show(contest: Contest, reference: Contestant, others: list[Contestant], *, instruments: Instruments) -> None:
+    """Write what was found about a comparison that is drawn, and say it."""
+    from rich.console import Console
+
+    from vivace.evals.comparison import write_all
+    from vivace.machine import machine
+
+    count = len(contest.prompts)
+    about = {"command": f"vivace eval {contest.model}", "model": contest.model, "prompts": count}
+    about |= {"steps": contest.steps, "seed": contest.seed, "place": contest.place, "call": contest.call}
+    written = write_all(contest, reference, others, instruments=instruments, about=about | {"machine": machine()})
     console = Console()
     # A pipe has no width to keep to.
-    table = _table(written.verdicts, title=f"{source.name}: {len(prompts)} prompts, {steps} steps")
+    table = _table(written.verdicts, title=f"{contest.model}: {count} prompts, {contest.steps} steps")
     console.print(table, width=None if console.is_terminal else 200)
     print(f"{written.report}\n{written.sheet}\n{written.metrics}")
 

@@ -72,7 +72,7 @@ def prepare(*, own: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     if not own:
         return
-    if "ray" in sys.modules and os.environ.get(MANY_MACHINES) != "0":
+    if sys.modules.get("ray") and os.environ.get(MANY_MACHINES) != "0":
         raise InputError(
             "Ray was imported before a cluster of one's own was asked for, which it has to know by then; "
             "import it later, or give the address of a cluster"

@@ -32,9 +32,11 @@ def spread(
 
     if not tasks:
         return
-    cards = gpus()
+    cards, cores = gpus(), int(ray.cluster_resources().get("CPU", 1))
     count = min(workers or cards or 1, len(tasks))
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, count))
+    if count > (cards or cores):
+        raise InputError(f"{count} workers were asked for, and the cluster has {cards or cores} places; take fewer")
+    cpus = cores // count
     place = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": cpus}
     worker = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=TRIES, **place)
     pool = ActorPool([worker.remote(make, str(Path.cwd())) for _ in range(count)])

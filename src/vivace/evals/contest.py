@@ -60,15 +60,12 @@ class Contest:
     call: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
-    together: Callable[[], None] = lambda: None  # waits for the other processes
+    together: Callable[[Contestant], None] = lambda contestant: None  # waits for the other processes' share of it
     tell: Callable[[str], None] = lambda line: None
+    place: str = ""  # device and type that times and pictures hold for: the pipeline's
 
-    @property
-    def place(self) -> str:
-        """Device and type that times and pictures hold for."""
-        device = self.pipe.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return f"{name}, {str(self.pipe.dtype).removeprefix('torch.')}"
+    def __post_init__(self) -> None:
+        self.place = self.place or place_of(self.pipe)
 
     def run(self, contestant: Contestant) -> None:
         """Draw what is missing of this process's prompts; raises InputError where the contestant cannot be."""
@@ -93,7 +90,7 @@ class Contest:
             finally:
                 restore(self.pipe)
                 self.pipe.scheduler = stock
-        self.together()
+        self.together(contestant)
 
     def seconds(self, contestant: Contestant) -> float:
         """Mean seconds a picture, of what was drawn with these settings by whichever process."""
@@ -139,6 +136,13 @@ class Contest:
         if cuda:
             torch.cuda.synchronize()
         return latents[0].float(), pictures.float(), time.perf_counter() - started
+
+
+def place_of(pipe: Any) -> str:
+    """The device a pipeline is on, by its name, and its type."""
+    device = pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {str(pipe.dtype).removeprefix('torch.')}"
 
 
 def contestants(
