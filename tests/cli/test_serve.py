@@ -148,11 +148,12 @@ def test_it_draws_and_ends_after_what_runs(launch):
     assert "Traceback" not in "".join(server.lines)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra [ray]")
 def test_on_ray_it_ends_after_what_runs_too(launch):
     server = launch("tiny", options=("--ray", "--gpus", "0", "--replicas", "1-2"))
     answers = []
-    body = {"size": "256x256", "extra_body": {"steps": 150, "seed": 1}}
+    body = {"size": "64x64", "extra_body": {"steps": 150, "seed": 1}}
     asking = threading.Thread(target=lambda: answers.append(server.client.images.generate(prompt="a", **body)))
     asking.start()
     _until(lambda: "vivace_running 1.0" in server.http.get("/metrics").text)

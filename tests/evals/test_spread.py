@@ -16,6 +16,8 @@ from vivace.evals.spread import Drawn, Order, draw, share
 from vivace.evals.store import Store
 from vivace.families import FAMILIES
 
+pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
+
 
 @pytest.fixture
 def order(tmp_path):

@@ -10,6 +10,8 @@ from vivace.generation import picture, spread
 from vivace.generation.generate import generate
 from vivace.generation.job import Job
 
+pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
+
 
 def test_pictures_are_those_of_one_process_and_are_made_once(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,8 @@ import typer
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
+    from vivace.builtin.reader import Reader
+    from vivace.evals.builtin import Answers, Exam
     from vivace.evals.contest import Contest, Contestant
     from vivace.evals.instruments import Instruments
     from vivace.load import Source
@@ -32,7 +34,9 @@ def eval(
     prompts: Annotated[
         Path | None, typer.Option(help="With --presets: one prompt a line; builtin draws its own.")
     ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="With --presets: the folder to write.")] = Path("eval"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="With --presets or --ray: the folder to write.")
+    ] = Path("eval"),
     captions: Annotated[int | None, typer.Option(help="Captions to draw: 4000, or 16 with --presets.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
@@ -45,7 +49,9 @@ def eval(
     inception: Annotated[Path | None, typer.Option(help="Inception's weights, as torch-fidelity's.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the captions and the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="With --presets: spread over the GPUs of a Ray cluster.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread over the GPUs of a Ray cluster; run again it goes on.")
+    ] = False,
     address: Annotated[str | None, typer.Option(help="With --ray: a cluster that runs, not one of its own.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="With --ray: how many; one a GPU, or one.")] = None,
     json: Annotated[Path | None, typer.Option(help="Without --presets: also write the figures to this file.")] = None,
@@ -63,8 +69,6 @@ def eval(
         raise InputError(f"--steps must be 1 or more, got {steps}")
     if (address or workers) and not ray:
         raise InputError("--address and --workers need --ray; add it, or leave them out")
-    if ray and presets is None and not cache:
-        raise InputError("--ray spreads a comparison over workers; give --presets or --cache, or leave it out")
     if presets is None and not cache and model != "builtin":
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
     source = find(model)
@@ -73,7 +77,8 @@ def eval(
     if presets is None and not cache:
         if json is not None and (json.is_dir() or not json.parent.is_dir()):
             raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
-        _examine(source, settings, captions=captions or 4000, seed=seed, device=device, json=json)
+        cluster = {"address": address, "workers": workers, "folder": output} if ray else None
+        _examine(source, settings, captions=captions or 4000, seed=seed, device=device, json=json, cluster=cluster)
         return
     from vivace.cache import parse
     from vivace.cli.calibrate import call_of, prompts_of
@@ -242,32 +247,79 @@ def status() -> Iterator[Callable[[str], None]]:
 
 
 def _examine(
-    source: Source, settings: dict[str, Any], *, captions: int, seed: int, device: str | None, json: Path | None
+    source: Source,
+    settings: dict[str, Any],
+    *,
+    captions: int,
+    seed: int,
+    device: str | None,
+    json: Path | None,
+    cluster: dict[str, Any] | None,
 ) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vivace.builtin.reader import load_reader
     from vivace.cli.generate import quiet
     from vivace.evals import builtin
     from vivace.evals.metric import table, to_json
-    from vivace.load import load_source
     from vivace.machine import machine
 
     exam = builtin.draw_exam(captions, seed=seed)
     call = {"guidance_scale": settings["guidance"]} if "guidance" in settings else {}
+    asked = {"steps": settings["steps"], "seed": seed, "call": call, "device": device}
     with quiet(), Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        pipe = load_source(source, device=device)
-        pipe.set_progress_bar_config(disable=True)
-        reader = load_reader(device=pipe.device)
         task = progress.add_task("drawing", total=captions)
-        answers = builtin.take(
-            exam, pipe, reader, steps=settings["steps"], seed=seed,
-            on_pictures=lambda done: progress.update(task, completed=done), **call,
-        )  # fmt: skip
+        take = _take if cluster is None else partial(_take_on_ray, **cluster)
+        answers, reader, place = take(
+            exam, source, on_pictures=lambda done: progress.update(task, completed=done), **asked
+        )
     rows = builtin.metrics(exam, answers, reader, seed=seed)
     if json is not None:
         about = {"command": f"vivace eval {source.name}", "captions": captions, **settings, "seed": seed}
-        about |= {"device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."), "machine": machine()}
-        json.write_text(to_json(rows, about=about) + "\n", encoding="utf-8")
+        json.write_text(to_json(rows, about=about | place | {"machine": machine()}) + "\n", encoding="utf-8")
     Console().print(table(rows, title=f"{source.name}: {captions:,} captions, {settings['steps']} steps"))
+
+
+Taken = tuple["Answers", "Reader", dict[str, str]]
+"""An exam's answers, the reader that judged them, and the device and type they were drawn with."""
+
+
+def _take(
+    exam: Exam,
+    source: Source,
+    *,
+    steps: int,
+    seed: int,
+    call: dict[str, Any],
+    device: str | None,
+    on_pictures: Callable[[int], None],
+) -> Taken:
+    from vivace.builtin.reader import load_reader
+    from vivace.evals import builtin
+    from vivace.load import load_source
+
+    pipe = load_source(source, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    reader = load_reader(device=pipe.device)
+    answers = builtin.take(exam, pipe, reader, steps=steps, seed=seed, on_pictures=on_pictures, **call)
+    return answers, reader, {"device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")}
+
+
+def _take_on_ray(
+    exam: Exam,
+    source: Source,
+    *,
+    on_pictures: Callable[[int], None],
+    address: str | None,
+    workers: int | None,
+    folder: Path,
+    **asked: Any,
+) -> Taken:
+    from vivace.builtin.reader import load_reader
+    from vivace.cluster.connect import connect
+    from vivace.evals.spread_exam import Order, take
+
+    with connect(address):
+        order = Order(captions=len(exam.captions), **asked)
+        answers, place = take(order, folder, workers=workers, on_pictures=on_pictures)
+    return answers, load_reader(), place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +88,41 @@ def take(
 
     `call` goes to the pipeline; `on_pictures(done)` is told after every batch.
     """
-    device = next(reader.parameters()).device
-    start = time.perf_counter()
-    verdicts, features = [], []
+    parts = []
     for first in range(0, len(exam.captions), BATCH):
-        chosen = slice(first, first + BATCH)
-        pictures = sample(pipe, exam.captions[chosen], steps=steps, seed=seed + first, **call).pictures.to(device)
-        verdicts += map(judge, read(reader, pictures), exam.said[chosen])
-        features += extract(reader.features, [pictures])
+        parts.append(take_part(exam, pipe, reader, first=first, count=BATCH, steps=steps, seed=seed, **call))
         if on_pictures:
-            on_pictures(len(verdicts))
-    return Answers(verdicts=tuple(verdicts), features=torch.cat(features), seconds=time.perf_counter() - start)
+            on_pictures(first + len(parts[-1].verdicts))
+    return join(parts)
+
+
+def take_part(
+    exam: Exam,
+    pipe: Any,
+    reader: Reader,
+    *,
+    first: int,
+    count: int = BATCH,
+    steps: int = 28,
+    seed: int = 0,
+    **call: Any,
+) -> Answers:
+    """The same for one batch, of `count` captions from number `first` on."""
+    start, device = time.perf_counter(), next(reader.parameters()).device
+    chosen = slice(first, first + count)
+    pictures = sample(pipe, exam.captions[chosen], steps=steps, seed=seed + first, **call).pictures.to(device)
+    verdicts = tuple(map(judge, read(reader, pictures), exam.said[chosen]))
+    features = torch.cat(list(extract(reader.features, [pictures])))
+    return Answers(verdicts=verdicts, features=features, seconds=time.perf_counter() - start)
+
+
+def join(parts: Sequence[Answers]) -> Answers:
+    """The answers of an exam's batches, in their order, as one."""
+    return Answers(
+        verdicts=tuple(verdict for part in parts for verdict in part.verdicts),
+        features=torch.cat([part.features for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def metrics(exam: Exam, answers: Answers, reader: Reader, *, seed: int = 0) -> list[Metric]:

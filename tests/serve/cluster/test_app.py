@@ -15,6 +15,8 @@ from PIL import Image
 
 from vivace.serve import Engine, Request
 
+pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
+
 WANTED = {"prompt": "a red circle", "size": "64x64", "steps": 3, "seed": 7, "deterministic": True}
 LONG = {"prompt": "a", "size": "64x64", "steps": 150, "frames": 65}
 HEAVY = {"prompt": "a", "size": "256x256", "steps": 150, "deterministic": True}

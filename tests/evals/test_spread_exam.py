@@ -1,0 +1,33 @@
+"""The examination by workers: the answers of one process, kept batch by batch."""
+
+import pytest
+import torch
+
+from vivace.builtin.reader import load_reader
+from vivace.evals import builtin
+from vivace.evals.spread_exam import Order, take
+from vivace.load import load
+
+pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
+
+
+def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "BATCH", 4)
+    order = Order(captions=7, steps=1, seed=3, call={"height": 64, "width": 64}, device="cpu", batch=4)
+    told = []
+    answers, place = take(order, tmp_path, workers=1, on_pictures=told.append)
+    assert place == {"device": "cpu", "dtype": "float32"}
+    assert sorted(told) == told
+    assert told[-1] == 7
+    pipe, reader = load("builtin", device="cpu"), load_reader()
+    pipe.set_progress_bar_config(disable=True)
+    alone = builtin.take(builtin.draw_exam(7, seed=3), pipe, reader, steps=1, seed=3, height=64, width=64)
+    assert answers.verdicts == alone.verdicts
+    assert torch.allclose(answers.features, alone.features, atol=1e-4)
+    (home,) = tmp_path.iterdir()
+    first, second = sorted(home.iterdir())
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    again, _ = take(order, tmp_path, workers=1)
+    assert again.verdicts == answers.verdicts
+    assert first.stat().st_mtime_ns == kept
