@@ -86,13 +86,19 @@ def _stored(room: Path) -> int:
 
 
 def _built(room: Path, entry: Any, *, dtype: torch.dtype) -> torch.nn.Module | None:
-    """A diffusers component from its configuration, without weights; None for one of another library."""
+    """A component of diffusers or a text encoder of transformers from its configuration, without weights, or None."""
     import diffusers
     import torch
+    import transformers
 
     library, name = entry
-    if library != "diffusers" or not (room / CONFIG).is_file():
+    if not (room / CONFIG).is_file():
         return None
     config: Mapping[str, Any] = json.loads((room / CONFIG).read_text("utf-8"))
     with torch.device("meta"):
-        return getattr(diffusers, name).from_config(config).to(dtype).eval()
+        if library == "diffusers":
+            return getattr(diffusers, name).from_config(config).to(dtype).eval()
+        if library == "transformers" and room.name.startswith("text_encoder"):
+            kind = getattr(transformers, name)
+            return kind(kind.config_class.from_dict(dict(config))).to(dtype).eval()
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from vivace.one_off import give_class
 from vivace.passes.encoders import encoders_of
 from vivace.passes.target import Pass, Target
@@ -11,7 +13,8 @@ from vivace.prompts import Prompts
 def _check(target: Target) -> str | None:
     if not encoders_of(target):
         return "there is no text encoder"
-    if target.place is None and not hasattr(target.subject, "encode_prompt"):
+    # A plan has parts, and no pipeline yet.
+    if not isinstance(target.subject, SimpleNamespace) and not hasattr(target.subject, "encode_prompt"):
         return f"a {type(target.subject).__name__} encodes its prompts in a way of its own"
     return None
 
