@@ -130,6 +130,8 @@ class Family:
     single_file: bool = False  # diffusers reads its original-layout checkpoint
     shared: frozenset[str] = frozenset()  # arguments of the denoiser's call that have no batch dimension
     listed: frozenset[str] = frozenset()  # arguments of it that are lists with one entry for each picture
+    # text argument that may be padded at its end -> the argument of its mask; None: a list, which the model pads itself
+    padded: Mapping[str, str | None] = field(default_factory=dict)
 
     def full(
         self,

@@ -73,6 +73,10 @@ class Graphs:
             recording.replay()
             return tree_map_only(torch.Tensor, torch.clone, recording.output)
 
+    def apart(self, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """`segment(**kwargs)`, never recorded: it reads more than its arguments."""
+        return segment(**kwargs)
+
     def clear(self) -> None:
         """Drop every recording and its memory."""
         with self._lock:

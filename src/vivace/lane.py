@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from vivace import request
 from vivace.attention.backend import Attend
-from vivace.attention.ends import exact_ends
+from vivace.attention.ends import at_an_end, exact_ends
 from vivace.attention.native import NATIVE
 from vivace.attention.route import Route
 from vivace.attention.space_time import Grid, arranged
@@ -48,6 +48,10 @@ class Run(Protocol):
 
     def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any: ...
 
+    def apart(self, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """Run one that reads more than its arguments: never recorded."""
+        ...
+
     def clear(self) -> None: ...
 
 
@@ -55,6 +59,9 @@ class Direct:
     """Runs a segment as it is."""
 
     def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
+        return segment(**kwargs)
+
+    def apart(self, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
         return segment(**kwargs)
 
     def clear(self) -> None:
@@ -171,13 +178,27 @@ class Lane:
         self._follow(kwargs)
         return self._serve(kwargs, run=run)
 
-    def segment(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
-        """Compute one segment of a call that went `through`."""
+    @property
+    def masks(self) -> bool:
+        """Whether attention with a mask is the very same as without."""
+        return self.route is None or (self.route.backend.masks and self.route.backend.exact)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the current request is at a step whose attention is exact."""
+        return bool(self.ends) and at_an_end(request.current(), self.ends)
+
+    def segment(self, run: Callable[..., Any], segment: Callable[..., Any], end: bool, /, **kwargs: Any) -> Any:
+        """Compute one segment of a call that went `through`, by `run`; `end` says what `at_end` did."""
         split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
         if split is not None and split.once is not None and not {*split.once_inputs}.isdisjoint(kwargs):
             kwargs["once"] = self._once(split, kwargs)
-        with self._settings(kwargs):
-            return self.run(name, segment, **kwargs)
+        token = request.EXACT.set(end)
+        try:
+            with self._settings(kwargs):
+                return run(segment, **kwargs)
+        finally:
+            request.EXACT.reset(token)
 
     @contextmanager
     def _settings(self, kwargs: Mapping[str, Any]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,9 +14,14 @@ import torch
 from PIL import Image
 
 from vivace.families import FAMILIES
+from vivace.family import Family
+from vivace.inputs import arguments
 from vivace.serve import Engine, Request
 
 SIDE = 64
+PICTURE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+PROMPTS = ("a red circle", "a blue ring left of a star", "a red circle")
+SMALL = {"max_sequence_length": 16, "use_resolution_binning": False, "_auto_resize": False, "max_area": SIDE * SIDE}
 
 
 class Gate:
@@ -51,6 +57,29 @@ class Gate:
 def order() -> Callable[..., Request]:
     """Makes a small quick request."""
     return lambda **fields: Request(**{"prompt": "a red circle", "size": (SIDE, SIDE), "steps": 3, "seed": 1, **fields})
+
+
+@pytest.fixture(scope="session")
+def requests() -> Callable[..., list[Request]]:
+    """Makes three requests for a pipeline of a family, of different seeds, prompts and steps."""
+
+    def make(family: Family, pipe: Any, **fields: Any) -> list[Request]:
+        accepted = arguments(type(pipe))
+        extra: dict[str, Any] = {name: value for name, value in SMALL.items() if name in accepted}
+        if "video" in accepted:
+            extra["video"] = [PICTURE] * 5
+        if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
+            fields["images"] = (PICTURE,)
+        if family.media == "video":
+            fields["frames"] = 5
+        fields |= {"size": (SIDE, SIDE), "arguments": extra}
+        prompts = PROMPTS if "prompt" in family.takes else ("",) * len(PROMPTS)
+        return [
+            Request(**{**fields, "prompt": prompt, "steps": steps, "seed": steps})
+            for steps, prompt in enumerate(prompts, start=2)
+        ]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,42 +1,16 @@
 """Every family: requests that share calls get what they would have got alone."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vivace.families import FAMILIES
-from vivace.inputs import arguments
-from vivace.serve import Engine, Request
-from vivace.serve.call import Axes, Unsplittable, describe, split
-
-SIDE = 64
-PICTURE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
-PROMPTS = ("a red circle", "a blue ring left of a star", "a red circle")
-SMALL = {"max_sequence_length": 16, "use_resolution_binning": False, "_auto_resize": False, "max_area": SIDE * SIDE}
-
-
-def requests(family, pipe, **fields):
-    """Three requests for a pipeline, of different seeds, prompts and steps."""
-    accepted = arguments(type(pipe))
-    extra = {name: value for name, value in SMALL.items() if name in accepted}
-    if "video" in accepted:
-        extra["video"] = [PICTURE] * 5
-    if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
-        fields["images"] = (PICTURE,)
-    if family.media == "video":
-        fields["frames"] = 5
-    prompts = PROMPTS if "prompt" in family.takes else ("",) * len(PROMPTS)
-    return [
-        Request(**{**fields, "prompt": prompt, "size": (SIDE, SIDE), "steps": steps, "seed": steps, "arguments": extra})
-        for steps, prompt in enumerate(prompts, start=2)
-    ]
+from vivace.serve import Engine
+from vivace.serve.call import Axes, Unsplittable, split
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_alone_or_together(name, pixels):
+def test_alone_or_together(name, pixels, requests):
     family = FAMILIES[name]
     # In double precision a wrong row shows and the order of sums does not: random weights amplify fp32's noise.
     pipe = family.tiny().to(torch.float64)
@@ -62,8 +36,8 @@ def test_shared_arguments_join_only_when_equal():
     axes = Axes(shared=frozenset({"ids"}))
     ids = torch.arange(2)
     x = torch.zeros(2, 3)
-    same = [describe({"x": x, "ids": ids.clone()}, axes=axes, digest=digest) for _ in range(2)]
-    other = describe({"x": x, "ids": ids + 1}, axes=axes, digest=digest)
+    same = [axes.describe({"x": x, "ids": ids.clone()}, digest=digest) for _ in range(2)]
+    other = axes.describe({"x": x, "ids": ids + 1}, digest=digest)
     assert same[0] == same[1] != other
 
 
@@ -78,14 +52,14 @@ def test_shared_arguments_join_only_when_equal():
 )
 def test_different_calls_stay_apart(other):
     plain = {"x": torch.zeros(1, 3), "return_dict": False, "kwargs": {"scale": 1}}
-    mine = describe(plain, axes=Axes(), digest=digest)
-    assert mine != describe({**plain, **other}, axes=Axes(), digest=digest)
-    assert mine == describe({**plain, "x": torch.ones(1, 3)}, axes=Axes(), digest=digest)
+    mine = Axes().describe(plain, digest=digest)
+    assert mine != Axes().describe({**plain, **other}, digest=digest)
+    assert mine == Axes().describe({**plain, "x": torch.ones(1, 3)}, digest=digest)
 
 
 def test_what_cannot_be_compared_goes_alone():
-    assert describe({"x": torch.zeros(1, 3), "f": torch.Generator()}, axes=Axes(), digest=digest) is None
-    assert describe({"steps": 3}, axes=Axes(), digest=digest) is None
+    assert Axes().describe({"x": torch.zeros(1, 3), "f": torch.Generator()}, digest=digest) is None
+    assert Axes().describe({"steps": 3}, digest=digest) is None
 
 
 def test_split_refuses_what_has_no_rows():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.cache.policy import Holds, Policy
@@ -87,14 +88,18 @@ class PAB(Policy):
         place = call.step - self.warmup
         every = {"self": self.self_every, "cross": self.cross_every}
         broadcast = Broadcast({kind: active and place % n != 0 for kind, n in every.items()}, memory.outputs)
-        token = _ACTIVE.set(broadcast)
-        try:
-            # Not through a graph: what it reuses is no argument of the call.
-            out = call.forward(**call.kwargs)
-        finally:
-            _ACTIVE.reset(token)
+        # Not through a graph: what it reuses is no argument of the call.
+        out = call.run.apart(partial(_served_by, broadcast, call.forward), **call.kwargs)
         call.skipped = broadcast.reused
         return out
+
+
+def _served_by(broadcast: Broadcast, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    token = _ACTIVE.set(broadcast)
+    try:
+        return forward(**kwargs)
+    finally:
+        _ACTIVE.reset(token)
 
 
 def attentions(denoiser: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -297,4 +297,5 @@ QWEN_IMAGE = Family(
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
     listed=frozenset({"img_shapes"}),
+    padded={"encoder_hidden_states": "encoder_hidden_states_mask"},
 )

@@ -236,4 +236,5 @@ Z_IMAGE = Family(
     multiple=16,
     takes=frozenset({"prompt", "negative", "guidance", "image", "mask", "strength", "control"}),
     listed=frozenset({"x", "cap_feats"}),
+    padded={"cap_feats": None},
 )

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from vivace.request import Request as Scope
 
@@ -19,21 +20,101 @@ if TYPE_CHECKING:
 PER_CALL = ("timestep", "t", "timesteps")
 """Arguments that a pipeline may give as one number for the whole call; joined, each row has its own."""
 
+BUCKET = 64
+"""Text tokens: calls go together whose texts end in the same bucket, and none computes more padding than one."""
 
 Cat = Callable[[str, list[torch.Tensor]], torch.Tensor]
 """Concatenates the parts of the argument of that name."""
+
+Digest = Callable[[torch.Tensor], Hashable]
+"""Names a tensor's contents."""
 
 
 class Unsplittable(TypeError):
     """An output that cannot be told apart by request."""
 
 
+class Form(Protocol):
+    """How calls of one kind become one call and its output comes apart again."""
+
+    def describe(self, kwargs: Mapping[str, Any], *, digest: Digest) -> tuple[Hashable, int] | None:
+        """What has to be equal for calls to go together, and the rows of this one; None where it has to go alone."""
+        ...
+
+    def join(self, calls: Sequence[Mapping[str, Any]], *, rows: Sequence[int], cat: Cat) -> dict[str, Any]:
+        """The keyword arguments of one call that answers all of `calls`."""
+        ...
+
+    def split(self, out: Any, *, rows: Sequence[int]) -> list[Any]:
+        """The parts of a joint call's output, one a call. Raises Unsplittable."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """Which arguments of a module's call do not simply have the batch as their first dimension."""
+    """The form of a module's calls: which arguments do not simply have the batch as their first dimension.
+
+    `padded` maps a text argument [B, T, D] to the argument of its mask [B, T]: behind what the mask says are words,
+    any number of zeros leaves the output as it is. None stands for a list of texts that the module pads itself.
+    """
 
     shared: frozenset[str] = frozenset()  # no batch: all requests of one call must have the same
     listed: frozenset[str] = frozenset()  # lists with one entry a row
+    padded: Mapping[str, str | None] = field(default_factory=dict)
+
+    def describe(self, kwargs: Mapping[str, Any], *, digest: Digest) -> tuple[Hashable, int] | None:
+        """See Form."""
+        rows = _rows(kwargs, self)
+        if rows is None:
+            return None
+        masks = {mask for mask in self.padded.values() if mask}
+        try:
+            key = tuple(
+                (name, self._padded(value) if name in self.padded else _describe(value, name, rows, self, digest))
+                for name, value in sorted(kwargs.items())
+                if name not in masks
+            )
+            hash(key)
+        except TypeError:
+            return None
+        return key, rows
+
+    def join(self, calls: Sequence[Mapping[str, Any]], *, rows: Sequence[int], cat: Cat) -> dict[str, Any]:
+        """See Form."""
+        calls = self._level(calls)
+        return {name: _join([call.get(name) for call in calls], name, rows, self, cat) for name in calls[0]}
+
+    def split(self, out: Any, *, rows: Sequence[int]) -> list[Any]:
+        """See Form."""
+        return split(out, rows)
+
+    def _padded(self, value: Any) -> Hashable:
+        """Of a text: everything but its length within the bucket."""
+        if isinstance(value, list):
+            return ("texts", frozenset((bucket(len(one)), *one.shape[1:], one.dtype, one.device) for one in value))
+        return ("text", bucket(value.shape[1]), *value.shape[2:], value.dtype, value.device)
+
+    def _level(self, calls: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The calls with texts of one length, where they differ: to the end of the bucket, so that shapes are few."""
+        for name, mask in self.padded.items():
+            if mask is None or name not in calls[0]:
+                continue
+            lengths = {call[name].shape[1] for call in calls}
+            if len(lengths) > 1 or any(call.get(mask) is not None for call in calls):
+                most = bucket(max(lengths)) if len(lengths) > 1 else max(lengths)
+                calls = [{**call, **_pad(call[name], call.get(mask), name, mask, most)} for call in calls]
+        return calls
+
+
+def bucket(tokens: int) -> int:
+    """The least length of a bucket that holds so many."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def _pad(text: torch.Tensor, words: torch.Tensor | None, name: str, mask: str, most: int) -> dict[str, torch.Tensor]:
+    words = text.new_ones(text.shape[:2], dtype=torch.bool) if words is None else words.bool()
+    more = most - text.shape[1]
+    return {name: F.pad(text, (0, 0, 0, more)), mask: F.pad(words, (0, more))}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +126,7 @@ class Call:
     method: str
     compute: Callable[..., Any]
     kwargs: dict[str, Any]
-    axes: Axes
+    form: Form
     scope: Scope | None  # what the layers around the denoiser remember for this request
     key: Hashable | None  # calls of equal keys go together; None: alone
     rows: int
@@ -62,28 +143,6 @@ class Call:
             if not self.done.is_set():
                 self.out, self.error = out, error
                 self.done.set()
-
-
-def describe(
-    kwargs: Mapping[str, Any], *, axes: Axes, digest: Callable[[torch.Tensor], Hashable]
-) -> tuple[Hashable, int] | None:
-    """What has to be equal for calls to go together, and the rows of this one; None where it has to go alone."""
-    rows = _rows(kwargs, axes)
-    if rows is None:
-        return None
-    try:
-        key = tuple((name, _describe(value, name, rows, axes, digest)) for name, value in sorted(kwargs.items()))
-        hash(key)
-    except TypeError:
-        return None
-    return key, rows
-
-
-def join(calls: Sequence[Call], *, cat: Cat) -> dict[str, Any]:
-    """The keyword arguments of one call that answers all of `calls`; `cat` makes one tensor of an argument's parts."""
-    rows = [call.rows for call in calls]
-    axes, names = calls[0].axes, calls[0].kwargs
-    return {name: _join([call.kwargs[name] for call in calls], name, rows, axes, cat) for name in names}
 
 
 def split(out: Any, rows: Sequence[int]) -> list[Any]:
@@ -121,7 +180,7 @@ def _rows(kwargs: Mapping[str, Any], axes: Axes) -> int | None:
     return None
 
 
-def _describe(value: Any, name: str, rows: int, axes: Axes, digest: Callable[[torch.Tensor], Hashable]) -> Hashable:
+def _describe(value: Any, name: str, rows: int, axes: Axes, digest: Digest) -> Hashable:
     """Raises TypeError for what cannot be compared."""
     if isinstance(value, torch.Tensor):
         kind = (value.dtype, value.device)
@@ -149,7 +208,7 @@ def _spreads(value: torch.Tensor, name: str) -> bool:
     return value.ndim == 0 and name in PER_CALL
 
 
-def _join(values: list[Any], name: str, rows: list[int], axes: Axes, cat: Cat) -> Any:
+def _join(values: list[Any], name: str, rows: Sequence[int], axes: Axes, cat: Cat) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
         if _spreads(first, name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,10 @@ class Cohort:
 
     scope: Scope = field(default_factory=Scope)
     joined: dict[str, tuple[list[torch.Tensor], list[int], torch.Tensor]] = field(default_factory=dict)
+
+    def at(self, scope: Scope | None) -> Scope:
+        """Its request at the step of one of those who share the call: what matters of the step is the same for all."""
+        return replace(self.scope, step=scope.step, scheduler=scope.scheduler) if scope else self.scope
 
     def cat(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         """The parts as one tensor: the very one of the last call, where these are the very parts of the last call."""

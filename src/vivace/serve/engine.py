@@ -20,6 +20,7 @@ from vivace.errors import InputError
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
 from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable
+from vivace.serve.gather import Gather
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec, lane_of
 from vivace.serve.request import Request
@@ -40,7 +41,8 @@ class Engine:
     `models` maps an alias to what `vivace.load` takes, to a pipeline, or to a Spec; the first alias is the default.
     `threads` requests run at a time and `queue` more may wait. `batch` requests at most share a call. `memory` is the
     most bytes of weights that stay loaded. `stale` is how many seconds a single call may take before the engine counts
-    as unwell. Raises InputError for a model that cannot be one.
+    as unwell. `gather` makes what decides, for one device, how long calls wait for others to share them. Raises
+    InputError for a model that cannot be one.
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class Engine:
         batch: int = 16,
         memory: int | None = None,
         stale: float = 300.0,
+        gather: Callable[[], Gather] = Gather,
     ) -> None:
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
         self.memory, self.stale = memory, stale
-        self._batch = batch
+        self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
         self._backlog = Backlog(queue)
@@ -231,7 +234,9 @@ class Engine:
     def _worker(self, model: Model) -> Worker:
         with self._lock:
             if model.device not in self._workers:
-                worker = self._workers[model.device] = Worker(model.device, most=self._batch, watch=self._on_batch)
+                worker = self._workers[model.device] = Worker(
+                    model.device, most=self._batch, gather=self._gather(), watch=self._on_batch
+                )
                 worker.sizes = _sizes
             return self._workers[model.device]
 

@@ -24,6 +24,7 @@ from vivace.load import Source, find, load_source
 from vivace.passes.target import device_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, Unavailable
+from vivace.serve.layout import Layouts
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
 
@@ -63,6 +64,7 @@ class Model:
         self.active = 0
         self.load_seconds: float | None = None
         self.sketch = Sketch()
+        self.layouts = Layouts()
         self._gate = threading.Lock()  # held for moments
         self._setup = threading.Lock()  # held while it loads
         self._mode: Mode | None = None  # of those who use it now
@@ -122,10 +124,12 @@ class Model:
         files = [path] if path.is_file() else path.rglob("*.safetensors")
         return sum(file.stat().st_size for file in files)
 
-    @property
-    def axes(self) -> Axes:
+    def axes(self, *, padded: bool) -> Axes:
+        """How its denoisers' calls are joined; with `padded` also those whose texts are not of one length."""
         family = self.source.family
-        return Axes(shared=family.shared, listed=family.listed) if family else Axes()
+        if family is None:
+            return Axes()
+        return Axes(shared=family.shared, listed=family.listed, padded=family.padded if padded else {})
 
     def reserve(self, mode: Mode) -> bool:
         """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
@@ -160,6 +164,7 @@ class Model:
             restore(self.pipe)
             self.pipe = None
             self._classes.clear()
+            self.layouts.clear()
             self._applied = Mode(preset=None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -208,6 +213,7 @@ class Model:
     def _apply(self, mode: Mode) -> None:
         """Bring the pipeline into a mode. A failure leaves it in none, so that the next request starts over."""
         before, self._applied = self._applied, Mode(preset=None, alone="changing")
+        self.layouts.clear()
         if before.loras != mode.loras:
             self._adapt(mode)
         if mode.preset is not None:

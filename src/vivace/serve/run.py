@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from vivace.serve.job import Job, Preview, Progress, Result
 from vivace.serve.model import Model, lane_of
 from vivace.serve.prepare import Prepared
 from vivace.serve.request import Request
+from vivace.serve.segments import Segments
 from vivace.serve.view import view
 from vivace.serve.worker import Worker
 from vivace.steps import Counter
@@ -82,16 +83,32 @@ class Run:
         denoises = module in self._denoisers
         lane = lane_of(module) if denoises and method == "forward" else None
         if lane is not None and lane.cache is not None:
-            return lane.through(Segments(self, lane), kwargs)
-        return self._call(module, method, kwargs if method == "forward" else _for_vae(module, kwargs)).out
+            return lane.through(self._segments(lane), kwargs)
+        if not denoises:
+            kwargs = kwargs if method == "forward" else _for_vae(module, kwargs)
+            return self._call(method, kwargs, module=module, form=Axes()).out
+        # Calls at the ends of a request, where attention is exact, go with others of their kind.
+        end = lane is not None and lane.at_end
+        padded = lane is None or lane.masks
+        return self._call(method, kwargs, module=module, form=self.model.axes(padded=padded), part=end).out
 
-    def _call(self, module: torch.nn.Module, method: str, kwargs: dict[str, Any], **how: Any) -> Call:
+    def _segments(self, lane: Lane) -> Segments:
+        return Segments(
+            lane,
+            axes=self.model.axes(padded=False),
+            digest=self._digest,
+            layouts=self.model.layouts,
+            send=partial(self._call, module=lane.denoiser),
+            alone=self.job.request.deterministic,
+            end=lane.at_end,
+        )
+
+    def _call(self, method: str, kwargs: dict[str, Any], *, module: torch.nn.Module, **how: Any) -> Call:
         """One call by the worker, timed and counted."""
         denoises = module in self._denoisers
         began = time.monotonic()
         if denoises and self._first is None:
             self._first = began
-        how = {"axes": self.model.axes if denoises else Axes(), **how}
         call = self.worker.call(self.job, module, method, kwargs, digest=self._digest, **how)
         if denoises:
             self._batches.append(call.shared_by)
@@ -156,27 +173,6 @@ class Run:
             "deterministic": request.deterministic or None,
         }
         return {name: value for name, value in found.items() if value is not None}
-
-
-WHOLE = ("forward", "signal")
-"""The segments of a denoiser call that take its arguments, of which it is known where the batch is."""
-
-
-class Segments:
-    """Runs the segments of one request's denoiser calls on the worker: what its cache skips is in no batch."""
-
-    def __init__(self, run: Run, lane: Lane) -> None:
-        self._run, self._lane = run, lane
-
-    def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
-        part = (getattr(segment, "func", None), *map(id, getattr(segment, "args", ()))) if name in WHOLE else None
-        how = {"compute": partial(self._lane.segment, name, segment), "part": part or id(segment)}
-        if name not in WHOLE:
-            how["axes"] = None
-        return self._run._call(self._lane.denoiser, name, kwargs, **how).out
-
-    def clear(self) -> None:
-        """Nothing is kept here."""
 
 
 def _hits(scope: Scope, model: Model) -> dict[str, int]:

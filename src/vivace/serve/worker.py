@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from vivace import request
-from vivace.serve.call import Axes, Call, Unsplittable, describe, join, split
+from vivace.serve.call import Axes, Call, Digest, Form, Unsplittable
 from vivace.serve.cohort import Cohorts
 from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
+from vivace.serve.gather import Gather
 from vivace.serve.job import Job
 
 logger = logging.getLogger(__name__)
 
 AHEAD = 2  # batches launched on a GPU before the oldest must be done: enough to hide the launching, no more
-KEPT = 512  # signatures whose duration is remembered
-PRIORITY = 4.0  # how much more a wait counts with each step of priority
 TICK = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -37,20 +36,14 @@ class Batch:
 
 
 class Worker:
-    """Runs module calls one after another. Request threads hand them in with `call`, and wait.
-
-    A call waits `gather` times its usual duration, at most `longest` seconds, for requests that ran with it before and
-    are on their way back. Which batch goes first is decided by its response ratio, (wait + duration) / duration: short
-    calls pass long ones, and no call waits forever.
-    """
+    """Runs module calls one after another, up to `most` of one kind as one. Request threads hand them in, and wait."""
 
     def __init__(
         self,
         device: torch.device,
         *,
         most: int = 16,
-        gather: float = 0.25,
-        longest: float = 0.02,
+        gather: Gather | None = None,
         watch: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.device = device
@@ -59,14 +52,13 @@ class Worker:
         self.busy_since: float | None = None
         self.dead: BaseException | None = None  # the device's fatal error
         self.watch = watch
-        self._gather, self._longest = gather, longest
+        self._gather = gather or Gather()
         self._pending: list[Call] = []
         self._group: list[Call] = []  # what is computed now
-        self._peers: dict[Job, Hashable] = {}  # running job -> the key of its last call
-        self._seconds: OrderedDict[Hashable, float] = OrderedDict()
         self._cohorts = Cohorts()
         self._wake = threading.Condition()
         self._closing = False
+        self._idle_since = time.monotonic()  # since when the device has nothing to do, while that is so
         self._launched: deque[Any] = deque()
         self._alone: set[tuple[int, str]] = set()  # module, method: what it returns cannot be told apart
         self._thread = threading.Thread(target=self._loop, name=f"vivace-{device}", daemon=True)
@@ -88,18 +80,18 @@ class Worker:
         method: str,
         kwargs: dict[str, Any],
         *,
-        axes: Axes | None,
-        digest: Callable[[torch.Tensor], Hashable],
+        form: Form | None,
+        digest: Digest,
         compute: Callable[..., Any] | None = None,
         part: Hashable = None,
     ) -> Call:
         """Run one module call, alone or with others, and wait for it. Raises what it raised, or the job's Failure.
 
-        `compute` stands in for the method, and `part` says which of several it is. Without `axes` it goes alone.
+        `compute` stands in for the method, and `part` says which of several it is. Without a `form` it goes alone.
         """
         job.check()
-        alone = axes is None or job.request.deterministic or (id(module), method) in self._alone
-        found = None if axes is None or alone else describe(kwargs, axes=axes, digest=digest)
+        alone = form is None or job.request.deterministic or (id(module), method) in self._alone
+        found = None if form is None or alone else form.describe(kwargs, digest=digest)
         key = (id(module), method, part, found[0]) if found else None
         # The module itself rather than its forward: it may have hooks.
         usual: Any = module if method == "forward" else getattr(module, method, None)
@@ -109,7 +101,7 @@ class Worker:
             method=method,
             compute=compute or usual,
             kwargs=kwargs,
-            axes=axes or Axes(),
+            form=form or Axes(),
             scope=request.current(),
             key=key,
             rows=found[1] if found else 1,
@@ -118,7 +110,7 @@ class Worker:
             if self._closing or self.dead:
                 raise Unavailable("the device is not there any more")
             self._pending.append(call)
-            self._peers[job] = key
+            self._gather.arrives(call)
             self._wake.notify_all()
         if not call.done.wait(job.time_left()):
             self.withdraw(job, DeadlineExceeded(f"it ran longer than {job.request.run_seconds:g} s"))
@@ -139,7 +131,7 @@ class Worker:
     def leave(self, job: Job) -> None:
         """The job is over: nobody waits for its next call."""
         with self._wake:
-            self._peers.pop(job, None)
+            self._gather.leaves(job)
             self._cohorts.leave(job)
             self._wake.notify_all()
 
@@ -168,7 +160,7 @@ class Worker:
                 self._run(self._group)
                 # What outlives the call would keep its tensors until the next one.
                 self._group = []
-                self.busy_since = None
+                self.busy_since, self._idle_since = None, time.monotonic()
 
     def _choose(self) -> tuple[list[Call], float]:
         """The calls to run now; none of them means: look again after that many seconds."""
@@ -176,24 +168,15 @@ class Worker:
         groups: dict[Hashable, list[Call]] = {}
         for call in self._pending:
             groups.setdefault(call if call.key is None else call.key, []).append(call)
-        for key, calls in sorted(groups.items(), key=lambda item: -self._urgency(*item, now)):
-            size = self.sizes(calls[0].module, min(self.most, len(calls)))
-            window = min(self._longest, self._gather * self._seconds.get(key, 0.0))
-            left = calls[0].arrived + window - now
-            if len(calls) >= self.most or left <= 0 or not self._expected(key, calls):
+        for key, calls in sorted(groups.items(), key=lambda item: -self._gather.urgency(*item, now=now)):
+            full = len(calls) >= self.most or calls[0].key is None
+            left = 0.0 if full else self._gather.wait(key, calls, free=self._idle_since, now=now)
+            if left <= 0:
+                size = self.sizes(calls[0].module, min(self.most, len(calls)))
                 calls.sort(key=lambda call: (-call.job.request.priority, call.arrived))
                 return calls[:size], 0.0
             hold = min(hold, left)
         return [], hold
-
-    def _expected(self, key: Hashable, calls: list[Call]) -> bool:
-        """Whether a request that ran with these calls before may be on its way back."""
-        here = {call.job for call in calls}
-        return any(last == key and job not in here for job, last in self._peers.items())
-
-    def _urgency(self, key: Hashable, calls: list[Call], now: float) -> float:
-        usual = self._seconds.get(key) or 0.01
-        return max((1 + (now - call.arrived) / usual) * PRIORITY**call.job.request.priority for call in calls)
 
     def _run(self, calls: list[Call]) -> None:
         """Answer the calls; whatever goes wrong ends with them."""
@@ -221,7 +204,7 @@ class Worker:
 
     def _try(self, calls: list[Call]) -> BaseException | None:
         """Compute and hand out; the error instead where there is one."""
-        first = calls[0]
+        first, started = calls[0], time.monotonic()
         try:
             if len(calls) == 1:
                 with request.within(first.scope):
@@ -229,15 +212,19 @@ class Worker:
             else:
                 with self._wake:
                     cohort = self._cohorts.of(calls)
-                with request.within(cohort.scope):
-                    joint = first.compute(**join(calls, cat=cohort.cat))
-                outs = split(joint, [call.rows for call in calls])
+                rows = [call.rows for call in calls]
+                with request.within(cohort.at(first.scope)):
+                    joint = first.compute(**first.form.join([call.kwargs for call in calls], rows=rows, cat=cohort.cat))
+                outs = first.form.split(joint, rows=rows)
             self._pace()
         except Unsplittable as error:
             self._alone.add((id(first.module), first.method))
             return error
         except Exception as error:
             return error.with_traceback(None)
+        now = time.monotonic()
+        with self._wake:
+            self._gather.ran(calls, seconds=now - started, now=now)
         for call, out in zip(calls, outs, strict=True):
             call.shared_by = len(calls)
             call.finish(out)
@@ -266,12 +253,6 @@ class Worker:
             self._launched.popleft().synchronize()
 
     def _record(self, calls: list[Call], seconds: float) -> None:
-        key = calls[0].key
-        if key is not None:
-            before = self._seconds.pop(key, seconds)
-            self._seconds[key] = 0.7 * before + 0.3 * seconds
-            if len(self._seconds) > KEPT:
-                self._seconds.popitem(last=False)
         kind = f"{type(calls[0].module).__name__}.{calls[0].method}"
         with suppress(Exception):  # a counter that fails is no reason to lose a picture
             self.watch(Batch(kind=kind, size=len(calls), seconds=seconds))
