@@ -54,7 +54,7 @@ class Engine:
         batch: int = 16,
         memory: int | None = None,
         stale: float = 300.0,
-        gather: Callable[[], Gather] = Gather,
+        gather: Callable[[], Gather] | None = None,
     ) -> None:
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
@@ -235,7 +235,7 @@ class Engine:
         with self._lock:
             if model.device not in self._workers:
                 worker = self._workers[model.device] = Worker(
-                    model.device, most=self._batch, gather=self._gather(), watch=self._on_batch
+                    model.device, most=self._batch, gather=self._gather and self._gather(), watch=self._on_batch
                 )
                 worker.sizes = _sizes
             return self._workers[model.device]

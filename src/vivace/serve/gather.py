@@ -10,6 +10,7 @@ from typing import Any
 
 from vivace.serve.call import Call
 from vivace.serve.job import Job
+from vivace.serve.rates import Rates
 
 KEPT = 512  # kinds of calls that are remembered
 PRIORITY = 4.0  # how much more a wait counts with each step of priority
@@ -31,10 +32,14 @@ class Gather:
     A group of calls waits for jobs that are between two calls and whose next one is likely of its kind, at most `share`
     of what such a call takes, and `longest` seconds. That time begins when the device is free: who came while it was
     busy has not held up anything yet. So two pairs of requests that take turns become four that go together.
+
+    With `sized`, no more go together than is quicker for each: a CPU may be as busy with one. On a GPU a call returns
+    before it is computed, so that its time says little.
     """
 
-    def __init__(self, *, share: float = 0.25, longest: float = 0.02) -> None:
+    def __init__(self, *, share: float = 0.25, longest: float = 0.02, sized: bool = False) -> None:
         self.share, self.longest = share, longest
+        self._rates = Rates() if sized else None
         self._places: dict[Job, Place] = {}
         self._next: OrderedDict[Hashable, Hashable] = OrderedDict()  # kind of call -> kind of the one after it
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()
@@ -56,10 +61,17 @@ class Gather:
         if key is not None:
             before = self._seconds.get(key, seconds)
             _keep(self._seconds, key, 0.7 * before + 0.3 * seconds)
+            if self._rates is not None:
+                self._rates.ran(key, size=len(calls), seconds=seconds)
         for call in calls:
             place = self._places.get(call.job)
             if place is not None and place.done is call.done:
                 place.answered = now
+
+    def size(self, key: Hashable, *, most: int) -> int:
+        """How many calls of a kind, of at most `most`, go best together; no more than there are running jobs."""
+        most = min(most, max(1, len(self._places)))
+        return most if self._rates is None else self._rates.best(key, most=most)
 
     def wait(self, key: Hashable, calls: Sequence[Call], *, free: float, now: float) -> float:
         """Seconds that these calls should still wait for others; `free` is when the device became so."""

@@ -52,7 +52,7 @@ class Worker:
         self.busy_since: float | None = None
         self.dead: BaseException | None = None  # the device's fatal error
         self.watch = watch
-        self._gather = gather or Gather()
+        self._gather = gather or Gather(sized=device.type == "cpu")
         self._pending: list[Call] = []
         self._group: list[Call] = []  # what is computed now
         self._cohorts = Cohorts()
@@ -169,11 +169,12 @@ class Worker:
         for call in self._pending:
             groups.setdefault(call if call.key is None else call.key, []).append(call)
         for key, calls in sorted(groups.items(), key=lambda item: -self._gather.urgency(*item, now=now)):
-            full = len(calls) >= self.most or calls[0].key is None
-            left = 0.0 if full else self._gather.wait(key, calls, free=self._idle_since, now=now)
+            most = 1 if calls[0].key is None else self._gather.size(key, most=self.most)
+            left = self._gather.wait(key, calls, free=self._idle_since, now=now) if len(calls) < most else 0.0
             if left <= 0:
-                size = self.sizes(calls[0].module, min(self.most, len(calls)))
-                calls.sort(key=lambda call: (-call.job.request.priority, call.arrived))
+                size = self.sizes(calls[0].module, min(most, len(calls)))
+                # The request that came first is done first: taking turns would make all of them late.
+                calls.sort(key=lambda call: (-call.job.request.priority, call.job.created))
                 return calls[:size], 0.0
             hold = min(hold, left)
         return [], hold
