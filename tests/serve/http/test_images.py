@@ -38,6 +38,14 @@ def test_a_picture(client):
     assert extra["calls"]["denoiser"] == 2
 
 
+def test_the_built_in_model_draws(launch):
+    found = launch({"builtin": "builtin"}).client.images.generate(
+        prompt="a red circle left of a blue square", size="64x64", extra_body=EXTRA
+    )
+    assert picture(found.data[0].b64_json).size == (64, 64)
+    assert found.model_extra["model"] == "builtin"
+
+
 def test_the_same_seed_is_the_same_picture(client):
     body = {**EXTRA, "deterministic": True}
     one, two = (client.images.generate(prompt="a red circle", size="64x64", extra_body=body) for _ in range(2))
