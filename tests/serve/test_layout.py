@@ -1,5 +1,7 @@
 """Layouts: where the rows are is seen, and where they are not quite where they seem, that is seen too."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -77,6 +79,21 @@ def test_states_that_differ_beyond_their_rows_are_not_alike(change):
     layout = Layout.of(state(1, name="a"), state(2, name="a"), rows=1)
     one, other = state(1, name="a"), state(1, **{"name": "a", **change})
     assert describe(layout.plan(one), one) != describe(layout.plan(other), other)
+
+
+def test_named_tuples_stay_what_they_are():
+    class Rotary(NamedTuple):
+        cos: torch.Tensor
+        rows: torch.Tensor
+
+    def with_rotary(rows):
+        return state(rows, rope=Rotary(torch.ones(4), torch.ones(rows, 2)))
+
+    layout = Layout.of(with_rotary(1), with_rotary(2), rows=1)
+    joined = join(layout.context, [with_rotary(1)["context"]] * 3)
+    assert isinstance(joined["rope"], Rotary)
+    assert joined["rope"].rows.shape == (3, 2)
+    assert [part["rope"].rows.shape for part in split(layout.context, joined, rows=[1, 2])] == [(1, 2), (2, 2)]
 
 
 def test_layouts_are_bounded_and_know_what_has_none(monkeypatch):

@@ -118,7 +118,8 @@ def join(plan: Plan, values: Sequence[Any]) -> Any:
         return [entry for value in values for entry in value]
     if isinstance(plan, dict):
         return {name: join(inner, [value[name] for value in values]) for name, inner in plan.items()}
-    return type(first)(join(inner, several) for inner, several in zip(plan, zip(*values, strict=True), strict=True))
+    joined = [join(inner, several) for inner, several in zip(plan, zip(*values, strict=True), strict=True)]
+    return _like(first, joined)
 
 
 def split(plan: Plan, value: Any, *, rows: Sequence[int]) -> list[Any]:
@@ -136,7 +137,7 @@ def split(plan: Plan, value: Any, *, rows: Sequence[int]) -> list[Any]:
         parts = {name: split(inner, value[name], rows=rows) for name, inner in plan.items()}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(rows))]
     several = [split(inner, one, rows=rows) for inner, one in zip(plan, value, strict=True)]
-    return [type(value)(part[i] for part in several) for i in range(len(rows))]
+    return [_like(value, [part[i] for part in several]) for i in range(len(rows))]
 
 
 def _plan(once: Any, twice: Any, rows: int) -> Plan:
@@ -175,6 +176,11 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Also where both are infinite, as in masks.
     apart = torch.where(one == other, 0, one - other).norm()
     return bool(apart <= CLOSE * one.nan_to_num(0, 0, 0).norm())
+
+
+def _like(one: Any, values: list[Any]) -> Any:
+    """A list or tuple of the type of `one`; a named tuple takes its values apart."""
+    return type(one)._make(values) if hasattr(type(one), "_make") else type(one)(values)
 
 
 def _same(one: Any, other: Any) -> bool:
