@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -70,7 +70,7 @@ class Plan(BaseModel):
         from vivace.serve.engine import Engine
 
         memory = None if self.memory is None else int(self.memory * 2**30)
-        limits = {"queue": self.max_queue, "threads": self.max_running, "batch": self.max_batch}
+        limits: dict[str, Any] = {"queue": self.max_queue, "threads": self.max_running, "batch": self.max_batch}
         return Engine(models=self.specs, memory=memory, **limits)
 
     def settings(self, *, api_key: str | None, port: int = 8000) -> Settings:
