@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vivace import Config
 from vivace.bench.budgets import CASES
 from vivace.families import FAMILIES
 from vivace.memory.placement import CONTEXT, GIB, place
@@ -24,7 +25,7 @@ def test_a_plan_for_every_budget(name):
     }
     denoisers = {family.denoisers[0]: full.pop(family.denoisers[0])}
     subject = type("Pipeline", (), {"components": full})()
-    target = Target(subject=subject, family=family, config=None, denoisers=denoisers, place=torch.device("cuda"))
+    target = Target(subject=subject, family=family, config=Config(), denoisers=denoisers, place=torch.device("cuda"))
     budget = case.budget * GIB - CONTEXT
     plan = place(parts_of(target), budget=budget)
     assert plan.peak <= budget

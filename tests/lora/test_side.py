@@ -92,7 +92,8 @@ def test_every_family_with_fused_blocks(family, mode, lora_of):
     denoiser = getattr(pipe, name)
     if not hasattr(pipe, "load_lora_weights"):
         pytest.skip("its pipeline takes no LoRA")
-    factors = lora_of(denoiser, prefix=name, std=0.1)
+    within = "blocks" if any("blocks" in blocks for blocks in known.blocks) else known.blocks[-1]
+    factors = lora_of(denoiser, prefix=name, within=within, std=0.1)
     arguments = known.inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
     stock = copy.deepcopy(pipe)
     outputs = []

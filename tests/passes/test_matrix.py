@@ -28,6 +28,9 @@ ASKED = {
     "compile": {"compile": "on"},
     "cache": {"cache": "steps:compute=0-9"},
     "graphs": {"graphs": "on"},
+    "vae": {"vae": "on"},
+    "prompts": {"prompts": "on"},
+    "encoders": {"encoders": "int8_weights"},
 }
 """The fields that ask for each pass."""
 
@@ -41,6 +44,9 @@ REFUSED = {
     "fusing what has no fused blocks": lambda asked, family, device: "fuse" in asked and family not in FUSED,
     "an order of pixels without convolutions": lambda asked, family, device: (
         "channels_last" in asked and not any(map(convolutions, models(family)))
+    ),
+    "prompts without words": lambda asked, family, device: (
+        asked & {"prompts", "encoders"} and not any("text_encoder" in name for name in tiny(family).components)
     ),
 }
 """Everything that is refused; all else has to work."""
