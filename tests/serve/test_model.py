@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from vivace import InputError
 from vivace.families import FAMILIES
 from vivace.serve import Engine, Spec
 from vivace.serve.failures import Unavailable
@@ -31,6 +32,11 @@ def test_loaded_at_first_use_and_unloaded_least_recently_used_first(folder, orde
         again = engine.submit(order(model="b", deterministic=True)).result(60)
         assert again.pictures[0].tobytes() == first["b"].pictures[0].tobytes()
         assert engine.models["a"].pipe is None
+
+
+def test_an_unknown_preset_is_said_before_anything_is_served(folder):
+    with pytest.raises(InputError, match="unknown preset 'fsat'"):
+        Engine(models={"tiny": Spec(source=str(folder), preset="fsat")})
 
 
 def test_a_model_that_cannot_be_loaded_tells_no_path(folder, order):

@@ -26,7 +26,7 @@ def eval(
         str, typer.Argument(help="What to examine: builtin; with --presets also a folder, a file or a hub id.")
     ] = "builtin",
     presets: Annotated[
-        str | None, typer.Option(help="Compare presets on prompts: the reference first, as exact,fast.")
+        str | None, typer.Option(help="Compare presets on prompts: the reference first, as exact,balanced.")
     ] = None,
     cache: Annotated[
         list[str] | None, typer.Option(metavar="POLICY[:k=v,...]", help="Compare this step cache too; repeatable.")

@@ -149,7 +149,7 @@ class Engine:
             (self._closing, "it is draining"),
             (self._loading > 0, "a model is being loaded"),
             (self.lost, "the device is lost"),
-            (any(worker.stale(self.stale) for worker in self._workers.values()), "the device does not answer"),
+            (self.stuck, "the device does not answer"),
             (self._lost >= LOST_TO_MEMORY, "requests run out of memory"),
         ]
         reason = next((text for holds, text in reasons if holds), "")
@@ -159,6 +159,11 @@ class Engine:
     def lost(self) -> bool:
         """Whether a device is gone for good; only a new process gets it back."""
         return any(worker.dead for worker in self._workers.values())
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a device has not answered for longer than a call takes."""
+        return any(worker.stale(self.stale) for worker in self._workers.values())
 
     def drain(self) -> None:
         """Take no more requests; those that wait fail, those that run go on."""

@@ -74,6 +74,8 @@ class Model:
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
         for path in spec.loras.values():
             header(Path(path))
+        if spec.preset is not None:
+            resolve(spec.preset)  # said now, not by the first request
 
     def mode_of(self, request: Request) -> Mode:
         """The mode a request needs. Raises FieldError for an unknown preset or LoRA."""

@@ -97,6 +97,11 @@ def test_pages_of_other_sites_are_refused(http, headers, code):
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_health_is_told_under_any_name(http):
+    """A container's health check asks by address, whatever name the server goes by."""
+    assert http.get("/readyz", headers={"Host": "other.example"}).status_code == 200
+
+
 def test_no_permissive_cors(http):
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     answer = http.options("/v1/images/generations", headers=asked)

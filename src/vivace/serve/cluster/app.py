@@ -37,21 +37,35 @@ class Door:
         configure()
         wanted = read_plan(plan)
         self._settings, self._replicas, self._alive = settings, replicas, 0
+        self._answering = 0  # HTTP requests
         limits = {"queue": wanted.max_queue, "places": wanted.max_running}
         self.fleet = Fleet(replicas, wanted.specs, alive=lambda: self._alive, **limits)
         self._looking = asyncio.get_running_loop().create_task(self._look())
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray calls for the application, in the replica."""
-        return create_app(self.fleet, self._settings, warm=False)
+        app = create_app(self.fleet, self._settings, warm=False)
+
+        async def counted(scope: Any, receive: Any, send: Any) -> None:
+            self._answering += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                self._answering -= 1
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            # The application's own life is one long call.
+            await (counted if scope["type"] == "http" else app)(scope, receive, send)
+
+        return answer
 
     async def drain(self) -> None:
         """Take no more requests; those that wait fail, those that run go on."""
         self.fleet.drain()
 
     async def busy(self) -> int:
-        """Requests that are not over."""
-        return self.fleet.unfinished
+        """Requests that are not over, and answers that are still on their way out."""
+        return self.fleet.unfinished + self._answering
 
     async def facts(self) -> dict[str, Any]:
         """What waits and runs, the processes that draw, and how many requests had to be sent again."""

@@ -83,9 +83,9 @@ class Replica:
 
         It ends this one at once, since what it holds would wait for nothing: the door has it drawn elsewhere.
         """
-        health = self.engine.health()
-        if not health.ready:
-            logger.error("ending this replica: %s", health.reason)
+        # Requests that are too large for the memory are no reason: their like would end one replica after another.
+        if self.engine.lost or self.engine.stuck:
+            logger.error("ending this replica: %s", self.engine.health().reason)
             os._exit(LOST)
 
     async def __del__(self) -> None:
