@@ -124,6 +124,7 @@ class Family:
     scheduler: tuple[str, Mapping[str, Any]] = ("", {})  # class, configuration; what a single file does not say
     recognise: Callable[[Mapping[str, Any]], bool] | None = None  # a bare denoiser by configuration; None: by class
     multiple: int = 16  # pixel sizes must be multiples of this
+    largest: Callable[[Any], int] | None = None  # (denoiser) -> the longest side that it has positions for, in pixels
     media: Literal["image", "video"] = "image"
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
     mask_channels: int | None = None  # input channels by which its inpaint pipeline knows to blend in the latents

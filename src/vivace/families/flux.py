@@ -187,7 +187,7 @@ def inputs(
         "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
         "img_ids": positions,
         "txt_ids": torch.zeros(text_tokens, 3, device=device, dtype=dtype),
-        "guidance": torch.full((batch,), 3.5, device=device) if config.guidance_embeds else None,
+        "guidance": torch.full((batch,), 4.0, device=device) if config.guidance_embeds else None,
         "return_dict": False,
     }
 

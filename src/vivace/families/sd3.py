@@ -46,7 +46,7 @@ TINY: Mapping[str, Any] = {
     "joint_attention_dim": 2 * small.WIDTH,
     "caption_projection_dim": 32,
     "pooled_projection_dim": 2 * small.WIDTH,
-    "pos_embed_max_size": 16,
+    "pos_embed_max_size": 64,
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }
@@ -196,6 +196,7 @@ SD3 = Family(
         "StableDiffusion3PAGImg2ImgPipeline",
     ),
     denoisers=("transformer",),
+    largest=lambda transformer: 8 * transformer.config.patch_size * transformer.config.pos_embed_max_size,
     denoiser_class="SD3Transformer2DModel",
     vae_class="AutoencoderKL",
     vae=SD3_VAE,

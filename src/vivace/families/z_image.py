@@ -202,6 +202,7 @@ Z_IMAGE = Family(
         "ZImageControlNetInpaintPipeline",
     ),
     denoisers=("transformer",),
+    largest=lambda transformer: 8 * min(transformer.all_patch_size) * min(transformer.axes_lens[1:]),
     denoiser_class="ZImageTransformer2DModel",
     vae_class="AutoencoderKL",
     vae=FLUX_VAE,

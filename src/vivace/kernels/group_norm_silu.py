@@ -24,9 +24,9 @@ _CHUNKS = 512  # of pixels, at most: what the second launch has to sum for each 
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """The layout of `x` that the result keeps."""
+    """The layout of `x` that the result keeps. A single pixel is in both: then the channels are last."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+    if last is None or not x.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return last
 

@@ -105,8 +105,9 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
     family = target.family
     assert family is not None
     assert lane.split is not None
+    largest = family.largest(lane.denoiser) if family.largest else max(SIDES)
     calls = []
-    for side in SIDES:
+    for side in sorted({min(side, largest) for side in SIDES}):
         kwargs = family.inputs(
             lane.denoiser, size=(side, side), batch=2, frames=1, text_tokens=family.variant().text_tokens, seed=0
         )
