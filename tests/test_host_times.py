@@ -132,20 +132,37 @@ def test_a_list_of_ones_own_goes_the_stock_way():
     assert type(scheduler) is diffusers.EulerDiscreteScheduler
 
 
+# Not for their timesteps: their noise levels live where their arithmetic does not.
+WAITING = {
+    "UniPCMultistepScheduler": "copies two noise levels to the device in every step",
+    "FlowMatchHeunDiscreteScheduler": "compares a noise level on the device with its churn's limits",
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "scheduler"), CASES)
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        pytest.param(
+            *case, marks=[pytest.mark.xfail(reason=WAITING[case[1]], strict=True)] if case[1] in WAITING else []
+        )
+        for case in CASES
+    ],
+)
 def test_nothing_waits_on_a_gpu(family, scheduler):
     pipe = FAMILIES[family].tiny().to("cuda")
     pipe.set_progress_bar_config(disable=True)
     vivace.accelerate(pipe)
-    latents(pipe, scheduler)
+    # Noise of a generator on the host would be a copy to the device in every step.
+    drawn = {"generator": torch.Generator("cuda").manual_seed(0)}
+    latents(pipe, scheduler, **drawn)
 
     def strict(pipe, step, t, given):
         torch.cuda.set_sync_debug_mode("error" if step < 2 else "default")
         return given
 
     try:
-        latents(pipe, scheduler, callback_on_step_end=strict)
+        latents(pipe, scheduler, callback_on_step_end=strict, **drawn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         vivace.restore(pipe)

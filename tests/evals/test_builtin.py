@@ -68,6 +68,9 @@ def test_distribution_finds_a_set_that_is_elsewhere():
     assert far.value - near.value == pytest.approx(64 * 0.25, rel=0.2)
     assert near_kid.low < 0 < near_kid.high
     assert far_kid.low > 0
+    # The unit of the features is the reader's own affair.
+    _, large = distribution(100 * (features[0] + 0.5), 100 * features[1], of="x")
+    assert large.value == pytest.approx(far_kid.value, rel=1e-4)
 
 
 def test_a_pipeline_takes_an_exam(pipe, reader):

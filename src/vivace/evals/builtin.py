@@ -148,13 +148,18 @@ def metrics(exam: Exam, answers: Answers, reader: Reader, *, seed: int = 0) -> l
 
 
 def distribution(features: torch.Tensor, real: torch.Tensor, *, of: str) -> list[Metric]:
-    """FID and KID of one set of features beside a real one, as far as there are enough of them."""
+    """FID and KID of one set of features beside a real one, as far as there are enough of them.
+
+    KID's kernel was made for features of a size near 1 and cubes any other: it gets these in units of the real ones'
+    root mean square.
+    """
     count = min(len(features), len(real))
     rows = []
     if count > FEATURES:
         rows.append(Metric(name="FID", of=of, value=fid(Moments.of(features), Moments.of(real)), count=count))
     if count >= 20:
-        found = kid(features, real, subset_size=min(SUBSET, count // 10))
+        size = real.square().mean().sqrt()
+        found = kid(features / size, real / size, subset_size=min(SUBSET, count // 10))
         reach = 1.96 * found.standard_error
         rows.append(Metric(name="KID", of=of, value=found.value, low=found.value - reach, high=found.value + reach,
                            count=count))  # fmt: skip
