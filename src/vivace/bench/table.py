@@ -12,8 +12,34 @@ from vivace.bench.roofline import rate_of
 
 Line = Mapping[str, Any]
 
-MARKDOWN = ("contestant", "time", "x eager", "cold s", "peak GiB", "TFLOP/s", "roofline", "error", "x eager's", "how")
-COLUMNS = ("contestant", "ms", "x eager", "cold s", "peak GiB", "TFLOP/s", "roofline", "error", "x eager's", "how")
+MARKDOWN = (
+    "contestant",
+    "time",
+    "x eager",
+    "cold s",
+    "peak GiB",
+    "TFLOP/s",
+    "roofline",
+    "MHz",
+    "W",
+    "error",
+    "x eager's",
+    "how",
+)
+COLUMNS = (
+    "contestant",
+    "ms",
+    "x eager",
+    "cold s",
+    "peak GiB",
+    "TFLOP/s",
+    "roofline",
+    "MHz",
+    "W",
+    "error",
+    "x eager's",
+    "how",
+)
 COMPILED = ("compile", "compile-full")
 """The peers that a fast lane is measured against."""
 BITS = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
@@ -38,6 +64,8 @@ def _row(line: Line, eager: Line) -> dict[str, Any]:
         "peak GiB": line["peak_bytes"] / 2**30 if line.get("peak_bytes") else None,
         "TFLOP/s": speed,
         "roofline": speed / rate if speed and rate else None,
+        "MHz": line.get("power", {}).get("clock_mhz"),
+        "W": line.get("power", {}).get("watts"),
         "error": error,
         "x eager's": error / eager["error"] if error and eager.get("error") else None,
         "how": line.get("detail") if line["status"] == "done" else line["why"],

@@ -42,6 +42,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
     import torch
 
     from vivace.bench.clock import WARM_UP, samples, summary, synchronize, wall
+    from vivace.bench.power import watched
     from vivace.bench.flops import tflop
     from vivace.bench.subject import build, call_of
 
@@ -63,7 +64,8 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         error = _error(output, reference)
         del output
         early = [round(wall(call, device)[0], 4) for _ in range(1 if workload.end_to_end else WARM_UP)]
-        times = samples(call, device, fewest=3 if workload.end_to_end else 7)
+        with watched(device) as drawn:
+            times = samples(call, device, fewest=3 if workload.end_to_end else 7)
         peak, last = _peak(device), _error(call(), reference)
         profile = _profile(call, trace) if trace else None
         quiz = _quiz(subject, workload, contestant.quiz) if contestant.quiz else None
@@ -72,6 +74,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         "status": "done",
         "detail": detail,
         **summary(times),
+        **({"power": drawn} if drawn else {}),
         "cold_seconds": round(prepared + first, 3),
         "prepare_seconds": round(prepared, 3),
         "early_seconds": early,
