@@ -11,6 +11,7 @@ H200 = {"gpus": [{"name": "NVIDIA H200"}], "processor": "p", "versions": {"torch
 
 def line(contestant, ms=None, **values):
     done = {"status": "done", "median_ms": ms, "cold_seconds": 5.0, "peak_bytes": 2**31, "detail": "how", "tflop": 74.4}
+    done["power"] = {"clock_mhz": 1500, "watts": 691, "capped": 1.0}
     return {
         "contestant": contestant,
         "ours": contestant.startswith("vivace"),
@@ -54,8 +55,8 @@ def test_the_verdict_is_against_the_better_compiled_peer():
 
 def test_markdown():
     text = markdown({"flux on NVIDIA H200": LINES})
-    assert "| vivace exact | 100.00 ms | 1.60 | 5.0 | 2.00 | 744 | 93% | 1.20e-02 | 1.20 | how |" in text
-    assert "| torchao | - | - | - | - | - | - | - | - | not finished in 200 s |" in text
+    assert "| vivace exact | 100.00 ms | 1.60 | 5.0 | 2.00 | 744 | 93% | 1500 | 691 | 1.20e-02 | 1.20 | how |" in text
+    assert "| torchao | - | - | - | - | - | - | - | - | - | - | not finished in 200 s |" in text
 
 
 def test_durations_read_well():

@@ -1,4 +1,4 @@
-"""What a GPU draws while it is timed, and at which clock: at its power limit every operation slows down with the rest."""
+"""What a GPU draws while it is timed, and its clock: at the power limit every operation slows down with the rest."""
 
 from __future__ import annotations
 

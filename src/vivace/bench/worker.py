@@ -42,8 +42,8 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
     import torch
 
     from vivace.bench.clock import WARM_UP, samples, summary, synchronize, wall
-    from vivace.bench.power import watched
     from vivace.bench.flops import tflop
+    from vivace.bench.power import watched
     from vivace.bench.subject import build, call_of
 
     device = torch.device(workload.device)
