@@ -1,9 +1,8 @@
 """GroupNorm, with the SiLU that follows and the per-channel time embedding that comes before, channels last or first.
 
-A small group is one program's work. A large one takes two launches: moments of each group over chunks of pixels, and a
-pass in which every program merges its groups' moments and applies them to one chunk. Sums are of what is left after one
-of the chunk's own values is taken away, and are merged as means and squared deviations (Chan, Golub and LeVeque 1979),
-so a mean far from zero costs no precision.
+A small group is one program's work. A large one takes two launches: sums of each group over chunks of pixels, and a
+pass in which every program adds up its groups' sums and normalises one chunk. Values are summed as differences from one
+value of their group, and so are their squares (Chan, Golub and LeVeque 1983): a mean far from zero costs no precision.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SCHEMA = (
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? add, int groups, float eps, bool silu) -> Tensor[]"
 )
 _WHOLE = 16384  # elements of a group up to which one program is quicker than two launches
-_TILE = 4096  # elements that a program holds at a time
+_TILE, _WARPS = 4096, 8  # elements that a program holds at a time, and its warps
 _PROGRAMS, _CHUNKS = 1024, 64  # programs that keep a large GPU busy; the chunks that a column may have anyway
 
 
@@ -63,41 +62,40 @@ def place(first, channel, in_channels, channels, pixels, plane, LAST: tl.constex
 
 
 @jit
-def _moments(
-    x, shift, first, tiles, channel, in_channels, channels, pixels, plane,
+def _sums(
+    x, origin, first, tiles, channel, in_channels, channels, pixels, plane,
     LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and summed squared deviation of each channel [C] over `tiles` tiles of pixels, the last perhaps partial.
-
-    Sums of what is left after `shift` [C], a value of each channel, is taken away.
-    """
+    """Sums of each channel's values and of their squares [C] over `tiles` tiles, `origin` [C] taken away before."""
     total = tl.zeros((PIXELS, CHANNELS), tl.float32)
     square = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for i in range(tiles):
         at, mask = place(first + i * PIXELS, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
-        v = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - shift[None, :], 0.0)
+        v = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :], 0.0)
         total += v
         square += v * v
-    n = tl.minimum(pixels - first, tiles * PIXELS).to(tl.float32)
-    mean = tl.sum(total, 0) / n
-    return mean + shift, tl.sum(square, 0) - n * mean * mean
+    return tl.sum(total, 0), tl.sum(square, 0)
 
 
 @jit
-def _coefficients(mean, variance, channel, mask, weight, bias, add, eps):
-    """The scale and shift of each channel that normalise it."""
-    scale = tl.rsqrt(variance + eps) * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32) - mean * scale
+def _origin(x, add, channel, first_of_group, in_channels, plane, LAST: tl.constexpr):
+    """What `_sums` takes away [C]: of x + add, the first pixel of the group's first channel; minus `add`."""
+    step = 1 if LAST else plane
+    origin = tl.load(x + first_of_group.to(tl.int64) * step, mask=in_channels, other=0.0).to(tl.float32)
     if add is not None:
-        shift += tl.load(add + channel, mask=mask, other=0.0).to(tl.float32) * scale
-    return scale, shift
+        origin += tl.load(add + first_of_group, mask=in_channels, other=0.0).to(tl.float32)
+        origin -= tl.load(add + channel, mask=in_channels, other=0.0).to(tl.float32)
+    return origin
 
 
 @jit
 def _apply(
-    x, out, scale, shift, first, tiles, channel, in_channels, channels, pixels, plane,
+    x, out, weight, bias, mean, variance, eps, first, tiles, channel, in_channels, channels, pixels, plane,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
+    """Normalise `tiles` tiles of pixels with the mean and variance of each channel [C], which has no `add`."""
+    scale = tl.rsqrt(variance + eps) * tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=in_channels, other=0.0).to(tl.float32) - mean * scale
     for i in range(tiles):
         at, mask = place(first + i * PIXELS, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
@@ -116,101 +114,86 @@ def _whole_kernel(
     channel = tl.program_id(0) * GROUP + tl.arange(0, CHANNELS)
     x += batch * sample
     out += batch * sample
-    tiles = tl.cdiv(pixels, PIXELS)
-    origin, _ = place(0, channel, inside, channels, pixels, plane, LAST, 1)
-    here = tl.sum(tl.load(x + origin, mask=inside[None, :], other=0.0).to(tl.float32), 0)
-    mean, spread = _moments(x, here, 0, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
     if add is not None:
         add += batch * add_batch
-        mean += tl.load(add + channel, mask=inside, other=0.0).to(tl.float32)
-    centre = tl.sum(tl.where(inside, mean, 0.0), 0) / GROUP
-    away = tl.where(inside, mean - centre, 0.0)
-    variance = tl.sum(tl.where(inside, spread, 0.0) / pixels + away * away, 0) / GROUP
-    scale, shift = _coefficients(centre, variance, channel, inside, weight, bias, add, eps)
-    _apply(x, out, scale, shift, 0, tiles, channel, inside, channels, pixels, plane, SILU, LAST, PIXELS)
+    tiles = tl.cdiv(pixels, PIXELS)
+    origin = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
+    total, square = _sums(x, origin, 0, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
+    values = pixels * GROUP * 1.0
+    away = tl.sum(total, 0) / values
+    variance = tl.sum(square, 0) / values - away * away
+    _apply(
+        x, out, weight, bias, away + origin, variance, eps, 0, tiles, channel, inside, channels, pixels, plane,
+        SILU, LAST, PIXELS,
+    )  # fmt: skip
 
 
 @jit
 def _column(channels, SPAN: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
-    """The channels [C] of this program's column, which of them exist, and which belong to which group [C, G]."""
-    lane = tl.arange(0, CHANNELS)
+    """This program's channels [C], which of them exist; its groups [G], which exist; and which are whose [C, G]."""
+    lane, number = tl.arange(0, CHANNELS), tl.arange(0, GROUPS)
     channel = tl.program_id(1) * SPAN + lane
-    inside = (lane < SPAN) & (channel < channels)
-    return channel, inside, (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
+    group = tl.program_id(1) * (SPAN // GROUP) + number
+    held = (number < SPAN // GROUP) & (group < channels // GROUP)
+    return channel, (lane < SPAN) & (channel < channels), group, held, (lane // GROUP)[:, None] == number[None, :]
 
 
 @jit(do_not_specialize=("pixels", "tiles", "chunks"))
-def _moments_kernel(
-    x, add, means, spreads, pixels, tiles, chunks, plane, channels, sample, add_batch,
+def _sums_kernel(
+    x, add, sums, pixels, tiles, chunks, plane, channels, sample, add_batch,
     SPAN: tl.constexpr, GROUP: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel, inside, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
+    channel, inside, group, held, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
     x += batch * sample
+    if add is not None:
+        add += batch * add_batch
+    origin = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
     first = chunk * tiles * PIXELS
     tiles = tl.minimum(tiles, tl.cdiv(pixels - first, PIXELS))
-    origin, _ = place(first, channel, inside, channels, pixels, plane, LAST, 1)
-    here = tl.sum(tl.load(x + origin, mask=inside[None, :], other=0.0).to(tl.float32), 0)
-    mean, spread = _moments(x, here, first, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
-    if add is not None:
-        mean += tl.load(add + batch * add_batch + channel, mask=inside, other=0.0).to(tl.float32)
-
-    n = tl.minimum(pixels - first, tiles * PIXELS).to(tl.float32)
-    centre = tl.sum(tl.where(mine & inside[:, None], mean[:, None], 0.0), 0) / GROUP
-    away = mean[:, None] - centre[None, :]
-    spread = tl.sum(tl.where(mine & inside[:, None], spread[:, None] + n * away * away, 0.0), 0)
-    group = tl.program_id(1) * (SPAN // GROUP) + tl.arange(0, GROUPS)
-    at = (batch * chunks + chunk) * (channels // GROUP) + group
-    held = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < channels // GROUP)
-    tl.store(means + at, centre, mask=held)
-    tl.store(spreads + at, spread, mask=held)
+    total, square = _sums(x, origin, first, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
+    groups = channels // GROUP
+    at = sums + (batch * chunks + chunk) * 2 * groups + group
+    tl.store(at, tl.sum(tl.where(mine, total[:, None], 0.0), 0), mask=held)
+    tl.store(at + groups, tl.sum(tl.where(mine, square[:, None], 0.0), 0), mask=held)
 
 
 @jit(do_not_specialize=("pixels", "tiles", "chunks"))
 def _apply_kernel(
-    x, out, means, spreads, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
+    x, out, sums, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
     SPAN: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel, inside, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
+    channel, inside, group, held, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
     groups = channels // GROUP
-    group = tl.program_id(1) * (SPAN // GROUP) + tl.arange(0, GROUPS)
-    held = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
-    means += batch * chunks * groups
-    spreads += batch * chunks * groups
-    span = tiles * PIXELS
-
-    total = tl.zeros((GROUPS,), tl.float32)
+    sums += batch * chunks * 2 * groups
+    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    square = tl.zeros((ROWS, GROUPS), tl.float32)
     for i in range(tl.cdiv(chunks, ROWS)):
         row = i * ROWS + tl.arange(0, ROWS)
-        share = tl.minimum(pixels - row * span, span).to(tl.float32) / pixels
         mask = (row < chunks)[:, None] & held[None, :]
-        mean = tl.load(means + row[:, None] * groups + group[None, :], mask=mask, other=0.0)
-        total += tl.sum(mean * share[:, None], 0)
-    centre = total
+        at = sums + row[:, None] * 2 * groups + group[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+        square += tl.load(at + groups, mask=mask, other=0.0)
+    values = pixels * GROUP * 1.0
+    away = tl.sum(total, 0) / values
+    variance = tl.sum(square, 0) / values - away * away
 
-    total = tl.zeros((GROUPS,), tl.float32)
-    for i in range(tl.cdiv(chunks, ROWS)):
-        row = i * ROWS + tl.arange(0, ROWS)
-        share = tl.minimum(pixels - row * span, span).to(tl.float32) / pixels
-        mask = (row < chunks)[:, None] & held[None, :]
-        at = row[:, None] * groups + group[None, :]
-        away = tl.load(means + at, mask=mask, other=0.0) - centre[None, :]
-        spread = tl.load(spreads + at, mask=mask, other=0.0) / GROUP
-        total += tl.sum(tl.where(mask, spread / pixels + away * away * share[:, None], 0.0), 0)
-
-    mean = tl.sum(tl.where(mine, centre[None, :], 0.0), 1)
-    variance = tl.sum(tl.where(mine, total[None, :], 0.0), 1)
-    if add is not None:
-        add += batch * add_batch
-    scale, shift = _coefficients(mean, variance, channel, inside, weight, bias, add, eps)
     x += batch * sample
     out += batch * sample
-    first = chunk * span
+    if add is not None:
+        add += batch * add_batch
+    mean = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
+    mean += tl.sum(tl.where(mine, away[None, :], 0.0), 1)
+    variance = tl.sum(tl.where(mine, variance[None, :], 0.0), 1)
+    first = chunk * tiles * PIXELS
     tiles = tl.minimum(tiles, tl.cdiv(pixels - first, PIXELS))
-    _apply(x, out, scale, shift, first, tiles, channel, inside, channels, pixels, plane, SILU, LAST, PIXELS)
+    _apply(
+        x, out, weight, bias, mean, variance, eps, first, tiles, channel, inside, channels, pixels, plane,
+        SILU, LAST, PIXELS,
+    )  # fmt: skip
 
 
 def _launch(
@@ -241,19 +224,19 @@ def _launch(
     row = max(128 if last else 8, power_of_two(group))
     span = row // group * group
     shape = {"SPAN": span, "GROUP": group, "LAST": last, "CHANNELS": power_of_two(span)}
-    shape |= {"PIXELS": max(16, _TILE // shape["CHANNELS"]), "GROUPS": power_of_two(span // group), "num_warps": 4}
+    shape |= {"PIXELS": max(16, _TILE // shape["CHANNELS"]), "GROUPS": power_of_two(span // group)}
     columns = ceil_div(channels, span)
     tiles = ceil_div(pixels, shape["PIXELS"])
     tiles = ceil_div(tiles, min(tiles, max(_CHUNKS, _PROGRAMS // (columns * batch))))
     chunks = ceil_div(pixels, tiles * shape["PIXELS"])
-    means, spreads = torch.empty((2, batch, chunks, groups), device=x.device, dtype=torch.float32)
+    sums = torch.empty((batch, chunks, 2, groups), device=x.device, dtype=torch.float32)
     grid = (chunks, columns, batch)
-    _moments_kernel[grid](
-        x, add, means, spreads, pixels, tiles, chunks, plane, channels, sample, add_batch, **shape
+    _sums_kernel[grid](
+        x, add, sums, pixels, tiles, chunks, plane, channels, sample, add_batch, **shape, num_warps=_WARPS
     )  # fmt: skip
     _apply_kernel[grid](
-        x, out, means, spreads, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
-        SILU=silu, ROWS=64, **shape,
+        x, out, sums, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
+        SILU=silu, ROWS=128, **shape, num_warps=_WARPS,
     )  # fmt: skip
     return [out]
 
