@@ -34,7 +34,7 @@ from vivace.builtin.captions import facts, say
 from vivace.builtin.render import render
 from vivace.evals.sheet import sheet
 
-RANK, BATCH, RATE = 8, 8, 2e-3
+RANK, BATCH, RATE = 8, 32, 2e-3
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj", "net.2"]
 MIDDLE = 0.8  # of the noise level's logit
 DROPPED = 0.1  # share of empty captions, for guidance
@@ -73,7 +73,7 @@ def main() -> None:
     tasks = parser.add_subparsers(dest="task", required=True)
     learn = tasks.add_parser("train")
     learn.add_argument("style", choices=STYLES)
-    learn.add_argument("--steps", type=int, default=300)
+    learn.add_argument("--steps", type=int, default=600)
     show = tasks.add_parser("draw")
     show.add_argument("--to", type=Path, default=Path("docs/lora.png"))
     for task in (learn, show):
