@@ -43,7 +43,7 @@ def _glu_kernel(
 
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(b + batch * b_batch + far * b_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = x * activation(gate, KIND)
+    y = x * activation(gate, KIND, LIMIT > 0)
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 

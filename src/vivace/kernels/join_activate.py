@@ -47,7 +47,7 @@ def _join_activate_kernel(
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0)
     second = mask & (first == 0)
     at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
-    y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND)
+    y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND, LIMIT > 0)
     if c is not None:
         at = c + batch * c_batch + far * c_token + (columns - a_width)[None, :]
         y = y * tl.load(at, mask=second, other=0.0).to(tl.float32)

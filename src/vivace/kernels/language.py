@@ -29,6 +29,8 @@ class _Absent:
 
 
 INTERPRETED: bool = knobs is not None and bool(knobs.runtime.interpret)
+EMULATED = tl.constexpr(INTERPRETED) if tl else INTERPRETED
+"""`INTERPRETED`, as kernels read it: there are no instructions of a GPU's own there."""
 
 COMPILE_ONLY: ContextVar[bool] = ContextVar("vivace_compile_only", default=False)
 """While true, launching a kernel compiles it and runs nothing; its tensors may be "meta" ones."""

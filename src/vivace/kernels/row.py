@@ -229,14 +229,14 @@ def store_rows(out, row_scale, first, rows, columns, y, mask, tokens, width, LIM
             factors = row_scale + (first + rows) * 2
             tl.store(factors, scale, mask=rows < tokens)
             tl.store(factors + 1, offset, mask=rows < tokens)
-            y = tl.where(mask, y - offset[:, None], 0.0) / scale[:, None]
+            y = tl.where(mask, y - offset[:, None], 0.0) * (1.0 / scale)[:, None]
             # Adding 1.5 * 2**23 leaves no fraction bits: rounds to nearest even, as torch does.
             y = tl.minimum(tl.maximum((y + 12582912.0) - 12582912.0, -128.0), 127.0)
         else:
             y = tl.where(mask, y, 0.0)
             scale = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / LIMIT
             tl.store(row_scale + first + rows, scale, mask=rows < tokens)
-            y = y / scale[:, None]
+            y = y * (1.0 / scale)[:, None]
             if ROUND_FIRST:
                 y = round_to_e4m3(y)
     tl.store(out + (first + rows)[:, None] * width + columns[None, :], y.to(kind), mask=mask)
