@@ -3,6 +3,7 @@
 import pytest
 
 from vivace.distill import Stage, Student
+from vivace.distill import plan as plans
 from vivace.distill.plan import make_plan, teacher_calls
 from vivace.families import FAMILIES
 
@@ -27,3 +28,14 @@ def test_a_plan_measures_every_stage_and_writes_nothing(config, tmp_path):
     assert plan.memory["running mean"] == plan.memory["student"]
     assert plan.to_dict()["hours"] == plan.hours
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cpu_measures_small_batches(config, tmp_path, monkeypatch):
+    seen = []
+    measured = plans._measure
+    monkeypatch.setattr(
+        plans, "_measure", lambda training, *a, **kw: seen.append(training.config.batch) or measured(training, *a, **kw)
+    )
+    plan = plans.make_plan(config(tmp_path / "out", batch=64), pipe=FAMILIES["sd3"].tiny())
+    assert seen == [plans.CPU_BATCH] * 2
+    assert [stage.pictures_per_second * stage.seconds for stage in plan.stages] == pytest.approx([64, 64])

@@ -17,6 +17,7 @@ from vivace.distill.trainer import make_accelerator, make_training
 from vivace.distill.training import Training
 
 MEASURED = 2  # solver steps of the rollout that are run
+CPU_BATCH = 2  # a CPU takes as many times longer as a batch is larger, so a small one tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,19 @@ class Plan:
 
 
 def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> Plan:
-    """Measure a training: one warm-up batch of each stage, then `repeats` that count. Raises InputError as `train`."""
+    """Measure a training: one warm-up batch of each stage, then `repeats` that count. Raises InputError as `train`.
+
+    On a CPU small batches are measured, and taken as often as it needs for the pictures of a large one.
+    """
     accelerator = make_accelerator(config, Path(config.output))
-    training = make_training(config, accelerator, pipe=pipe)
     cuda = accelerator.device.type == "cuda"
-    stages = tuple(_measure(training, stage, repeats=repeats) for stage in config.stages)
+    measured = config if cuda else replace(config, batch=min(config.batch, CPU_BATCH))
+    training = make_training(measured, accelerator, pipe=pipe)
+    parts = config.batch / measured.batch
+    stages = tuple(
+        replace(stage, seconds=parts * stage.seconds)
+        for stage in (_measure(training, stage, repeats=repeats) for stage in config.stages)
+    )
     return Plan(
         stages=stages,
         memory=memory(training),
