@@ -41,7 +41,7 @@ def eval(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
-    lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS too (needs the extra \\[eval]).")] = False,
+    lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS (needs the extra \\[eval]).")] = False,
     lpips_weights: Annotated[Path | None, typer.Option(help="AlexNet's weights for LPIPS, as torchvision's.")] = None,
     clip: Annotated[str | None, typer.Option(help="With --presets: CLIP score too, of this folder or hub id.")] = None,
     fid: Annotated[Path | None, typer.Option(help="With --presets: FID from the pictures in this folder.")] = None,
