@@ -41,6 +41,24 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
+def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
+    """cuDNN's fp8 attention, in its own place, written out in torch: softmax's numerators in e4m3, sums in fp32."""
+    from vivace.attention import cudnn_fp8
+
+    def run(call: cudnn_fp8.Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descale=None) -> torch.Tensor:
+        e4m3, factor = torch.float8_e4m3fn, cudnn_fp8.PROBABILITIES
+        assert {t.dtype for t in (q, k, v)} == {e4m3}
+        wide = [t.float().transpose(1, 2) for t in (q, k, v)]
+        logits = wide[0] @ wide[1].transpose(-1, -2) * call.scale * (1 if descale is None else descale)
+        numerators = (logits - logits.amax(-1, keepdim=True)).exp()
+        stored = (numerators * factor).to(e4m3).float() / factor
+        return (stored @ wide[2] / numerators.sum(-1, keepdim=True)).transpose(1, 2).to(e4m3).contiguous()
+
+    monkeypatch.setattr(cudnn_fp8, "_run", run)
+    return run
+
+
+@pytest.fixture
 def sd3_pipe() -> StableDiffusion3Pipeline:
     """A random Stable Diffusion 3 without VAE and text encoders; `sd3_latents` calls it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline

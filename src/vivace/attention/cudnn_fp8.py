@@ -1,10 +1,11 @@
 """cuDNN's fp8 attention, from the plain wheel nvidia-cudnn-frontend. Not exact.
 
-q and k go in with scale 1: e4m3 is a floating format, so a scale only moves what lies beyond 448 or below 2^-6, and a
-normalised head of q or k (at most sqrt(D) times the largest weight of its norm, which rotary embedding keeps) is within
-that without being looked at. Keys are smoothed by their mean, which softmax does not see (arXiv 2410.02367), so what
-all keys share costs no digits. Every head of v is scaled to fill the format; attention's output is an average of rows
-of v, so with v's scale it cannot leave the format either, and needs no scale that is known only afterwards.
+Fused blocks that normalise q and k write them in e4m3 in the same pass, with scales that the norms' bounds give
+(`fused/heads.py`). What comes in 16 bit goes in with scale 1, for e4m3 is a floating format: a scale only moves what
+lies beyond 448 or below 2^-6. Such keys, which no norm bounds, are smoothed by their mean, which softmax does not see
+(arXiv 2410.02367), so that what all of them share costs no digits; after a norm that was measured to do nothing. Every
+head of v is scaled to fill the format; attention's output is an average of rows of v, so with v's scale it cannot leave
+the format either, and needs no scale that is known only afterwards.
 
 No scale is shared between samples. Masked calls, and calls of few keys, are native's: fp8 has nothing to gain there.
 """
@@ -12,7 +13,6 @@ No scale is shared between samples. Masked calls, and calls of few keys, are nat
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ import torch
 
 from vivace.attention.backend import Backend
 from vivace.attention.native import NATIVE
+from vivace.attention.packed import Operands, Packed
 from vivace.errors import InputError, first_line
 from vivace.kernels.quant_heads import quant_heads
-from vivace.kernels.row import FORMATS, Quantize, RowScaled
+from vivace.kernels.row import FORMATS, HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
 
 KEYS = 1024
@@ -32,13 +33,6 @@ PROBABILITIES = 256.0
 """What softmax's numerators, at most 1, are multiplied with in e4m3: below 2^-17 they are lost."""
 
 LIMIT = FORMATS["fp8"].limit
-
-
-class Heads(NamedTuple):
-    """Attention's output in e4m3: `values * scales` is what was meant."""
-
-    values: torch.Tensor  # [B, S, H, D]
-    scales: torch.Tensor  # [B, H]
 
 
 class Call(NamedTuple):
@@ -53,46 +47,36 @@ class Call(NamedTuple):
     device: torch.device
 
 
-def quantised(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotate: bool
-) -> tuple[torch.Tensor, torch.Tensor, Heads]:
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, rotate: bool) -> Operands:
     """q, k and v `[B, S, H, D]` in e4m3: k less its mean over the tokens, both rotated where asked, v scaled."""
+    rotate = rotate and q.shape[-1] in (16, 32, 64, 128)
     mean = k.mean(1, dtype=torch.float32)
     largest = torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32)
     scales = largest.clamp_min(1e-12) / LIMIT
-    return (
+    return Operands(
         quant_heads(q, rotate=rotate),
         quant_heads(k, mean=mean, rotate=rotate),
-        Heads(quant_heads(v, scale=scales), scales),
+        HeadScaled(quant_heads(v, scale=scales), scales),
     )
 
 
-def attend_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, rotate: bool = False
-) -> Heads:
-    """Attention of q, k, v `[B, S, H, D]` in 16 bit, computed and left in e4m3."""
+def attend_packed(operands: Operands, *, scale: float | None = None) -> HeadScaled:
+    """Attention of what is in e4m3, left in e4m3."""
+    q, k, v, descale = operands
     batch, queries, heads, depth = q.shape
-    q8, k8, v8 = quantised(q, k, v, rotate=rotate)
     call = Call(batch, heads, queries, k.shape[1], depth, depth**-0.5 if scale is None else scale, q.device)
-    return Heads(_run(call, q8, k8, v8.values), v8.scales)
+    return HeadScaled(_run(call, q, k, v.values, descale), v.scales)
 
 
-def rows_of(heads: Heads, *, dtype: torch.dtype, quantize: Quantize | None = None) -> torch.Tensor | RowScaled:
-    """`[B, S, H D]` in `dtype`, or row-scaled as a quantised projection takes it."""
-    return unscale_heads(heads.values, scale=heads.scales, dtype=dtype, quantize=quantize)
-
-
-def serves(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def serves(*, keys: int, depth: int, mask: torch.Tensor | None = None) -> bool:
     """Whether a call is one for fp8."""
-    depth = q.shape[-1]
-    return mask is None and k.shape[1] >= KEYS and depth % 16 == 0 and depth <= 128
+    return mask is None and keys >= KEYS and depth % 16 == 0 and depth <= 128
 
 
 def _attend(q, k, v, *, mask=None, scale=None, rotate):
-    if not serves(q, k, mask):
+    if not serves(keys=k.shape[1], depth=q.shape[-1], mask=mask):
         return NATIVE.attend(q, k, v, mask=mask, scale=scale)
-    rotate = rotate and q.shape[-1] in (16, 32, 64, 128)
-    rows = rows_of(attend_heads(q, k, v, scale=scale, rotate=rotate), dtype=q.dtype)
+    rows = unscale_heads(attend_packed(packed(q, k, v, rotate=rotate), scale=scale), dtype=q.dtype)
     assert isinstance(rows, torch.Tensor)
     return rows.unflatten(2, q.shape[2:])
 
@@ -146,11 +130,13 @@ class Graph:
         }
         self._workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=call.device)
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descale: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty_like(q)
         unread = [torch.empty(1, 1, 1, 1, device=q.device) for _ in self.outputs[1:]]
         pack = dict(zip(self.inputs, (q, k, v), strict=True)) | self._values
         pack |= dict(zip(self.outputs, (out, *unread), strict=True))
+        if descale is not None:
+            pack[self.scalars["descale_q"]] = descale
         handle = _handle(q.device, threading.get_ident())
         self._cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
         self._graph.execute(pack, self._workspace, handle=handle)
@@ -173,14 +159,20 @@ def _graph(call: Call, thread: int) -> Graph:
         return Graph(call)
 
 
-def _run(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return _graph(call, threading.get_ident())(q, k, v)
+def _run(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descale: torch.Tensor | None) -> torch.Tensor:
+    return _graph(call, threading.get_ident())(q, k, v, descale)
 
 
-def _backend(name: str, attend: Callable[..., torch.Tensor]) -> Backend:
+def _backend(name: str, *, rotate: bool) -> Backend:
     return Backend(
         name=name,
-        attend=attend,
+        attend=Packed(
+            attend=partial(_attend, rotate=rotate),
+            serves=serves,
+            pack=partial(packed, rotate=rotate),
+            heads=attend_packed,
+            scales_only=not rotate,
+        ),
         since=(9, 0),
         masks=True,
         exact=False,
@@ -190,5 +182,5 @@ def _backend(name: str, attend: Callable[..., torch.Tensor]) -> Backend:
     )
 
 
-CUDNN_FP8 = _backend("cudnn_fp8", partial(_attend, rotate=False))
-CUDNN_FP8_ROTATED = _backend("cudnn_fp8_rotated", partial(_attend, rotate=True))
+CUDNN_FP8 = _backend("cudnn_fp8", rotate=False)
+CUDNN_FP8_ROTATED = _backend("cudnn_fp8_rotated", rotate=True)

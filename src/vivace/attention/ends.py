@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from vivace import request
 from vivace.attention.backend import Attend, Backend
 from vivace.attention.native import NATIVE
+from vivace.attention.packed import Packed
 
 
 def with_exact_ends(backend: Backend) -> Attend:
@@ -20,7 +22,9 @@ def with_exact_ends(backend: Backend) -> Attend:
         chosen = NATIVE if request.EXACT.get() else backend
         return chosen.attend(q, k, v, mask=mask, scale=scale)
 
-    return attend
+    if not isinstance(packed := backend.attend, Packed):
+        return attend
+    return replace(packed, attend=attend, serves=lambda **call: not request.EXACT.get() and packed.serves(**call))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from vivace.kernels.join_activate import join_activate
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.residual_norm import residual_norm
-from vivace.kernels.row import Sum
+from vivace.kernels.row import HeadScaled, Sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Elementwise:
     `y_weight`), and the norm of h."""
 
     heads: Callable[..., None]
-    """`(qkv, *, q, k, v, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`, writes q, k and v."""
+    """`(qkv, *, q, k, v, v_scale, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`."""
 
     linear_gelu: Callable[..., Any]
     """`(linear, x, *, quantize)`: GELU, in its tanh form, of `linear(x)`."""
@@ -55,7 +55,7 @@ class Elementwise:
     """`(a, b, *, kind, quantize)`: `a * activation(b)`; "gelu" is the exact one."""
 
     join: Callable[..., Any]
-    """`(a, b, *, times, kind="gelu_tanh", quantize)`: `activation(b) * times` beside `a` in every row."""
+    """`(a, b, *, times, kind="gelu_tanh", quantize)`: `activation(b) * times` beside `a` (rows, or e4m3 heads)."""
 
     picture_norm: Callable[..., torch.Tensor]
     """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
@@ -101,7 +101,14 @@ def _residual_norm(x, y, *, gate=None, add=None, y_weight=None, eps=1e-6, **norm
     return h, _norm(h, eps=eps, **norm)
 
 
-def _heads(qkv, *, q, k, v=None, q_weight=None, k_weight=None, cos=None, sin=None, offset=0, eps=1e-6):
+def _heads(qkv, *, q, k, v=None, v_scale=None, offset=0, **options):
+    if v_scale is not None:
+        # The 8-bit form has no quicker spelling in torch than the kernel's reference.
+        return qk_norm_rope(qkv, q=q, k=k, v=v, v_scale=v_scale, offset=offset, **options)
+    return _heads_as_they_are(qkv, q=q, k=k, v=v, offset=offset, **options)
+
+
+def _heads_as_they_are(qkv, *, q, k, v, offset, q_weight=None, k_weight=None, cos=None, sin=None, eps=1e-6):
     tokens = slice(offset, offset + qkv.shape[1])
     q_in, k_in, v_in = qkv.unflatten(-1, (3, *q.shape[2:])).unbind(2)
     turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(-2)  # [(B,) S, 1, D / 2]
@@ -129,6 +136,7 @@ def _glu(a, b, *, kind, quantize=None):
 
 def _join(a, b, *, times=None, kind="gelu_tanh", quantize=None):
     y = activation_ref(b, kind)
+    a = a.dense().to(b.dtype) if isinstance(a, HeadScaled) else a
     return torch.cat((a, y if times is None else y.mul_(times)), dim=-1)
 
 

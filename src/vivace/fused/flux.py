@@ -83,7 +83,7 @@ def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) ->
         spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
         mlps=(Mlp.of(block.ff), Mlp.of(block.ff_context)),
         clips=(False, True),
-        undo=parts.undo,
+        parts=parts,
     )
     return JointBlock(image, text, index=index, parts=parts)
 

@@ -98,7 +98,7 @@ def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) ->
             Mlp(up=block.ff_context.linear_in, down=block.ff_context.linear_out, gated=True),
         ),
         clips=(False, True),
-        undo=parts.undo,
+        parts=parts,
     )
     return JointBlock(image, text, index=index, parts=parts)
 

@@ -1,4 +1,8 @@
-"""From the products of q, k and v to attention's output, for one stream or several that attend to each other."""
+"""From the products of q, k and v to attention's output, for one stream or several that attend to each other.
+
+Where attention computes in e4m3 and the norms bound q and k, they are written so, and the output stays so until the
+linear that reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,16 @@ from typing import Any, NamedTuple
 import torch
 
 from vivace.attention.backend import Attend
+from vivace.attention.packed import Operands, Packed
 from vivace.fused.elementwise import Elementwise
+from vivace.fused.packed_norms import PackedNorms, packed_norms
+from vivace.fused.stack import takes
+from vivace.kernels.quant_heads import quant_heads
+from vivace.kernels.row import HeadScaled
+from vivace.kernels.unscale_heads import unscale_heads
+
+SMALLEST = 1e-14
+"""The scale of a head of v that is all zeros."""
 
 
 class Tokens(NamedTuple):
@@ -28,46 +41,102 @@ class Heads(NamedTuple):
     count: int
     norm_q: Any
     norm_k: Any
+    packed: PackedNorms | None = None  # None: q and k are left in 16 bit
 
-    def norms(self) -> dict[str, Any]:
+    def norms(self, *, packed: bool) -> dict[str, Any]:
         """The norms as keywords of the arithmetic."""
         if self.norm_q is None:
             return {}
-        return {"q_weight": self.norm_q.weight, "k_weight": self.norm_k.weight, "eps": self.norm_q.eps}
+        q, k = self.packed[:2] if packed and self.packed else (self.norm_q.weight, self.norm_k.weight)
+        return {"q_weight": q, "k_weight": k, "eps": self.norm_q.eps}
+
+
+def heads_for(attend: Attend, *streams: Heads) -> list[Heads]:
+    """The heads of `streams` that are attended to together, ready for e4m3 where `attend` and their norms allow it."""
+    if not (isinstance(attend, Packed) and attend.scales_only) or any(one.norm_q is None for one in streams):
+        return list(streams)
+    norms = packed_norms([(one.norm_q.weight, one.norm_k.weight) for one in streams])
+    return [one._replace(packed=packed) for one, packed in zip(streams, norms, strict=True)]
 
 
 def attend_alone(
     qkv: torch.Tensor, heads: Heads, tokens: Tokens, *, attend: Attend, elementwise: Elementwise
-) -> torch.Tensor:
+) -> torch.Tensor | HeadScaled:
     """Attention of one stream `[B, S, 3 D]` among its own tokens, `[B, S, D]`; v stays where the product left it."""
-    parts = qkv.unflatten(-1, (3, heads.count, -1))
-    q, k = (torch.empty(parts.shape[:2] + parts.shape[3:], device=qkv.device, dtype=qkv.dtype) for _ in range(2))
-    elementwise.heads(qkv, q=q, k=k, cos=tokens.cos, sin=tokens.sin, **heads.norms())
-    return _attended(q, k, parts[:, :, 2], tokens, attend)
+    v = qkv.unflatten(-1, (3, heads.count, -1))[:, :, 2]
+    scales = _scales(v, heads, tokens, attend, keys=v.shape[1])
+    q, k = (torch.empty(v.shape, device=v.device, dtype=_dtype(v, scales)) for _ in range(2))
+    norms = heads.norms(packed=scales is not None)
+    elementwise.heads(qkv, q=q, k=k, v_scale=scales, cos=tokens.cos, sin=tokens.sin, **norms)
+    return _attended(q, k, v, scales, heads, tokens, attend)
 
 
 def attend_jointly(
     streams: Sequence[tuple[torch.Tensor, Heads]], tokens: Tokens, *, attend: Attend, elementwise: Elementwise
-) -> torch.Tensor:
-    """Attention of several streams `[B, S_i, 3 D]` to each other, one after another: `[B, sum of S_i, D]`."""
+) -> list[torch.Tensor] | list[HeadScaled]:
+    """Attention of several streams `[B, S_i, 3 D]` to each other, one after another: what each gets, `[B, S_i, D]`."""
     first, heads = streams[0]
-    total, repeats = sum(qkv.shape[1] for qkv, _ in streams), tokens.repeats
-    depth = first.shape[-1] // (3 * heads.count)
-    q, k, v = (first.new_empty(len(first), total + more, heads.count, depth) for more in (0, repeats, repeats))
+    lengths, repeats = [qkv.shape[1] for qkv, _ in streams], tokens.repeats
+    total, depth = sum(lengths), first.shape[-1] // (3 * heads.count)
+    v = first.new_empty(len(first), total + repeats, heads.count, depth)
+    scales = _scales(v, heads, tokens, attend, keys=total + repeats)
+    q, k = (v.new_empty(len(v), total + more, *v.shape[2:], dtype=_dtype(v, scales)) for more in (0, repeats))
     offset = 0
     for qkv, heads in streams:
         end = offset + qkv.shape[1]
         cos, sin = (None if table is None else table[..., offset:end, :] for table in (tokens.cos, tokens.sin))
-        elementwise.heads(qkv, q=q, k=k, v=v, cos=cos, sin=sin, offset=offset, **heads.norms())
+        norms = heads.norms(packed=scales is not None)
+        elementwise.heads(qkv, q=q, k=k, v=v, v_scale=scales, cos=cos, sin=sin, offset=offset, **norms)
         offset = end
     if repeats:
         k[:, total:], v[:, total:] = k[:, total - 1 : total], v[:, total - 1 : total]
-    return _attended(q, k, v, tokens, attend)
+    y = _attended(q, k, v, scales, heads, tokens, attend)
+    if isinstance(y, HeadScaled):
+        return [HeadScaled(values, y.scales) for values in y.values.split(lengths, dim=1)]
+    return list(y.split(lengths, dim=1))
 
 
-def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, attend: Attend) -> torch.Tensor:
+def attended(
+    attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None = None
+) -> torch.Tensor | HeadScaled:
+    """Attention of q, k, v `[B, S, H, D]` as rows `[B, S, H D]`, or as e4m3 heads where it makes them."""
+    if isinstance(attend, Packed) and attend.serves(keys=k.shape[1], depth=k.shape[-1], mask=mask):
+        return attend.heads(attend.pack(q, k, v))
+    return attend(q, k, v, mask=mask).flatten(2)
+
+
+def projected(out: Any, y: torch.Tensor | HeadScaled, *, dtype: torch.dtype) -> torch.Tensor:
+    """The projection `out` of what attention made; e4m3 heads go in as the rows that it takes, else in `dtype`."""
+    return out(unscale_heads(y, dtype=dtype, quantize=takes(out)) if isinstance(y, HeadScaled) else y)
+
+
+def _scales(v: torch.Tensor, heads: Heads, tokens: Tokens, attend: Attend, *, keys: int) -> torch.Tensor | None:
+    """Space for the scales of v [B, H], where q, k and v are to be in e4m3; else None."""
+    if not isinstance(attend, Packed) or heads.packed is None or tokens.lengths is not None:
+        return None
+    if not attend.serves(keys=keys, depth=v.shape[-1], mask=tokens.mask):
+        return None
+    return torch.full((len(v), heads.count), SMALLEST, device=v.device)
+
+
+def _dtype(v: torch.Tensor, scales: torch.Tensor | None) -> torch.dtype:
+    return v.dtype if scales is None else torch.float8_e4m3fn
+
+
+def _attended(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: torch.Tensor | None,
+    heads: Heads,
+    tokens: Tokens,
+    attend: Attend,
+) -> torch.Tensor | HeadScaled:
+    if scales is not None and isinstance(attend, Packed) and heads.packed is not None:
+        descale = heads.packed.descale
+        return attend.heads(Operands(q, k, HeadScaled(quant_heads(v, scale=scales), scales), descale))
     if tokens.lengths is None:
-        return attend(q, k, v, mask=tokens.mask).flatten(2)
+        return attended(attend, q, k, v, mask=tokens.mask)
     # The fastest kernels take no mask. Neighbours of one length go together, and what stands for no token stays 0.
     out, start = torch.zeros_like(q), 0
     for length, run in groupby(tokens.lengths):

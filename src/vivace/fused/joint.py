@@ -13,8 +13,9 @@ import torch
 from vivace.attention.backend import Attend
 from vivace.family import Block, State
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly
+from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly, heads_for, projected
 from vivace.fused.stack import Stack, takes
+from vivace.kernels.row import HeadScaled
 
 HALF = torch.finfo(torch.float16).max
 
@@ -108,14 +109,19 @@ def streams_of(
     *,
     spans: tuple[slice, slice],
     mlps: tuple[Mlp, Mlp | None],
-    undo: ExitStack,
+    parts: Parts,
     second: Any = None,
     clips: tuple[bool, bool] = (False, False),
 ) -> tuple[Stream, Stream]:
     """Image and text of a block with diffusers' joint attention; the text ends with a block that has no MLP for it."""
+    of_image, of_text = heads_for(
+        parts.attend,
+        Heads(attention.heads, attention.norm_q, attention.norm_k),
+        Heads(attention.heads, attention.norm_added_q, attention.norm_added_k),
+    )
     image = Stream(
-        qkv=Stack([attention.to_q, attention.to_k, attention.to_v], undo=undo),
-        heads=Heads(attention.heads, attention.norm_q, attention.norm_k),
+        qkv=Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo),
+        heads=of_image,
         span=spans[0],
         out=attention.to_out[0],
         mlp=mlps[0],
@@ -123,8 +129,8 @@ def streams_of(
         clips=clips[0],
     )
     text = Stream(
-        qkv=Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=undo),
-        heads=Heads(attention.heads, attention.norm_added_q, attention.norm_added_k),
+        qkv=Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=parts.undo),
+        heads=of_text,
         span=spans[1],
         out=attention.to_add_out if mlps[1] else None,
         mlp=mlps[1],
@@ -188,24 +194,28 @@ class JointBlock:
         pairs = zip(xs, streams, strict=True)
         return tuple(self.elementwise.norm(x, **stream.norm(modulation)) for x, stream in pairs)
 
-    def _attention(self, streams: Sequence[Stream], normed: Sequence[Any], tokens: Tokens) -> list[torch.Tensor]:
-        """What each stream gets of it: [B, S_i, D]."""
+    def _attention(self, streams: Sequence[Stream], normed: Sequence[Any], tokens: Tokens) -> list[Any]:
+        """What each stream gets of it: [B, S_i, D], as rows or e4m3 heads."""
         # The text comes last here; in the joint sequence it may be the first.
         shift = 0 if self.image_first else 1
         products = [(stream.qkv(x), stream.heads) for stream, x in zip(streams, normed, strict=True)]
         ordered = products[-shift:] + products[:-shift] if shift else products
-        y = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
-        shares = y.split([qkv.shape[1] for qkv, _ in ordered], dim=1)
+        shares = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
         return [*shares[shift:], *shares[:shift]]
 
     def _stream(
-        self, stream: Stream, x: torch.Tensor, y: torch.Tensor, ahead: dict[str, Any] | None, modulation: Any
+        self,
+        stream: Stream,
+        x: torch.Tensor,
+        y: torch.Tensor | HeadScaled,
+        ahead: dict[str, Any] | None,
+        modulation: Any,
     ) -> tuple[torch.Tensor, Any]:
         """One stream after attention's share `y`: residuals and MLP, and with `ahead` the next block's norm of it."""
         if stream.out is None:
             return x, None
         assert stream.mlp is not None
-        elementwise, y = self.elementwise, stream.out(y)
+        elementwise, y = self.elementwise, projected(stream.out, y, dtype=x.dtype)
         _, _, gate, shift, scale, mlp_gate, *more = modulation[stream.span]
         if stream.second is not None:
             second = self._second(stream.second, x, *more[:2])
@@ -225,4 +235,5 @@ class JointBlock:
         """The stream's tokens among themselves, where a block has that too (SD 3.5 medium): [B, S, D]."""
         qkv, heads, out = second
         normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
-        return out(attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise))
+        y = attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise)
+        return projected(out, y, dtype=x.dtype)

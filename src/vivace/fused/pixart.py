@@ -23,6 +23,7 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.cross_blocks import CrossBlock, sums
 from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.heads import attended, projected
 from vivace.fused.joint import Parts, chained
 from vivace.fused.stack import Stack
 from vivace.fused.unet_blocks import odd_attention
@@ -112,7 +113,7 @@ class PictureAttention:
 
     def __call__(self, normed: Any, context: Mapping[str, Any]) -> torch.Tensor:
         q, k, v = self.reader(normed).unflatten(-1, (3, self.attention.heads, -1)).unbind(2)
-        return self.attention.to_out[0](self.attend(q, k, v).flatten(2))
+        return projected(self.attention.to_out[0], attended(self.attend, q, k, v), dtype=q.dtype)
 
 
 class TextAttention:

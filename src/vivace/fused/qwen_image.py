@@ -81,7 +81,7 @@ def _joint(block: Any, index: int, modulation: Modulation, parts: Parts) -> Join
         spans=(span, modulation.spans[f"{index}.text"]),
         mlps=(Mlp.of(block.img_mlp), Mlp.of(block.txt_mlp)),
         clips=(True, True),
-        undo=parts.undo,
+        parts=parts,
     )
     # From Edit-2511 on, the pictures to edit are modulated as at time zero, whose chunks lie behind all others.
     still = slice(span.start + modulation.chunks, span.stop + modulation.chunks)

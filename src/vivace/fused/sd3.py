@@ -23,7 +23,7 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.elementwise import TORCH, Elementwise, elementwise_for
 from vivace.fused.fold import fold_zero_tokens
-from vivace.fused.heads import Heads, Tokens
+from vivace.fused.heads import Heads, Tokens, heads_for
 from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.stack import Stack
@@ -55,13 +55,14 @@ def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> 
     own, second = block.attn2, None
     if own is not None:  # the picture's tokens among themselves: the first blocks of SD 3.5 medium
         qkv = Stack([own.to_q, own.to_k, own.to_v], undo=parts.undo)
-        second = qkv, Heads(own.heads, own.norm_q, own.norm_k), own.to_out[0]
+        (heads,) = heads_for(parts.attend, Heads(own.heads, own.norm_q, own.norm_k))
+        second = qkv, heads, own.to_out[0]
     image, text = streams_of(
         block.attn,
         spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
         mlps=(Mlp.of(block.ff), None if block.context_pre_only else Mlp.of(block.ff_context)),
         second=second,
-        undo=parts.undo,
+        parts=parts,
     )
     return JointBlock(image, text, index=index, parts=parts, image_first=True)
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from vivace.family import State
 from vivace.fused.elementwise import Elementwise
-from vivace.fused.heads import Heads, attend_alone
+from vivace.fused.heads import Heads, attend_alone, heads_for
 from vivace.fused.joint import Ahead, Parts, ahead_for, clipped
 from vivace.fused.stack import Stack, takes
+from vivace.kernels.row import HeadScaled
+from vivace.kernels.unscale_heads import unscale_heads
 
 
 class Inward(Protocol):
@@ -86,7 +88,8 @@ class SingleBlock:
     def __init__(
         self, inward: Inward, out: Any, *, heads: Heads, index: int, first: int, span: slice, parts: Parts
     ) -> None:
-        self.inward, self.out, self.heads = inward, out, heads
+        self.inward, self.out = inward, out
+        (self.heads,) = heads_for(parts.attend, heads)
         self.index, self.reader, self.span = index, first + index, span
         self.attend, self.elementwise = parts.attend, parts.elementwise
         self.following: SingleBlock | None = None
@@ -126,6 +129,9 @@ class SingleBlock:
         if not plain:
             kind = self.inward.kind
             return self.out(self.elementwise.join(attended, mlp, times=times, kind=kind, quantize=takes(self.out)))
+        if isinstance(attended, HeadScaled):
+            attended = unscale_heads(attended, dtype=qkv.dtype)
+            assert isinstance(attended, torch.Tensor)
         # A sum of two products, so that neither is copied into a joint tensor; H200: at 740 TFLOP/s, together at 684.
         inner, weight = attended.shape[-1], self.out.weight
         y = F.linear(attended, weight[:, :inner], self.out.bias)

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from vivace.attention.backend import Attend
 from vivace.fused.elementwise import Elementwise
+from vivace.fused.heads import attended, projected
 from vivace.fused.stack import Stack, takes
 
 ATTENTION: Mapping[str, Any] = {
@@ -209,7 +210,7 @@ class SelfAttention:
 
     def __call__(self, normed: Any) -> torch.Tensor:
         q, k, v = self.reader(normed).unflatten(-1, (3, self.attention.heads, -1)).unbind(2)
-        return self.attention.to_out[0](self.attend(q, k, v).flatten(2))
+        return projected(self.attention.to_out[0], attended(self.attend, q, k, v), dtype=q.dtype)
 
 
 def gated_mlp(mlp: Any, normed: Any, elementwise: Elementwise) -> torch.Tensor:

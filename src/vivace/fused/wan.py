@@ -22,7 +22,7 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.cross_blocks import CrossBlock, sums
 from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.heads import Heads, Tokens, attend_alone
+from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
 from vivace.fused.joint import Parts, chained
 from vivace.fused.stack import Stack
 
@@ -86,14 +86,12 @@ class TurnedAttention:
     def __init__(self, attention: Any, *, parts: Parts) -> None:
         self.attention, self.parts = attention, parts
         self.reader = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+        (self.heads,) = heads_for(parts.attend, Heads(attention.heads, attention.norm_q, attention.norm_k))
 
     def __call__(self, normed: Any, context: Mapping[str, Any]) -> torch.Tensor:
-        attention, parts = self.attention, self.parts
-        heads = Heads(attention.heads, attention.norm_q, attention.norm_k)
-        y = attend_alone(
-            self.reader(normed), heads, context["tokens"], attend=parts.attend, elementwise=parts.elementwise
-        )
-        return attention.to_out[0](y)
+        parts, qkv = self.parts, self.reader(normed)
+        y = attend_alone(qkv, self.heads, context["tokens"], attend=parts.attend, elementwise=parts.elementwise)
+        return projected(self.attention.to_out[0], y, dtype=qkv.dtype)
 
 
 class TextAttention:

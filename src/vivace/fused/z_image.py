@@ -22,7 +22,7 @@ from vivace.attention.backend import Attend
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, foreign_attention
 from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.heads import Heads, Tokens, attend_alone
+from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
 from vivace.fused.joint import Ahead, Parts, ahead_for, chained
 from vivace.fused.modulation import Modulation
 from vivace.fused.stack import Stack, takes
@@ -53,7 +53,7 @@ class SandwichBlock:
         self.block, self.index, self.span = block, index, span
         self.attend, self.elementwise = parts.attend, parts.elementwise
         self.qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
-        self.heads = Heads(attention.heads, attention.norm_q, attention.norm_k)
+        (self.heads,) = heads_for(parts.attend, Heads(attention.heads, attention.norm_q, attention.norm_k))
         self.following: SandwichBlock | None = None
 
     def __call__(self, state: State) -> State:
@@ -75,7 +75,7 @@ class SandwichBlock:
         _, gate, scale, mlp_gate = (None,) * 4 if self.span is None else modulation[self.span]
         normed = elementwise.norm(x, **self.norm(modulation)) if normed is None else normed
         y = attend_alone(self.qkv(normed), self.heads, tokens, attend=self.attend, elementwise=elementwise)
-        y = block.attention.to_out[0](y)
+        y = projected(block.attention.to_out[0], y, dtype=x.dtype)
         inner = _norm(block.ffn_norm1, scale, takes(mlp.w1, mlp.w3))
         x, normed = elementwise.residual_norm(x, y, y_weight=block.attention_norm2.weight, gate=gate, **inner)
         y = mlp.w2(elementwise.glu(mlp.w3(normed), mlp.w1(normed), kind="silu", quantize=takes(mlp.w2)))

@@ -10,6 +10,7 @@ from vivace.kernels.activate import Activation, activation, activation_ref
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
 from vivace.kernels.row import (
+    HeadScaled,
     Quantize,
     RowScaled,
     limit_of,
@@ -21,20 +22,27 @@ from vivace.kernels.row import (
     tokens_of,
 )
 
-SCHEMA = "join_activate(Tensor a, Tensor b, Tensor? c, str kind, str? quantize) -> Tensor[]"
+SCHEMA = "join_activate(Tensor a, Tensor? a_scale, Tensor b, Tensor? c, str kind, str? quantize) -> Tensor[]"
 
 
 def join_activate_ref(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, kind: str, quantize: str | None
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b: torch.Tensor,
+    c: torch.Tensor | None,
+    kind: str,
+    quantize: str | None,
 ) -> list[torch.Tensor]:
     """The operation in torch, in fp32 between one load and one store."""
-    y = activation_ref(b.float(), kind)
-    return rows_ref(torch.cat((a.float(), y if c is None else y * c.float()), -1), a.dtype, quantize)
+    x, y = a.float(), activation_ref(b.float(), kind)
+    x = x if a_scale is None else HeadScaled(x.unflatten(-1, (a_scale.shape[1], -1)), a_scale).dense()
+    return rows_ref(torch.cat((x, y if c is None else y * c.float()), -1), b.dtype, quantize)
 
 
 @jit(do_not_specialize=("tokens",))
 def _join_activate_kernel(
-    a, b, c, out, row_scale, tokens, a_width, width, a_batch, a_token, b_batch, b_token, c_batch, c_token,
+    a, a_scale, b, c, out, row_scale, tokens, a_width, width, heads,
+    a_batch, a_token, b_batch, b_token, c_batch, c_token,
     KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -44,26 +52,35 @@ def _join_activate_kernel(
     first = (columns < a_width)[None, :]
     far = rows.to(tl.int64)[:, None]
 
-    x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0)
+    x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0).to(tl.float32)
+    if a_scale is not None:
+        head = columns // (a_width // heads)
+        x = x * tl.load(a_scale + batch * heads + head, mask=columns < a_width, other=0.0)[None, :]
     second = mask & (first == 0)
     at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
     y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND, LIMIT > 0)
     if c is not None:
         at = c + batch * c_batch + far * c_token + (columns - a_width)[None, :]
         y = y * tl.load(at, mask=second, other=0.0).to(tl.float32)
-    y = tl.where(first, x.to(tl.float32), y)
+    y = tl.where(first, x, y)
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, kind: str, quantize: str | None
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b: torch.Tensor,
+    c: torch.Tensor | None,
+    kind: str,
+    quantize: str | None,
 ) -> list[torch.Tensor]:
     batch, tokens, a_width = a.shape
     width = a_width + b.shape[-1]
-    made = rows_like(a, quantize, width=width)
+    made = rows_like(b, quantize, width=width)
     rows, block, warps = tile(width)
     _join_activate_kernel[(ceil_div(tokens, rows), batch)](
-        a, b, c, made[0], made[-1], tokens, a_width, width, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        a, a_scale, b, c, made[0], made[-1], tokens, a_width, width, 1 if a_scale is None else a_scale.shape[1],
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         *((0, 0) if c is None else c.stride()[:2]),
         KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -74,7 +91,7 @@ _op = register(SCHEMA, reference=join_activate_ref, launch=_launch)
 
 
 def join_activate(
-    a: torch.Tensor,
+    a: torch.Tensor | HeadScaled,
     b: torch.Tensor,
     *,
     times: torch.Tensor | None = None,
@@ -83,14 +100,16 @@ def join_activate(
 ) -> torch.Tensor | RowScaled:
     """`cat(a, activation(b) * times)` of [B, S, D] and [B, S, E] with contiguous rows: [B, S, D + E], or `RowScaled`.
 
-    Raises ValueError where the leading dimensions or the types differ, or `times` is not of b's shape.
+    `a` may be attention's heads in e4m3. Raises ValueError where the leading dimensions or the types differ, or `times`
+    is not of b's shape.
     """
-    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
+    a, scales = (a.values.flatten(2), a.scales) if isinstance(a, HeadScaled) else (a, None)
+    if a.shape[:-1] != b.shape[:-1] or (scales is None and a.dtype != b.dtype):
         raise ValueError(f"a and b must agree but for their last dimension, got {list(a.shape)} and {list(b.shape)}")
     if times is not None and times.shape != b.shape:
         raise ValueError(f"times must be of b's shape {list(b.shape)}, got {list(times.shape)}")
     c = None if times is None else tokens_of(times, "times")
-    return shaped(_op(tokens_of(a, "a"), tokens_of(b, "b"), c, kind, quantize), a)
+    return shaped(_op(tokens_of(a, "a"), scales, tokens_of(b, "b"), c, kind, quantize), b)
 
 
 def _make(
@@ -101,12 +120,16 @@ def _make(
     widths: tuple[int, int],
     kind: str = "gelu_tanh",
     gated: bool = False,
+    heads: int | None = None,
     quantize: str | None = None,
     pad: int = 0,
 ) -> dict[str, Any]:
+    """With a number of `heads`, `a` in e4m3."""
     a, b = (draw(batch, tokens, width, pad=pad) for width in widths)
     c = draw(batch, tokens, widths[1], pad=2 * pad) if gated else None
-    return {"a": a, "b": b, "c": c, "kind": kind, "quantize": quantize}
+    scales = None if heads is None else draw(batch, heads, dtype=torch.float32).abs() + 0.1
+    a = a if heads is None else a.to(torch.float8_e4m3fn)
+    return {"a": a, "a_scale": scales, "b": b, "c": c, "kind": kind, "quantize": quantize}
 
 
 KERNEL = Kernel(
@@ -121,6 +144,8 @@ KERNEL = Kernel(
         Case("swiglu, views", {"batch": 2, "tokens": 5, "widths": (64, 192), "kind": "silu", "gated": True, "pad": 32}),
         Case("fp8 rows", {"batch": 2, "tokens": 3, "widths": (320, 1280), "quantize": "fp8"}),
         Case("int8 rows", {"tokens": 3, "widths": (64, 256), "quantize": "int8"}),
+        Case("fp8 heads", {"batch": 2, "tokens": 3, "widths": (96, 256), "heads": 3}),
+        Case("fp8 heads to fp8 rows", {"batch": 2, "tokens": 5, "widths": (192, 320), "heads": 2, "quantize": "fp8"}),
     ),
     bench=(
         Case("FLUX 1024² single", {"tokens": 4608, "widths": (3072, 12288)}),
@@ -129,5 +154,9 @@ KERNEL = Kernel(
             {"tokens": 4608, "widths": (6144, 18432), "kind": "silu", "gated": True, "quantize": "fp8"},
         ),
         Case("FLUX 1024² single, fp8", {"tokens": 4608, "widths": (3072, 12288), "quantize": "fp8"}),
+        Case(
+            "FLUX 1024² single, fp8 heads",
+            {"tokens": 4608, "widths": (3072, 12288), "heads": 24, "quantize": "fp8"},
+        ),
     ),
 )

@@ -13,12 +13,13 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import jit, power_of_two, tl
-from vivace.kernels.row import load_columns, norm_ref, normalize, tokens_of
+from vivace.kernels.row import E4M3_LIMIT, FORMATS, load_columns, norm_ref, normalize, tokens_of, within_e4m3
 
 SCHEMA = (
-    "qk_norm_rope(Tensor qkv, Tensor(a!) q, Tensor(b!) k, Tensor(c!)? v, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor? cos, Tensor? sin, int offset, float eps) -> ()"
+    "qk_norm_rope(Tensor qkv, Tensor(a!) q, Tensor(b!) k, Tensor(c!)? v, Tensor(d!)? v_scale, Tensor? q_weight, "
+    "Tensor? k_weight, Tensor? cos, Tensor? sin, int offset, float eps) -> ()"
 )
+LIMIT = FORMATS["fp8"].limit
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,7 @@ def qk_norm_rope_ref(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     cos: torch.Tensor | None,
@@ -47,9 +49,12 @@ def qk_norm_rope_ref(
             grouped = x.flatten(2).unflatten(-1, (-1, len(weight)))  # [B, S, H, D], or [B, S, 1, H D]
             x = (norm_ref(grouped, eps, "rms") * weight.float()).view(x.shape)
         x = _rotated(x, cos, sin) if cos is not None and sin is not None else x
+        x = x.clamp(-LIMIT, LIMIT) if out.dtype == torch.float8_e4m3fn else x
         out[:, offset : offset + qkv.shape[1]] = x.to(out.dtype)
     if v is not None:
         v[:, offset : offset + qkv.shape[1]] = heads[2].to(v.dtype)
+    if v_scale is not None:
+        v_scale.copy_(torch.maximum(v_scale, heads[2].abs().amax((1, 3)) / LIMIT))
 
 
 @jit
@@ -71,12 +76,15 @@ def _write_head(
         s = load_columns(sin + token * sin_token, pairs * sin_pair, inside)
         even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
         x = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (ROWS, BLOCK))
-    tl.store(out + rows.to(tl.int64) * head + columns[None, :], x.to(out.dtype.element_ty), mask=mask)
+    kind: tl.constexpr = out.dtype.element_ty
+    if kind == tl.float8e4nv:
+        x = within_e4m3(x)
+    tl.store(out + rows.to(tl.int64) * head + columns[None, :], x.to(kind), mask=mask)
 
 
 @jit(do_not_specialize=("offset",))
 def _qk_norm_rope_kernel(
-    qkv, q, k, v, q_weight, k_weight, cos, sin,
+    qkv, q, k, v, v_scale, q_weight, k_weight, cos, sin,
     offset, heads, depth, qkv_batch, qkv_token,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     cos_batch, cos_token, cos_pair, sin_batch, sin_token, sin_pair, eps,
@@ -110,6 +118,12 @@ def _qk_norm_rope_kernel(
         if v is not None:
             at = v + batch * v_batch + to * v_token + rows.to(tl.int64) * v_head + columns[None, :]
             tl.store(at, x.to(v.dtype.element_ty), mask=mask)
+        if v_scale is not None:
+            fits = tl.max(tl.abs(x), 1, keep_dims=True) / E4M3_LIMIT  # pyright: ignore[reportOperatorIssue]
+            # After a few tokens hardly one raises it, and a look is cheaper than an atomic operation.
+            scale = v_scale + batch * heads + rows
+            raises = (rows < heads) & (fits > tl.load(scale, mask=rows < heads, other=0.0))
+            tl.atomic_max(scale, fits, mask=raises)
 
 
 def _launch(
@@ -117,6 +131,7 @@ def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     cos: torch.Tensor | None,
@@ -127,8 +142,8 @@ def _launch(
     batch, tokens, _ = qkv.shape
     heads, depth = q.shape[2], q.shape[3]
     rows, block = power_of_two(heads), power_of_two(depth)
-    _qk_norm_rope_kernel[(tokens, batch, 2 if v is None else 3)](
-        qkv, q, k, v, q_weight, k_weight, cos, sin,
+    _qk_norm_rope_kernel[(tokens, batch, 2 if v is None and v_scale is None else 3)](
+        qkv, q, k, v, v_scale, q_weight, k_weight, cos, sin,
         offset, heads, depth, qkv.stride(0), qkv.stride(1),
         *q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]),
         *_steps(cos), *_steps(sin), eps,
@@ -151,6 +166,7 @@ def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
@@ -164,7 +180,9 @@ def qk_norm_rope(
     head of q and k is RMS-normalised, with [H D] all heads of a token together; with `cos` and `sin` [S, D / 2], or
     [B, S, D / 2] where samples have tables of their own, their neighbours (0, 1), (2, 3), ... are rotated (a table that
     holds each angle twice goes in as `cos[:, ::2]`). Without `v` it is left where it is: a lone stream can read it from
-    `qkv`. Raises ValueError when the sizes do not fit, or a last dimension is not contiguous.
+    `qkv`. q and k may be in e4m3, whose limit their weights have to respect. `v_scale` [B, H] fp32 is raised to the
+    scales with which the heads of v fit e4m3. Raises ValueError when the sizes do not fit, or a last dimension is not
+    contiguous.
     """
     qkv = tokens_of(qkv, "qkv")
     if qkv.shape[-1] != 3 * q.shape[-1] * q.shape[-2] or offset + qkv.shape[1] > q.shape[1]:
@@ -174,6 +192,8 @@ def qk_norm_rope(
         )
     if any(t is not None and t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("q, k and v must be contiguous in their last dimension; give views that keep D innermost")
+    if v_scale is not None and (v_scale.shape != (len(qkv), q.shape[2]) or v_scale.dtype != torch.float32):
+        raise ValueError(f"v_scale must be [{len(qkv)}, {q.shape[2]}] float32, got {list(v_scale.shape)}")
     for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
         if weight is not None and weight.shape not in ((q.shape[-1],), (q.shape[-2] * q.shape[-1],)):
             raise ValueError(
@@ -184,7 +204,7 @@ def qk_norm_rope(
         allowed = [qkv.shape[1], q.shape[-1] // 2]
         if table is not None and list(table.shape) not in (allowed, [len(qkv), *allowed]):
             raise ValueError(f"{name} must be {allowed}, [S, D / 2], got {list(table.shape)}; give this stream's rows")
-    _op(qkv, q, k, v, q_weight, k_weight, cos, sin, offset, eps)
+    _op(qkv, q, k, v, v_scale, q_weight, k_weight, cos, sin, offset, eps)
 
 
 def _make(
@@ -202,9 +222,13 @@ def _make(
     before: int = 0,
     after: int = 0,
     heads_first: bool = False,
+    fp8: bool = False,
     pad: int = 0,
 ) -> dict[str, Any]:
-    """A joint sequence with `before` and `after` tokens of another stream; twice-held angles with `pad`."""
+    """A joint sequence with `before` and `after` tokens of another stream; twice-held angles with `pad`.
+
+    With `fp8` q and k in e4m3, and the scales of v.
+    """
     total = before + tokens + after
     joint = [
         draw.empty(batch, heads, total, depth).transpose(1, 2)
@@ -216,9 +240,10 @@ def _make(
     cos, sin = (draw(*angles, dtype=torch.float32) if rope else None for _ in range(2))
     return {
         "qkv": draw(batch, tokens, 3 * heads * depth, pad=pad),
-        "q": joint[0],
-        "k": joint[1],
+        "q": joint[0].to(torch.float8_e4m3fn) if fp8 else joint[0],
+        "k": joint[1].to(torch.float8_e4m3fn) if fp8 else joint[1],
         "v": joint[2] if write_v else None,
+        "v_scale": torch.full((batch, heads), 1e-12, device=draw.device) if fp8 else None,
         "q_weight": draw(heads * depth if across else depth) if norm else None,
         "k_weight": draw(heads * depth if across else depth) if norm else None,
         "cos": cos[..., ::2] if pad and cos is not None else cos,
@@ -229,10 +254,12 @@ def _make(
 
 
 def _bytes_moved(arguments: Mapping[str, Any], results: list[torch.Tensor]) -> int:
-    """q, k (and v where it is written) once in and once out, and the angles."""
+    """q, k (and v where it is read) once in, what is written of them once out, and the angles."""
     qkv, angles = arguments["qkv"], [arguments[name] for name in ("cos", "sin") if arguments[name] is not None]
-    heads = 2 * qkv.numel() * len(results) // 3
-    return heads * qkv.element_size() + sum(t.numel() * t.element_size() for t in angles)
+    part = qkv.numel() // 3
+    written = [t.element_size() for t in results if t.ndim == 4]
+    read = 3 if arguments["v_scale"] is not None else len(written)
+    return part * (read * qkv.element_size() + sum(written)) + sum(t.numel() * t.element_size() for t in angles)
 
 
 _FLUX = {"heads": 24, "depth": 128}
@@ -244,7 +271,7 @@ KERNEL = Kernel(
     launch=_launch,
     op=_op,
     make=_make,
-    written=("q", "k", "v"),
+    written=("q", "k", "v", "v_scale"),
     bytes_moved=_bytes_moved,
     cases=(
         Case("head size 128 after text", {"tokens": 5, "heads": 3, "depth": 128, "before": 7}),
@@ -258,11 +285,14 @@ KERNEL = Kernel(
         ),
         Case("across heads", {"batch": 2, "tokens": 5, "heads": 3, "depth": 32, "across": True, "write_v": False}),
         Case("v left in place", {"tokens": 5, "heads": 2, "depth": 128, "write_v": False}),
+        Case("in fp8 after text", {"batch": 2, "tokens": 5, "heads": 3, "depth": 64, "before": 4, "fp8": True}),
+        Case("in fp8, v left", {"tokens": 37, "heads": 2, "depth": 32, "across": True, "write_v": False, "fp8": True}),
     ),
     bench=(
         Case("FLUX 1024² image", {**_FLUX, "tokens": 4096, "before": 512}),
         Case("FLUX 1024² text", {**_FLUX, "tokens": 512, "after": 4096, "rope": False}),
         Case("FLUX 1024² single", {**_FLUX, "tokens": 4608, "pad": 12288, "write_v": False}),
+        Case("FLUX 1024² single, fp8", {**_FLUX, "tokens": 4608, "write_v": False, "fp8": True}),
         Case("SD3.5-medium 1024² b2 image", {**_SD3, "tokens": 4096, "after": 333}),
         Case("Wan 14B 480p", {"tokens": 32760, "heads": 40, "depth": 128, "across": True, "write_v": False}),
         Case("built-in b2", {"batch": 2, "tokens": 256, "heads": 6, "depth": 32, "rope": False, "after": 78}),

@@ -10,7 +10,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, power_of_two, tl
-from vivace.kernels.row import FORMATS, ROUND_FIRST, round_to_e4m3
+from vivace.kernels.row import FORMATS, within_e4m3
 
 SCHEMA = "quant_heads(Tensor x, Tensor? mean, Tensor? scale, Tensor? rotation) -> Tensor[]"
 LIMIT = FORMATS["fp8"].limit
@@ -43,7 +43,7 @@ def quant_heads_ref(
 @jit(do_not_specialize=("tokens",))
 def _quant_heads_kernel(
     x, mean, scale, rotation, out, tokens, heads, depth, x_batch, x_token, x_head, mean_batch, mean_head, scale_batch,
-    scale_head, root, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    scale_head, root, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
@@ -61,11 +61,8 @@ def _quant_heads_kernel(
         y = tl.dot(y.to(tl.float16), turn) * root
     if scale is not None:
         y = y / tl.load(scale + batch * scale_batch + head * scale_head)
-    y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)
-    if ROUND_FIRST:
-        y = round_to_e4m3(y)
     at = ((batch * tokens + far) * heads + head) * depth + columns[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, within_e4m3(y).to(out.dtype.element_ty), mask=mask)
 
 
 def _launch(
@@ -76,7 +73,7 @@ def _launch(
     _quant_heads_kernel[(ceil_div(tokens, ROWS), heads, batch)](
         x, mean, scale, rotation, out, tokens, heads, depth, *x.stride()[:3],
         *((0, 0) if mean is None else mean.stride()[:2]), *((0, 0) if scale is None else scale.stride()), depth**-0.5,
-        LIMIT=LIMIT, ROWS=ROWS, BLOCK=power_of_two(depth), num_warps=4,
+        ROWS=ROWS, BLOCK=power_of_two(depth), num_warps=4,
     )  # fmt: skip
     return [out]
 

@@ -55,6 +55,17 @@ class RowScaled(NamedTuple):
         return meant + self.scales[..., 1:] if self.scales.shape[-1] == 2 else meant
 
 
+class HeadScaled(NamedTuple):
+    """Heads in e4m3, as fp8 attention takes v and leaves its output: `values * scales` is what was meant."""
+
+    values: torch.Tensor  # [B, S, H, D], float8_e4m3fn
+    scales: torch.Tensor  # [B, H], float32
+
+    def dense(self) -> torch.Tensor:
+        """What was meant, as rows [B, S, H D] float32."""
+        return (self.values.float() * self.scales[:, None, :, None]).flatten(2)
+
+
 class Format(NamedTuple):
     dtype: torch.dtype
     limit: float  # the largest magnitude it holds
@@ -69,6 +80,7 @@ FORMATS: dict[str | None, Format] = {
 
 # The interpreter's cast to e4m3 drops the mantissa's carry (1.944 becomes 1.0), so there a value is rounded before it.
 ROUND_FIRST = tl.constexpr(INTERPRETED) if tl else INTERPRETED
+E4M3_LIMIT = tl.constexpr(448.0) if tl else 448.0
 
 # Rounding to the nearest value of an 8-bit format can go either way where fp32 sums differ in their last bit.
 TOLERANCE: dict[torch.dtype, tuple[float, float]] = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.int8: (0.0, 1.0)}
@@ -214,6 +226,15 @@ def round_to_e4m3(y):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
     # Below 2**-6 its values are multiples of 2**-9; adding 1.5 * 2**14 leaves no finer fraction.
     return tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)
+
+
+@jit
+def within_e4m3(y):
+    """`y` (fp32) held within what e4m3 can say, ready for the cast; NaN stays NaN."""
+    y = tl.clamp(y, -E4M3_LIMIT, E4M3_LIMIT, tl.PropagateNan.ALL)
+    if ROUND_FIRST:
+        y = round_to_e4m3(y)
+    return y
 
 
 @jit

@@ -8,7 +8,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import FORMATS, Quantize, RowScaled, limit_of, rows_ref, shaped, store_rows, tile
+from vivace.kernels.row import FORMATS, HeadScaled, Quantize, RowScaled, limit_of, rows_ref, store_rows, tile
 
 SCHEMA = "unscale_heads(Tensor x, Tensor scale, ScalarType dtype, str? quantize) -> Tensor[]"
 
@@ -22,17 +22,18 @@ def unscale_heads_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _unscale_heads_kernel(
-    x, scale, out, row_scale, tokens, width, heads, depth, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, scale, out, row_scale, tokens, width, heads, depth, x_batch,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     mask = (rows < tokens)[:, None] & inside[None, :]
-    first = batch * tokens
-    y = tl.load(x + (first + rows)[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = x + batch * x_batch + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     y = y * tl.load(scale + batch * heads + columns // depth, mask=inside, other=0.0)[None, :]
-    store_rows(out, row_scale, first, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
 def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: str | None) -> list[torch.Tensor]:
@@ -43,7 +44,7 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: 
         made.append(torch.empty(batch, tokens, FORMATS[quantize].factors, device=x.device, dtype=torch.float32))
     rows, block, warps = tile(width)
     _unscale_heads_kernel[(ceil_div(tokens, rows), batch)](
-        x, scale, made[0], made[-1], tokens, width, heads, depth,
+        x, scale, made[0], made[-1], tokens, width, heads, depth, x.stride(0),
         LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
@@ -52,22 +53,28 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: 
 _op = register(SCHEMA, reference=unscale_heads_ref, launch=_launch)
 
 
-def unscale_heads(
-    x: torch.Tensor, *, scale: torch.Tensor, dtype: torch.dtype, quantize: Quantize | None = None
-) -> torch.Tensor | RowScaled:
-    """`x * scale` of e4m3 heads [B, S, H, D], contiguous, and `scale` [B, H] fp32: rows [B, S, H D].
+def unscale_heads(x: HeadScaled, *, dtype: torch.dtype, quantize: Quantize | None = None) -> torch.Tensor | RowScaled:
+    """The heads as rows [B, S, H D]: in `dtype`, or as `RowScaled` values.
 
-    In `dtype`, or as `RowScaled` values. Raises ValueError where a size does not fit.
+    The values may be some tokens of a longer sequence. Raises ValueError where a size does not fit, or a token's heads
+    do not lie together.
     """
-    if not x.is_contiguous() or scale.shape != (x.shape[0], x.shape[2]) or not scale.is_contiguous():
-        raise ValueError(f"x must be contiguous and scale [{x.shape[0]}, {x.shape[2]}], got {list(scale.shape)}")
-    return shaped(_op(x, scale, dtype, quantize), x.flatten(2))
+    values, scales = x
+    batch, _, heads, depth = values.shape
+    if values.stride()[1:] != (heads * depth, depth, 1) or scales.shape != (batch, heads) or not scales.is_contiguous():
+        raise ValueError(
+            f"a token's heads must lie together and scales be [{batch}, {heads}], got strides {values.stride()} and "
+            f"scales {list(scales.shape)}"
+        )
+    made = _op(values, scales, dtype, quantize)
+    return made[0] if quantize is None else RowScaled(*made)
 
 
 def _make(
-    draw: Draw, *, batch: int = 1, tokens: int, heads: int, depth: int, quantize: str | None = None
+    draw: Draw, *, batch: int = 1, tokens: int, heads: int, depth: int, before: int = 0, quantize: str | None = None
 ) -> dict[str, Any]:
-    x = (draw(batch, tokens, heads, depth, dtype=torch.float32) * 30).to(torch.float8_e4m3fn)
+    """With `before` tokens of another stream in the same tensor."""
+    x = (draw(batch, before + tokens, heads, depth, dtype=torch.float32) * 30).to(torch.float8_e4m3fn)[:, before:]
     scale = draw(batch, heads, dtype=torch.float32).abs() + 0.01
     return {"x": x, "scale": scale, "dtype": draw.dtype, "quantize": quantize}
 
@@ -81,6 +88,7 @@ KERNEL = Kernel(
     cases=(
         Case("in 16 bit, odd length", {"batch": 2, "tokens": 37, "heads": 3, "depth": 64}),
         Case("fp8 rows, head size 72", {"batch": 2, "tokens": 5, "heads": 4, "depth": 72, "quantize": "fp8"}),
+        Case("fp8 rows after text", {"batch": 2, "tokens": 5, "heads": 4, "depth": 64, "before": 3, "quantize": "fp8"}),
         Case("int8 rows", {"tokens": 5, "heads": 2, "depth": 128, "quantize": "int8"}),
     ),
     bench=(

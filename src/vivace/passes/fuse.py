@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from vivace.attention.packed import Packed
 from vivace.fused import Fused, fused_of
 from vivace.kernels.language import triton
 from vivace.kernels.rehearsal import rehearse, skeleton, without_values
+from vivace.kernels.row import HeadScaled
 from vivace.passes.quantize import quantises
 from vivace.passes.target import Pass, Target, types_of
 from vivace.quant.linear import QuantLinear
@@ -115,12 +118,21 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
             with torch.no_grad():
                 kwargs["once"] = lane.split.prepare(kwargs)
         calls.append(without_values(kwargs))
-    with ExitStack() as undo:
-        rehearse(fused.fuse(skeleton(lane.denoiser), attend=_shape_of_attention, undo=undo), calls)
+    attends = [_shape_of_attention]
+    if isinstance(lane.attend, Packed):
+        # Some steps and short calls stay in 16 bit.
+        attends.append(replace(lane.attend, attend=_shape_of_attention, heads=_shape_of_heads))
+    for attend in attends:
+        with ExitStack() as undo:
+            rehearse(fused.fuse(skeleton(lane.denoiser), attend=attend, undo=undo), calls)
 
 
 def _shape_of_attention(q, k, v, *, mask=None, scale=None):
     return torch.empty_like(q)
+
+
+def _shape_of_heads(operands, *, scale=None):
+    return HeadScaled(torch.empty_like(operands.q), operands.v.scales)
 
 
 def _forecast(target: Target) -> str:
