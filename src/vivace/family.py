@@ -117,6 +117,7 @@ class Family:
     split: Callable[[Any], Split]  # the denoiser's stock Split
     tiny: Callable[..., DiffusionPipeline]  # tiny(pipeline_class: str | None = None) -> a random pipeline for the CPU
     inputs: Callable[..., dict[str, Any]]  # (denoiser, *, size, batch, frames, text_tokens, seed) -> forward kwargs
+    one_row: tuple[str, ...] = ()  # patterns of linears that read one row a sample: stored in 8 bits, products in 16
     signal: Callable[[Any, State], torch.Tensor] | None = None  # (denoiser, stock state) -> what TeaCache watches
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]] | None = None  # frames, rows, columns of tokens
     text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)  # slot -> class, config

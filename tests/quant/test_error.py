@@ -18,12 +18,20 @@ def denoiser():
 
 def errors(denoiser, format: str) -> dict[str, float]:
     layers = survey(
-        denoiser, format=format_of(format), device=torch.device("cpu"), keep=FAMILY.keep_16bit, all_that_fit=True
+        denoiser,
+        format=format_of(format),
+        device=torch.device("cpu"),
+        keep=FAMILY.keep_16bit,
+        one_row=FAMILY.one_row,
+        all_that_fit=True,
     )
     arguments = FAMILY.inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=8, seed=0)
-    found = layer_errors(denoiser, arguments, format=format, layers=layers)
+    found = layer_errors(denoiser, arguments, layers=layers)
     assert set(found) == {layer.name for layer in layers if layer.format}
-    return found
+    modulation = [error for name, error in found.items() if "norm" in name]
+    assert len(modulation) == 7
+    assert all(0.001 < error < 0.012 for error in modulation), modulation
+    return {name: error for name, error in found.items() if "norm" not in name}
 
 
 @pytest.mark.parametrize(("format", "low", "high"), [("fp8", 0.02, 0.06), ("int8", 0.004, 0.025)])

@@ -61,7 +61,7 @@ def test_another_dtype(written):
     pipe = vivace.load(written[0], dtype="float32")
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
     values = [m.values.dtype for m in pipe.transformer.modules() if isinstance(m, QuantLinear)]
-    assert set(values) == {torch.float8_e4m3fn}
+    assert set(values) == {torch.float8_e4m3fn, torch.int8}
     torch.testing.assert_close(output(pipe.transformer), written[1].float(), rtol=0.1, atol=0.05)
 
 
@@ -94,7 +94,9 @@ def test_altered(copied):
         vivace.load(copied.parent)
 
 
-@pytest.mark.parametrize("change", [{"version": 99}, {"format": "fp2"}, {"layers": None}, {"class": 3}])
+@pytest.mark.parametrize(
+    "change", [{"version": 99}, {"layers": {"a": {"format": "fp2"}}}, {"layers": None}, {"class": 3}]
+)
 def test_a_record_of_something_else(copied, change):
     path = copied / folder.RECORD
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from vivace.kernels.few_rows_linear import MOST, few_rows_linear
 from vivace.kernels.quant_rows import quant_rows
 from vivace.quant import FORMATS, format_of
 from vivace.quant.linear import QuantLinear, stacked
@@ -41,6 +42,26 @@ def test_close_to_the_original(name, bias):
     # The weight that is multiplied with is the one it shows.
     seen = torch.nn.functional.linear(x, layer.dequantised(), layer.bias)
     assert error(out, seen) < (1e-5 if name.endswith("weights") else ALLOWED[name])
+
+
+@pytest.mark.parametrize("inputs", [192, 77])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_multiplied_with_the_int8_weight_as_it_is(inputs, bias):
+    original = linear(inputs=inputs, bias=bias)
+    layer = QuantLinear.of(original, format=format_of("int8_weights"))
+    x = torch.randn(MOST + 1, inputs)
+    many = layer(x)
+    assert error(many[None], original(x)[None]) < ALLOWED["int8_weights"]
+    for rows in (1, 3, MOST):
+        few = layer(x[:rows])
+        assert (few.shape, few.dtype) == ((rows, 80), torch.float32)
+        # On the CPU the input is rounded to bf16 for torch's own kernel.
+        assert error(few[None], many[None, :rows]) < 0.005
+        on_a_gpu = few_rows_linear(x[:rows], layer.values, scales=layer.scales, bias=layer.bias)
+        torch.testing.assert_close(on_a_gpu, many[:rows], rtol=1e-5, atol=1e-4)
+    assert layer(x[None, None, :2]).shape == (1, 1, 2, 80)
+    with pytest.raises(ValueError, match="x must be"):
+        few_rows_linear(x[None], layer.values, scales=layer.scales)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -132,8 +132,10 @@ def _torchao(subject: Any, workload: Workload) -> str:
     except ImportError as error:
         raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
+    kept = (*workload.facts.keep_16bit, *workload.facts.one_row)
+
     def wanted(module: torch.nn.Module, name: str) -> bool:
-        if not isinstance(module, torch.nn.Linear) or any(fnmatch(name, p) for p in workload.facts.keep_16bit):
+        if not isinstance(module, torch.nn.Linear) or any(fnmatch(name, pattern) for pattern in kept):
             return False
         return module.in_features % 16 == 0 and module.out_features % 16 == 0
 

@@ -222,7 +222,8 @@ FLUX = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     guidance="embedded",
     prediction="flow",
-    keep_16bit=("x_embedder", "context_embedder", "time_text_embed.*", "*.norm*.linear", "norm_out.*", "proj_out"),
+    keep_16bit=("x_embedder", "context_embedder", "time_text_embed.*", "proj_out"),
+    one_row=("*.norm*.linear", "norm_out.linear"),
     variants={
         "dev": dev(
             hub_id="black-forest-labs/FLUX.1-dev",

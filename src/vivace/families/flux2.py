@@ -347,14 +347,8 @@ FLUX2 = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     guidance="embedded",
     prediction="flow",
-    keep_16bit=(
-        "x_embedder",
-        "context_embedder",
-        "time_guidance_embed.*",
-        "*_stream_modulation*",
-        "norm_out.*",
-        "proj_out",
-    ),
+    keep_16bit=("x_embedder", "context_embedder", "time_guidance_embed.*", "proj_out"),
+    one_row=("*_stream_modulation*", "norm_out.linear"),
     variants={
         "dev": Variant(
             denoiser=DEV,

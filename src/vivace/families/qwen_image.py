@@ -277,7 +277,8 @@ QWEN_IMAGE = Family(
     blocks=("transformer_blocks",),
     guidance="two_calls",
     prediction="flow",
-    keep_16bit=("img_in", "txt_in", "time_text_embed.*", "*.img_mod.*", "*.txt_mod.*", "norm_out.*", "proj_out"),
+    keep_16bit=("img_in", "txt_in", "time_text_embed.*", "proj_out"),
+    one_row=("*.img_mod.*", "*.txt_mod.*", "norm_out.linear"),
     variants={
         "base": picture(
             hub_id="Qwen/Qwen-Image",

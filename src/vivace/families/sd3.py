@@ -203,7 +203,8 @@ SD3 = Family(
     blocks=("transformer_blocks",),
     guidance="batched",
     prediction="flow",
-    keep_16bit=("pos_embed.*", "context_embedder", "time_text_embed.*", "*.norm*.linear", "norm_out.*", "proj_out"),
+    keep_16bit=("pos_embed.*", "context_embedder", "time_text_embed.*", "proj_out"),
+    one_row=("*.norm*.linear", "norm_out.linear"),
     variants={
         "3.5-medium": Variant(
             denoiser=MEDIUM_35,

@@ -209,7 +209,8 @@ Z_IMAGE = Family(
     blocks=("layers",),
     guidance="batched",
     prediction="flow",
-    keep_16bit=("all_x_embedder.*", "cap_embedder.*", "t_embedder.*", "*.adaLN_modulation.*", "all_final_layer.*"),
+    keep_16bit=("all_x_embedder.*", "cap_embedder.*", "t_embedder.*", "all_final_layer.*"),
+    one_row=("*.adaLN_modulation.*",),
     variants={
         "turbo": Variant(
             denoiser=SINGLE_6B,

@@ -11,7 +11,7 @@ import torch
 from vivace.config import Config, Switch
 from vivace.passes.target import Pass, Target
 from vivace.quant import format_of
-from vivace.quant.layers import Layer, foreign, linears, not_finite, survey, weight_of
+from vivace.quant.layers import Layer, foreign, linears, matches, not_finite, survey, weight_of
 from vivace.quant.linear import QuantLinear
 from vivace.quant.originals import Base, file_of, files_of
 from vivace.quant.rules import best_format
@@ -23,8 +23,9 @@ def _wants(config: Config) -> Switch:
 
 def present(target: Target) -> str | None:
     """The format that layers are in already: loaded so, or kept from an acceleration before."""
-    modules = (module for denoiser in target.denoisers.values() for _, module in linears(denoiser))
-    return next((module.format.name for module in modules if isinstance(module, QuantLinear)), None)
+    one_row = target.family.one_row if target.family else ()
+    found = [pair for denoiser in target.denoisers.values() for pair in linears(denoiser)]
+    return next((m.format.name for name, m in found if isinstance(m, QuantLinear) and not matches(name, one_row)), None)
 
 
 def _format(target: Target) -> str | None:
@@ -49,6 +50,7 @@ def _survey(target: Target, format: str) -> dict[str, list[Layer]]:
             format=format_of(format),
             device=target.device,
             keep=family.keep_16bit if family else None,
+            one_row=family.one_row if family else (),
             within=blocks,
             all_that_fit=target.config.quant != "auto",
             planned=target.place is not None,
@@ -74,7 +76,7 @@ def _check(target: Target) -> str | None:
         return None
     layers = _survey(target, format)
     chosen = {name: [layer.name for layer in found if layer.format] for name, found in layers.items()}
-    if not any(chosen.values()):
+    if not any(layer.format == format for found in layers.values() for layer in found):
         reasons = Counter(layer.why for found in layers.values() for layer in found)
         return f"no linear of it can be in {format}: {_listed(reasons)}"
     if target.place is not None:
@@ -115,8 +117,11 @@ def _apply(target: Target) -> None:
 
 def _counted(format: str, layers: Mapping[str, list[Layer]]) -> str:
     every = [layer for found in layers.values() for layer in found]
-    hows = Counter(layer.how for layer in every if layer.format)
-    return f"{format}: {sum(hows.values())} linears ({_listed(hows)}), {len(every) - sum(hows.values())} in 16 bit"
+    hows = Counter(layer.how for layer in every if layer.format == format)
+    stored = Counter(layer.format for layer in every if layer.format not in (format, None))
+    others = [f"{count} that read one row a sample in {name}" for name, count in stored.items()]
+    plain = sum(layer.format is None for layer in every)
+    return ", ".join((f"{format}: {sum(hows.values())} linears ({_listed(hows)})", *others, f"{plain} in 16 bit"))
 
 
 def _forecast(target: Target) -> str:
@@ -135,7 +140,7 @@ def savings(target: Target) -> dict[int, int]:
         for layer in layers:
             if layer.format and layer.how:
                 weight = torch.empty_like(weight_of(target.denoisers[name], layer.name), device="meta")
-                packed = format_of(format).pack(weight, layer.how)
+                packed = format_of(layer.format).pack(weight, layer.how)
                 linear = target.denoisers[name].get_submodule(layer.name)
                 found[id(linear)] = weight.nbytes - sum(part.nbytes for part in packed.values())
     return found

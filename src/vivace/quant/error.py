@@ -1,4 +1,4 @@
-"""What a format costs, layer by layer: the relative error of every linear's output on the inputs it really gets."""
+"""What few bits cost, layer by layer: the relative error of every linear's output on the inputs it really gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vivace.quant.linear import QuantLinear
 
 
 def layer_errors(
-    denoiser: torch.nn.Module, arguments: Mapping[str, Any], *, format: str, layers: Sequence[Layer]
+    denoiser: torch.nn.Module, arguments: Mapping[str, Any], *, layers: Sequence[Layer]
 ) -> dict[str, float]:
     """Name -> |quantised(x) - linear(x)| / |linear(x)| of those `layers` that were chosen, in one call of `denoiser`.
 
@@ -25,7 +25,8 @@ def layer_errors(
 
     def measuring(layer: Layer):
         def hook(linear: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            quantised = QuantLinear.of(linear, format=format_of(format), how=layer.how or "rowwise")
+            assert layer.format
+            quantised = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how or "rowwise")
             difference = quantised(inputs[0]).float() - output.float()
             error = difference.norm() / output.float().norm().clamp_min(1e-12)
             # A layer that is called several times counts with its worst.

@@ -26,7 +26,7 @@ from vivace.quant.layers import linears
 from vivace.quant.linear import QuantLinear
 
 WEIGHTS, RECORD = "quantised.safetensors", "quantised.json"
-VERSION = 1
+VERSION = 2
 PIECE = 64 * 2**20
 """Bytes that are hashed in one go; pieces are hashed side by side, so that checking keeps up with reading."""
 
@@ -51,9 +51,8 @@ def _write_denoiser(denoiser: Any, room: Path) -> None:
     record = {
         "version": VERSION,
         "class": type(denoiser).__name__,
-        "format": next(iter(layers.values())).format.name,
         "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "layers": {name: layer.how for name, layer in layers.items()},
+        "layers": {name: {"format": layer.format.name, "how": layer.how} for name, layer in layers.items()},
         "bytes": (room / WEIGHTS).stat().st_size,
         "sha256": digests(room / WEIGHTS),
     }
@@ -82,8 +81,9 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
     import diffusers
 
     record, path = _record(room), room / WEIGHTS
-    if reason := format_of(record["format"]).refuses(device):
-        raise InputError(f"{room} is in {record['format']}: {reason}")
+    for name in sorted({layer["format"] for layer in record["layers"].values()}):
+        if reason := format_of(name).refuses(device):
+            raise InputError(f"{room} is in {name}: {reason}")
     held = checkpoint.header(path)
     if digests(path) != record["sha256"]:
         raise InputError(f"{path} is not the file that {RECORD} beside it was written for; copy or quantise it again")
@@ -94,12 +94,13 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         denoiser = made.from_config(made.load_config(room))
     written = getattr(torch, record["dtype"])
     with safe_open(path, framework="pt", device=str(device)) as opened:
-        for name, how in record["layers"].items():
+        for name, layer in record["layers"].items():
             parts = [key for key in held if key.rpartition(".")[0] == name and key != f"{name}.bias"]
             packed = {key.rpartition(".")[2]: opened.get_tensor(key) for key in parts}
             linear, (parent, _, leaf) = denoiser.get_submodule(name), name.rpartition(".")
-            layer = QuantLinear(packed, format=format_of(record["format"]), bias=linear.bias, dtype=written, how=how)
-            denoiser.get_submodule(parent)._modules[leaf] = layer
+            format, how = format_of(layer["format"]), layer["how"]
+            stand_in = QuantLinear(packed, format=format, bias=linear.bias, dtype=written, how=how)
+            denoiser.get_submodule(parent)._modules[leaf] = stand_in
         packed_names = tuple(f"{name}." for name in record["layers"])
         plain = [key for key in held if key.endswith(".bias") or not key.startswith(packed_names)]
         missing, unexpected = denoiser.load_state_dict(
@@ -114,7 +115,9 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
 def _record(room: Path) -> dict[str, Any]:
     try:
         record = json.loads((room / RECORD).read_text("utf-8"))
-        known = record["version"] == VERSION and record["format"] in FORMATS and isinstance(record["layers"], dict)
+        layers = record["layers"]
+        known = record["version"] == VERSION and isinstance(layers, dict)
+        known = known and {layer["format"] for layer in layers.values()} <= {*FORMATS}
         complete = known and all(isinstance(record[key], str) for key in ("class", "dtype")) and record["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{room / RECORD} cannot be read; quantise the model again") from error

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 
 import torch
 
+from vivace.quant import format_of
 from vivace.quant.format import Format, How
 from vivace.quant.linear import QuantLinear
 from vivace.quant.rules import rule_for
@@ -17,6 +18,10 @@ from vivace.watch import hooked
 
 DEFAULT_KEEP = ("*norm*", "*mod*", "*emb*", "*ada*", "*time*", "*proj_out*")
 """Names that stay in 16 bit in a model of no known family: what steers a block must not lose digits."""
+
+ONE_ROW = "int8_weights"
+"""What linears take that read one row a sample: memory bound, so that 8 bits to read are worth more than 8 bits to
+multiply; and they steer all of a block, so their input keeps its digits."""
 
 FOREIGN = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "gguf": "GGUF", "quanto": "quanto"}
 """A package in the name of a layer's or weight's class -> who quantised it."""
@@ -54,6 +59,7 @@ def survey(
     format: Format,
     device: torch.device,
     keep: Sequence[str] | None,
+    one_row: Sequence[str] = (),
     within: Sequence[str] = (),
     all_that_fit: bool,
     planned: bool = False,
@@ -61,8 +67,9 @@ def survey(
     """What becomes of every linear of `denoiser` in `format` on `device`.
 
     `keep` are the family's patterns, None where there is no family: then only linears inside the modules `within` come
-    into question. With `all_that_fit` a layer stays in 16 bit only where its shape or the family says so, else also
-    where it is not measured to pay. A `planned` denoiser has shapes and no weights yet.
+    into question. Linears of the patterns `one_row` take the format `ONE_ROW`. With `all_that_fit` a layer stays in 16
+    bit only where its shape or the family says so, else also where it is not measured to pay. A `planned` denoiser has
+    shapes and no weights yet.
     """
     found = []
     for name, module in linears(denoiser):
@@ -71,13 +78,20 @@ def survey(
         if isinstance(module, QuantLinear):
             found.append(Layer(**facts, format=module.format.name, how=module.how))
             continue
-        rule = rule_for(outputs=outputs, inputs=inputs, format=format, device=device)
-        why = _untouchable(module, planned=planned) or _kept(name, keep, within) or _misfit(outputs, inputs, format)
+        alone = matches(name, one_row)
+        wanted, kept = (format_of(ONE_ROW), None) if alone else (format, _kept(name, keep, within))
+        rule = rule_for(outputs=outputs, inputs=inputs, format=wanted, device=device)
+        why = _untouchable(module, planned=planned) or kept or _misfit(outputs, inputs, wanted)
         if not why and not all_that_fit and (rule is None or rule.how is None):
             why = rule.why if rule else f"{outputs} x {inputs} is not measured to pay"
         how = (rule and rule.how) or "rowwise"
-        found.append(Layer(**facts, format=None if why else format.name, how=None if why else how, why=why or ""))
+        found.append(Layer(**facts, format=None if why else wanted.name, how=None if why else how, why=why or ""))
     return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a linear's name is one of `patterns`, under an adapter too."""
+    return any(fnmatch(name.removesuffix(".base_layer"), pattern) for pattern in patterns)
 
 
 def foreign(denoiser: torch.nn.Module) -> str | None:
