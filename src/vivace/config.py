@@ -30,7 +30,7 @@ class Config:
     """What `accelerate` is asked to do. Every field has a default; the defaults are the preset `exact`."""
 
     attention: str = "auto"
-    """Attention backend: auto, or a name of `vivace.attention.BACKENDS`."""
+    """Attention backend: auto, a name of `vivace.attention.BACKENDS`, or auto_fp8: fp8 where it is measured to win."""
 
     exact_ends: int = 0
     """Steps at each end of a request whose attention stays in 16 bit, where the backend is not exact (fp8, sage)."""
@@ -151,7 +151,7 @@ def _check(name: str, value: Any) -> None:
     """Raise InputError when `value` is nothing that the field `name` takes."""
     kind = typing.get_type_hints(Config)[name]
     if name == "attention":
-        allowed = ("auto", *BACKENDS)
+        allowed = ("auto", "auto_fp8", *BACKENDS)
         if value not in allowed:
             raise InputError(f"unknown attention backend {value!r}; {_nearest(str(value), allowed)}")
     elif name == "vram":
@@ -181,5 +181,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 PRESETS: Mapping[str, Config] = {
     "exact": Config(),
     "balanced": Config(quant="auto"),
+    # A step cache joins the row when one is measured to cost at most a point.
+    "fast": Config(quant="auto", attention="auto_fp8", exact_ends=2),
 }
-"""Named rows of Config. A preset appears when everything in its row exists."""
+"""Named rows of Config, from the nearest to stock to the furthest from it."""

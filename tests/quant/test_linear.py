@@ -56,7 +56,7 @@ def test_few_rows_are_multiplied_with_the_int8_weight_as_it_is(inputs, bias):
         few = layer(x[:rows])
         assert (few.shape, few.dtype) == ((rows, 80), torch.float32)
         # On the CPU the input is rounded to bf16 for torch's own kernel.
-        assert error(few[None], many[None, :rows]) < 0.005
+        assert error(few[None], many[None, :rows]) < 0.008
         on_a_gpu = few_rows_linear(x[:rows], layer.values, scales=layer.scales, bias=layer.bias)
         torch.testing.assert_close(on_a_gpu, many[:rows], rtol=1e-5, atol=1e-4)
     assert layer(x[None, None, :2]).shape == (1, 1, 2, 80)

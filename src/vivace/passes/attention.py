@@ -10,6 +10,7 @@ import torch
 
 from vivace.attention import backend_of
 from vivace.attention.backend import Backend
+from vivace.attention.cudnn_fp8 import CUDNN_FP8, where_it_wins
 from vivace.attention.ends import with_exact_ends
 from vivace.attention.guard import guarded
 from vivace.attention.native import RULES
@@ -18,18 +19,41 @@ from vivace.config import Config, Switch
 from vivace.passes.target import Pass, Target
 from vivace.request import LAYER
 
+CHOOSES = ("auto", "auto_fp8")
+"""What leaves the choice to us."""
 
-def _chosen(config: Config) -> Backend:
-    return backend_of("native" if config.attention == "auto" else config.attention)
+
+def _named(config: Config) -> Backend:
+    """The backend that was asked for by name, native where the choice is ours."""
+    return backend_of("native" if config.attention in CHOOSES else config.attention)
+
+
+def _choice(target: Target) -> tuple[Backend, str]:
+    """The backend, and why it is not in fp8 where that might have been."""
+    named = _named(target.config)
+    if target.config.attention != "auto_fp8":
+        return named, ""
+    fp8 = where_it_wins(target.device)
+    if reason := CUDNN_FP8.refuses(device=target.device, dtype=target.dtype):
+        return named, f"no fp8: {reason}"
+    if fp8 is None:
+        return named, "no fp8: not measured to win on this GPU; attention='cudnn_fp8' asks for it"
+    if target.config.exact_ends and _bare(target):
+        return named, "no fp8: a bare denoiser has no first and last steps to leave in 16 bit; exact_ends=0"
+    return fp8, ""
+
+
+def _bare(target: Target) -> bool:
+    return target.subject in target.denoisers.values()
 
 
 def _wants(config: Config) -> Switch:
-    return "auto" if config.attention == "auto" and not config.check_nan else "on"
+    return "auto" if config.attention in CHOOSES and not config.check_nan else "on"
 
 
 def _check(target: Target) -> str | None:
-    chosen = _chosen(target.config)
-    if target.config.exact_ends and not chosen.exact and target.subject in target.denoisers.values():
+    chosen, _ = _choice(target)
+    if target.config.exact_ends and not chosen.exact and _bare(target):
         return "exact_ends counts the steps of a pipeline's call, and this is a bare denoiser"
     if chosen.asks_where and (target.family is None or target.family.grid is None):
         return "it is for videos, and no family here says how its tokens lie in space and time; use attention='native'"
@@ -37,7 +61,7 @@ def _check(target: Target) -> str | None:
 
 
 def _apply(target: Target) -> None:
-    chosen, config = _chosen(target.config), target.config
+    (chosen, _), config = _choice(target), target.config
     if config.exact_ends and not chosen.exact:
         chosen = replace(chosen, attend=with_exact_ends(chosen))
     attend = guarded(chosen) if config.check_nan else chosen.attend
@@ -57,7 +81,7 @@ def _apply(target: Target) -> None:
 
 def names_blocks(config: Config) -> bool:
     """Whether attention wants to know which block it computes for."""
-    return config.check_nan or _chosen(config).asks_where
+    return config.check_nan or _named(config).asks_where
 
 
 def _forecast(target: Target) -> str:
@@ -66,14 +90,14 @@ def _forecast(target: Target) -> str:
 
 def _used(target: Target) -> str:
     """The backend, and for torch's own the kernels that rules choose."""
-    chosen, ends = _chosen(target.config), target.config.exact_ends
+    (chosen, instead), ends = _choice(target), target.config.exact_ends
     if not chosen.exact:
         shares = [f"native in the first and last {ends} steps"] if ends else []
         return f"{chosen.name} ({'; '.join(['not exact', *shares, *filter(None, [chosen.leaves])])})"
     if chosen.name != "native":
         return chosen.name
     rules = [f"{r.kernel.name.lower()} from {r.sequence} keys" for r in RULES if _sm(target.device) == r.sm]
-    return f"native ({', '.join(rules) or 'torch chooses the kernel'})"
+    return f"native ({'; '.join([', '.join(rules) or 'torch chooses the kernel', *filter(None, [instead])])})"
 
 
 def attention_of(target: Target) -> dict[str, dict[str, Any]]:
