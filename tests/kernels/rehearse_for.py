@@ -1,4 +1,4 @@
-"""`python rehearse_for.py CAPABILITY FAMILY ...`: which kernels full-size models need on that GPU, without one.
+"""`python rehearse_for.py CAPABILITY FAMILY[:fp8] ...`: which kernels full-size models need on that GPU, without one.
 
 One line a family: kernels that the rehearsal meets, and how many more other resolutions and batches need.
 """
@@ -6,18 +6,39 @@ One line a family: kernels that the rehearsal meets, and how many more other res
 import importlib
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 import triton
 from compile_for import Absent
 
+from vivace.attention.cudnn_fp8 import CUDNN_FP8
 from vivace.families import FAMILIES
 from vivace.fused import fused_of
 from vivace.kernels.rehearsal import rehearse, without_values
+from vivace.kernels.row import HeadScaled
 from vivace.passes.fuse import SIDES
+from vivace.quant import format_of
+from vivace.quant.layers import survey
+from vivace.quant.linear import QuantLinear
 
+PLAIN = lambda q, k, v, **_: torch.empty_like(q)  # noqa: E731
+PACKED = replace(
+    CUDNN_FP8.attend, attend=PLAIN, heads=lambda made, **_: HeadScaled(torch.empty_like(made.q), made.v.scales)
+)
 OTHERS = ((512, 512), (1024, 1024), (1344, 768), (272, 336))
+
+
+def in_fp8(denoiser, family):
+    for layer in survey(
+        denoiser,
+        **{"format": format_of("fp8"), "device": torch.device("cpu")},
+        **{"keep": family.keep_16bit, "one_row": family.one_row, "all_that_fit": True, "planned": True},
+    ):
+        if layer.format:
+            linear = denoiser.get_submodule(layer.name)
+            denoiser.set_submodule(layer.name, QuantLinear.of(linear, format=format_of(layer.format)))
 
 
 def main():
@@ -30,10 +51,13 @@ def main():
         return True
 
     triton.knobs.runtime.jit_cache_hook = note_and_stop
-    for name in families:
+    for spelled in families:
         keys.clear()
+        name, _, fp8 = spelled.partition(":")
         family = FAMILIES[name]
         denoiser = family.full(device="meta", dtype=torch.bfloat16)
+        if fp8:
+            in_fp8(denoiser, family)
         for module in denoiser.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
@@ -49,12 +73,13 @@ def main():
 
         fused = fused_of(family)
         importlib.import_module(fused.fuse.__module__)
-        with ExitStack() as undo:
-            call = fused.fuse(denoiser, attend=lambda q, k, v, **_: torch.empty_like(q), undo=undo)
-            rehearse(call, [inputs((side, side), 2) for side in SIDES])
-            rehearsed = len(keys)
-            rehearse(call, [inputs(size, batch) for size in OTHERS for batch in (1, 3)])
-        sys.stdout.write(f"{name}\t{rehearsed}\t{len(keys) - rehearsed}\n")
+        counts = [0]
+        for sizes in ([((side, side), 2) for side in SIDES], [(size, batch) for size in OTHERS for batch in (1, 3)]):
+            for attend in (PLAIN, PACKED) if fp8 else (PLAIN,):
+                with ExitStack() as undo:
+                    rehearse(fused.fuse(denoiser, attend=attend, undo=undo), [inputs(*size) for size in sizes])
+            counts.append(len(keys))
+        sys.stdout.write(f"{spelled}\t{counts[1]}\t{counts[2] - counts[1]}\n")
 
 
 if __name__ == "__main__":
