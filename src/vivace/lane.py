@@ -22,6 +22,7 @@ from vivace import request
 from vivace.attention.backend import Attend
 from vivace.attention.ends import at_an_end, exact_ends
 from vivace.attention.native import NATIVE
+from vivace.attention.packed import Packed
 from vivace.attention.route import Route
 from vivace.attention.space_time import Grid, arranged
 from vivace.cache.layer import Cache
@@ -255,7 +256,8 @@ class Lane:
             self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
             if self._named_blocks:
                 self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))
-        self._watch = Watch(self.denoiser, storages=not self._moves)
+        packs = self.split is not None and isinstance(self.attend, Packed)
+        self._watch = Watch(self.denoiser, storages=not self._moves, vectors=packs)
 
     def _once(self, split: Split, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the split computes once per prompt, remembered for the length of the request."""

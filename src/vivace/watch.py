@@ -13,10 +13,13 @@ class Watch:
 
     `changed` costs some tens of nanoseconds per parameter. That is cheaper to rely on than wrapping every method that
     casts, moves, loads, adapts or hooks: diffusers, peft and accelerate have some twenty, and people have their own.
-    Without `storages` weights may move: nothing was made of them.
+    Without `storages` weights may move: nothing was made of them. With `vectors` those of one dimension must keep their
+    values too: scales were made of norms.
     """
 
-    def __init__(self, module: torch.nn.Module, *, storages: bool = True) -> None:
+    def __init__(self, module: torch.nn.Module, *, storages: bool = True, vectors: bool = False) -> None:
+        own = [p for p in module.parameters() if vectors and p.ndim == 1 and not p.is_inference()]
+        self._versions: list[tuple[torch.Tensor, int]] = [(vector, vector._version) for vector in own]
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._storages: list[tuple[Callable[[], int], int]] = []
         self._hooked: list[tuple[dict[str, Any], bool]] = []
@@ -41,6 +44,9 @@ class Watch:
                 return True
         for pointer, before in self._storages:
             if pointer() != before:
+                return True
+        for vector, version in self._versions:
+            if vector._version != version:
                 return True
         for strengths, before in self._strengths:
             if strengths != before:

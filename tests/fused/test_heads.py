@@ -88,6 +88,15 @@ def test_quantised_projections_read_the_heads(name, packed, monkeypatch):
     assert far(out, exact) < 0.2
 
 
+def test_a_sample_does_not_see_its_neighbour(packed):
+    model, arguments = tiny("flux")
+    together = forward("flux", model, arguments, attend=packed[0], form=TORCH)
+    loud = dict(arguments)
+    for name in ("hidden_states", "encoder_hidden_states"):
+        loud[name] = torch.cat((arguments[name][:1], 100 * arguments[name][1:]))
+    torch.testing.assert_close(forward("flux", model, loud, attend=packed[0], form=TORCH)[0], together[0])
+
+
 def test_the_bound_is_of_the_norm_alone():
     torch.manual_seed(0)
     weights = [(3 * torch.rand(128), 0.01 * torch.rand(128)) for _ in range(2)]

@@ -57,6 +57,25 @@ def test_fast_is_fp8_between_two_steps_at_each_end(here, fuse):
     assert torch.equal((vivace.restore(pipe), latents())[1], stock)
 
 
+def test_norms_that_change_in_place_are_seen(here):
+    denoiser = FAMILIES["flux"].tiny().transformer
+    arguments = FAMILIES["flux"].inputs(denoiser, size=(64, 64), text_tokens=8)
+
+    def called():
+        with torch.no_grad():
+            return denoiser(**arguments)[0]
+
+    vivace.accelerate(denoiser, "fast", exact_ends=0)
+    before = called()
+    state = denoiser.state_dict()
+    state["single_transformer_blocks.0.attn.norm_q.weight"] *= 9
+    denoiser.load_state_dict(state)
+    after = called()
+    assert not torch.equal(after, before)
+    vivace.accelerate(vivace.restore(denoiser), "fast", exact_ends=0)
+    assert torch.equal(called(), after)
+
+
 def test_a_bare_denoiser_has_no_ends(sd3_pipe, here):
     vivace.accelerate(sd3_pipe.transformer, "fast")
     assert "a bare denoiser has no first and last steps" in line(sd3_pipe.transformer)
