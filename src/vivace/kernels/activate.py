@@ -40,12 +40,12 @@ def _sigmoid(x, COARSE: tl.constexpr):
     """With COARSE to 11 bits, by one instruction instead of two slow ones: enough for a value that keeps 4."""
     if COARSE and not EMULATED:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, True, 1)
-        return 0.5 + 0.5 * half
+        return 0.5 * half + 0.5  # pyright: ignore[reportOperatorIssue]
     return tl.sigmoid(x)
 
 
 @jit
-def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr = False):
+def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
     """The activation of `x` (fp32); COARSE where the result is rounded to 8 bits."""
     if KIND == "silu":
         return x * _sigmoid(x, COARSE)

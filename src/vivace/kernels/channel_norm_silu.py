@@ -36,7 +36,7 @@ def _channel_norm_silu_kernel(
     scale = tl.rsqrt(tl.sum(v * v, 1) / channels + eps)
     y = v * scale[:, None] * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        y = activation(y, "silu")
+        y = activation(y, "silu", False)
     tl.store(out + batch * sample + at, y.to(out.dtype.element_ty), mask=mask)
 
 

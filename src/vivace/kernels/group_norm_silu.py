@@ -100,7 +100,7 @@ def _apply(
         at, mask = place(first + i * PIXELS, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
         if SILU:
-            y = activation(y, "silu")
+            y = activation(y, "silu", False)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
