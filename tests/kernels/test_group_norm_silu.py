@@ -11,7 +11,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 def test_several_tiles_a_chunk(last, monkeypatch):
     monkeypatch.setattr(group_norm_silu, "_CHUNKS", 2)
-    monkeypatch.setattr(group_norm_silu, "_PROGRAMS", 2)
     kernel = group_norm_silu.KERNEL
     arguments = group_norm_silu._make(
         group_norm_silu.Draw(device=DEVICE, dtype=torch.float32),

@@ -1,8 +1,8 @@
 """GroupNorm, with the SiLU that follows and the per-channel time embedding that comes before, channels last or first.
 
-A small group is one program's work. A large one takes two launches: sums of each group over chunks of pixels, and a
-pass in which every program adds up its groups' sums and normalises one chunk. Values are summed as differences from one
-value of their group, and so are their squares (Chan, Golub and LeVeque 1983): a mean far from zero costs no precision.
+A small group is one program's work. A large one takes three launches: moments of each channel over chunks of pixels,
+their sum into one scale and shift a channel, and the pass that applies them. Moments are merged as means and squared
+deviations (Chan, Golub and LeVeque 1979), never as sums of squares, so a mean far from zero costs no precision.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from vivace.kernels.language import ceil_div, jit, power_of_two, tl
 SCHEMA = (
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? add, int groups, float eps, bool silu) -> Tensor[]"
 )
-_WHOLE = 16384  # elements of a group up to which one program is quicker than two launches
-_TILE, _WARPS = 4096, 8  # elements that a program holds at a time, and its warps
-_PROGRAMS, _CHUNKS = 1024, 64  # programs that keep a large GPU busy; the chunks that a column may have anyway
+_WHOLE = 16384  # elements of a group up to which one program is quicker than three launches
+_CHUNKS = 512  # of pixels, at most: what the second launch has to sum for each channel
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
@@ -62,46 +61,48 @@ def place(first, channel, in_channels, channels, pixels, plane, LAST: tl.constex
 
 
 @jit
-def _sums(
-    x, origin, first, tiles, channel, in_channels, channels, pixels, plane,
+def _moments(
+    x, first, tiles, channel, in_channels, channels, pixels, plane,
     LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of each channel's values and of their squares [C] over `tiles` tiles, `origin` [C] taken away before."""
-    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    square = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    """Mean and summed squared deviation of each channel [C] over `tiles` tiles of pixels, the last perhaps partial."""
+    seen = tl.zeros((CHANNELS,), tl.float32)
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    spread = tl.zeros((CHANNELS,), tl.float32)
     for i in range(tiles):
-        at, mask = place(first + i * PIXELS, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
-        v = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :], 0.0)
-        total += v
-        square += v * v
-    return tl.sum(total, 0), tl.sum(square, 0)
+        start = first + i * PIXELS
+        at, mask = place(start, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        n = tl.minimum(pixels - start, PIXELS).to(tl.float32)
+        here = tl.sum(v, 0) / n
+        away = tl.where(mask, v - here[None, :], 0.0)
+        step = here - mean
+        mean += step * (n / (seen + n))
+        spread += tl.sum(away * away, 0) + step * step * (seen * n / (seen + n))
+        seen += n
+    return mean, spread
 
 
 @jit
-def _origin(x, add, channel, first_of_group, in_channels, plane, LAST: tl.constexpr):
-    """What `_sums` takes away [C]: of x + add, the first pixel of the group's first channel; minus `add`."""
-    step = 1 if LAST else plane
-    origin = tl.load(x + first_of_group.to(tl.int64) * step, mask=in_channels, other=0.0).to(tl.float32)
+def _coefficients(mean, variance, channel, mask, weight, bias, add, eps):
+    """The scale and shift of each channel that normalise it."""
+    scale = tl.rsqrt(variance + eps) * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32) - mean * scale
     if add is not None:
-        origin += tl.load(add + first_of_group, mask=in_channels, other=0.0).to(tl.float32)
-        origin -= tl.load(add + channel, mask=in_channels, other=0.0).to(tl.float32)
-    return origin
+        shift += tl.load(add + channel, mask=mask, other=0.0).to(tl.float32) * scale
+    return scale, shift
 
 
 @jit
 def _apply(
-    x, out, weight, bias, mean, variance, eps, first, tiles, channel, in_channels, channels, pixels, plane,
+    x, out, scale, shift, first, channel, in_channels, channels, pixels, plane,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise `tiles` tiles of pixels with the mean and variance of each channel [C], which has no `add`."""
-    scale = tl.rsqrt(variance + eps) * tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=in_channels, other=0.0).to(tl.float32) - mean * scale
-    for i in range(tiles):
-        at, mask = place(first + i * PIXELS, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
-        y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
-        if SILU:
-            y = activation(y, "silu", False)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    at, mask = place(first, channel, in_channels, channels, pixels, plane, LAST, PIXELS)
+    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    if SILU:
+        y = activation(y, "silu", False)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=("pixels",))
@@ -114,86 +115,88 @@ def _whole_kernel(
     channel = tl.program_id(0) * GROUP + tl.arange(0, CHANNELS)
     x += batch * sample
     out += batch * sample
+    tiles = tl.cdiv(pixels, PIXELS)
+    mean, spread = _moments(x, 0, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
     if add is not None:
         add += batch * add_batch
-    tiles = tl.cdiv(pixels, PIXELS)
-    origin = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
-    total, square = _sums(x, origin, 0, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
-    values = pixels * GROUP * 1.0
-    away = tl.sum(total, 0) / values
-    variance = tl.sum(square, 0) / values - away * away
-    _apply(
-        x, out, weight, bias, away + origin, variance, eps, 0, tiles, channel, inside, channels, pixels, plane,
-        SILU, LAST, PIXELS,
-    )  # fmt: skip
-
-
-@jit
-def _column(channels, SPAN: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
-    """This program's channels [C], which of them exist; its groups [G], which exist; and which are whose [C, G]."""
-    lane, number = tl.arange(0, CHANNELS), tl.arange(0, GROUPS)
-    channel = tl.program_id(1) * SPAN + lane
-    group = tl.program_id(1) * (SPAN // GROUP) + number
-    held = (number < SPAN // GROUP) & (group < channels // GROUP)
-    return channel, (lane < SPAN) & (channel < channels), group, held, (lane // GROUP)[:, None] == number[None, :]
+        mean += tl.load(add + channel, mask=inside, other=0.0).to(tl.float32)
+    centre = tl.sum(mean, 0) / GROUP
+    away = tl.where(inside, mean - centre, 0.0)
+    variance = tl.sum(spread / pixels + away * away, 0) / GROUP
+    scale, shift = _coefficients(centre, variance, channel, inside, weight, bias, add, eps)
+    for i in range(tiles):
+        _apply(x, out, scale, shift, i * PIXELS, channel, inside, channels, pixels, plane, SILU, LAST, PIXELS)
 
 
 @jit(do_not_specialize=("pixels", "tiles", "chunks"))
-def _sums_kernel(
-    x, add, sums, pixels, tiles, chunks, plane, channels, sample, add_batch,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
+def _moments_kernel(
+    x, means, spreads, pixels, tiles, chunks, plane, channels, sample,
+    LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel, inside, group, held, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
     x += batch * sample
-    if add is not None:
-        add += batch * add_batch
-    origin = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
     first = chunk * tiles * PIXELS
     tiles = tl.minimum(tiles, tl.cdiv(pixels - first, PIXELS))
-    total, square = _sums(x, origin, first, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
-    groups = channels // GROUP
-    at = sums + (batch * chunks + chunk) * 2 * groups + group
-    tl.store(at, tl.sum(tl.where(mine, total[:, None], 0.0), 0), mask=held)
-    tl.store(at + groups, tl.sum(tl.where(mine, square[:, None], 0.0), 0), mask=held)
+    mean, spread = _moments(x, first, tiles, channel, inside, channels, pixels, plane, LAST, PIXELS, CHANNELS)
+    at = (batch * chunks + chunk) * channels + channel
+    tl.store(means + at, mean, mask=inside)
+    tl.store(spreads + at, spread, mask=inside)
 
 
-@jit(do_not_specialize=("pixels", "tiles", "chunks"))
-def _apply_kernel(
-    x, out, sums, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+@jit(do_not_specialize=("pixels", "span", "chunks"))
+def _coefficients_kernel(
+    means, spreads, scales, shifts, weight, bias, add, pixels, span, chunks, channels, add_batch, eps,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel, inside, group, held, mine = _column(channels, SPAN, GROUP, CHANNELS, GROUPS)
-    groups = channels // GROUP
-    sums += batch * chunks * 2 * groups
-    total = tl.zeros((ROWS, GROUPS), tl.float32)
-    square = tl.zeros((ROWS, GROUPS), tl.float32)
-    for i in range(tl.cdiv(chunks, ROWS)):
-        row = i * ROWS + tl.arange(0, ROWS)
-        mask = (row < chunks)[:, None] & held[None, :]
-        at = sums + row[:, None] * 2 * groups + group[None, :]
-        total += tl.load(at, mask=mask, other=0.0)
-        square += tl.load(at + groups, mask=mask, other=0.0)
-    values = pixels * GROUP * 1.0
-    away = tl.sum(total, 0) / values
-    variance = tl.sum(square, 0) / values - away * away
+    batch = tl.program_id(1).to(tl.int64)
+    inside = tl.arange(0, CHANNELS) < GROUP
+    channel = tl.program_id(0) * GROUP + tl.arange(0, CHANNELS)
+    means += batch * chunks * channels
+    spreads += batch * chunks * channels
+    added = tl.zeros((CHANNELS,), tl.float32)
+    if add is not None:
+        add += batch * add_batch
+        added += tl.load(add + channel, mask=inside, other=0.0).to(tl.float32)
 
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for i in range(tl.cdiv(chunks, ROWS)):
+        chunk = i * ROWS + tl.arange(0, ROWS)
+        mask = (chunk < chunks)[:, None] & inside[None, :]
+        share = tl.minimum(pixels - chunk * span, span).to(tl.float32) / pixels
+        mean = tl.load(means + chunk[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        total += tl.sum(tl.where(mask, (mean + added[None, :]) * share[:, None], 0.0), 0)
+    centre = tl.sum(total, 0) / GROUP
+
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for i in range(tl.cdiv(chunks, ROWS)):
+        chunk = i * ROWS + tl.arange(0, ROWS)
+        mask = (chunk < chunks)[:, None] & inside[None, :]
+        share = tl.minimum(pixels - chunk * span, span).to(tl.float32) / pixels
+        at = chunk[:, None] * channels + channel[None, :]
+        away = tl.load(means + at, mask=mask, other=0.0) + added[None, :] - centre
+        spread = tl.load(spreads + at, mask=mask, other=0.0) / pixels
+        total += tl.sum(tl.where(mask, spread + away * away * share[:, None], 0.0), 0)
+    scale, shift = _coefficients(centre, tl.sum(total, 0) / GROUP, channel, inside, weight, bias, add, eps)
+    tl.store(scales + batch * channels + channel, scale, mask=inside)
+    tl.store(shifts + batch * channels + channel, shift, mask=inside)
+
+
+@jit(do_not_specialize=("pixels",))
+def _apply_kernel(
+    x, out, scales, shifts, pixels, plane, channels, sample,
+    SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
     x += batch * sample
     out += batch * sample
-    if add is not None:
-        add += batch * add_batch
-    mean = _origin(x, add, channel, channel - channel % GROUP, inside, plane, LAST)
-    mean += tl.sum(tl.where(mine, away[None, :], 0.0), 1)
-    variance = tl.sum(tl.where(mine, variance[None, :], 0.0), 1)
-    first = chunk * tiles * PIXELS
-    tiles = tl.minimum(tiles, tl.cdiv(pixels - first, PIXELS))
-    _apply(
-        x, out, weight, bias, mean, variance, eps, first, tiles, channel, inside, channels, pixels, plane,
-        SILU, LAST, PIXELS,
-    )  # fmt: skip
+    scale = tl.load(scales + batch * channels + channel, mask=inside, other=0.0)
+    shift = tl.load(shifts + batch * channels + channel, mask=inside, other=0.0)
+    first = tl.program_id(0) * PIXELS
+    _apply(x, out, scale, shift, first, channel, inside, channels, pixels, plane, SILU, LAST, PIXELS)
 
 
 def _launch(
@@ -211,33 +214,31 @@ def _launch(
     batch, channels = x.shape[:2]
     pixels, group, last = x[0, 0].numel(), channels // groups, layout != torch.contiguous_format
     plane, sample = 16 if last else pixels, channels * pixels
+    block = power_of_two(group)
     add_batch = 0 if add is None else add.stride(0)
     if pixels * group <= _WHOLE:
-        block = power_of_two(group)
         _whole_kernel[(groups, batch)](
             x, out, weight, bias, add, pixels, plane, channels, sample, add_batch, eps,
             GROUP=group, SILU=silu, LAST=last, PIXELS=max(16, 8192 // block), CHANNELS=block, num_warps=8,
         )  # fmt: skip
         return [out]
 
-    # A column is as many whole groups as fill a row of a tile: wide rows where channels lie side by side.
-    row = max(128 if last else 8, power_of_two(group))
-    span = row // group * group
-    shape = {"SPAN": span, "GROUP": group, "LAST": last, "CHANNELS": power_of_two(span)}
-    shape |= {"PIXELS": max(16, _TILE // shape["CHANNELS"]), "GROUPS": power_of_two(span // group)}
-    columns = ceil_div(channels, span)
-    tiles = ceil_div(pixels, shape["PIXELS"])
-    tiles = ceil_div(tiles, min(tiles, max(_CHUNKS, _PROGRAMS // (columns * batch))))
-    chunks = ceil_div(pixels, tiles * shape["PIXELS"])
-    sums = torch.empty((batch, chunks, 2, groups), device=x.device, dtype=torch.float32)
-    grid = (chunks, columns, batch)
-    _sums_kernel[grid](
-        x, add, sums, pixels, tiles, chunks, plane, channels, sample, add_batch, **shape, num_warps=_WARPS
+    shape = {"PIXELS": 64 if last else 512, "CHANNELS": 64 if last else 8, "num_warps": 4}
+    tiles = ceil_div(pixels, shape["PIXELS"] * _CHUNKS)
+    span = tiles * shape["PIXELS"]
+    chunks, columns = ceil_div(pixels, span), ceil_div(channels, shape["CHANNELS"])
+    means, spreads = torch.empty((2, batch, chunks, channels), device=x.device, dtype=torch.float32)
+    scales, shifts = torch.empty((2, batch, channels), device=x.device, dtype=torch.float32)
+    _moments_kernel[(chunks, columns, batch)](
+        x, means, spreads, pixels, tiles, chunks, plane, channels, sample, LAST=last, **shape
     )  # fmt: skip
-    _apply_kernel[grid](
-        x, out, sums, weight, bias, add, pixels, tiles, chunks, plane, channels, sample, add_batch, eps,
-        SILU=silu, ROWS=128, **shape, num_warps=_WARPS,
+    _coefficients_kernel[(groups, batch)](
+        means, spreads, scales, shifts, weight, bias, add, pixels, span, chunks, channels, add_batch, eps,
+        GROUP=group, ROWS=max(1, 2048 // block), CHANNELS=block, num_warps=4,
     )  # fmt: skip
+    _apply_kernel[(ceil_div(pixels, shape["PIXELS"]), columns, batch)](
+        x, out, scales, shifts, pixels, plane, channels, sample, SILU=silu, LAST=last, **shape
+    )
     return [out]
 
 
