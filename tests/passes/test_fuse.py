@@ -130,7 +130,13 @@ def test_quantised_layers_inside_fused_blocks(family, format):
 def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkeypatch):
     taken = Counter()
     product = QuantLinear.forward
-    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: (taken.update([type(x).__name__]), product(self, x))[1])
+
+    def counted(self, x):
+        # What reads one row a sample is not of this format.
+        taken.update([type(x).__name__] if self.format.name == "fp8" else [])
+        return product(self, x)
+
+    monkeypatch.setattr(QuantLinear, "forward", counted)
     denoiser = getattr(FAMILIES[family].tiny(), FAMILIES[family].denoisers[0])
     arguments = FAMILIES[family].inputs(denoiser, size=(32, 32), batch=1, frames=1, text_tokens=7, seed=0)
     with torch.no_grad(), ExitStack() as undo:

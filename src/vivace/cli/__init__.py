@@ -19,7 +19,7 @@ ORDER = """
     generate ui serve info
     quantize merge distill
     eval calibrate tune
-    families plan bench doctor
+    families plan bench errors doctor
 """
 VERBS = tuple(getattr(import_module(f"vivace.cli.{verb}"), verb) for verb in ORDER.split())
 
