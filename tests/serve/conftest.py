@@ -47,7 +47,7 @@ class Gate:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         self.sizes.append(first.shape[0])
         self.reached.set()
-        assert self.open.wait(10)
+        assert self.open.wait(120)
         if self.failures and self.failing is not None:
             self.failures -= 1
             raise self.failing

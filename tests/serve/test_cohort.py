@@ -52,7 +52,7 @@ def test_what_a_prompt_needs_once_is_computed_once_for_the_cohort(engine, pipe, 
     gate = gated(pipe.transformer)
     gate.shut()
     jobs = [engine.submit(order(seed=1, steps=12))]
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     jobs += [engine.submit(order(seed=seed, steps=12)) for seed in (2, 3)]
     gate.open.set()
     results = [job.result(60) for job in jobs]

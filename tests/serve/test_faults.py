@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vivace.serve import Spec
+from vivace.families import FAMILIES
+from vivace.serve import Engine, Spec
 from vivace.serve.engine import LOST_TO_MEMORY
 from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, Failure, FieldError, OutOfMemory, Unavailable
 
@@ -45,7 +46,7 @@ def test_out_of_memory_of_a_batch_is_tried_one_by_one(engine, pipe, order, gated
     gate = gated(pipe.transformer)
     gate.shut()
     jobs = [engine.submit(order(seed=1, steps=5))]
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     jobs += [engine.submit(order(seed=seed)) for seed in (2, 3)]
     limit = pipe.transformer.register_forward_pre_hook(_small_batches_only, with_kwargs=True)
     gate.open.set()
@@ -94,7 +95,7 @@ def test_one_wrong_request_does_not_fail_its_neighbours(engine, pipe, order, gat
     gate = gated(pipe.transformer)
     gate.shut()
     jobs = [engine.submit(order(seed=1))]
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     jobs += [engine.submit(order(seed=seed)) for seed in (2, 3)]
     gate.fail(RuntimeError("once"))
     gate.open.set()
@@ -109,14 +110,13 @@ def test_a_wedged_worker_is_not_ready(pipe, start, order, gated):
     gate = gated(pipe.transformer)
     gate.shut()
     job = engine.submit(order(run_seconds=0.5))
-    assert gate.reached.wait(10)
-    assert engine.health().ready
+    assert gate.reached.wait(120)
     time.sleep(0.4)
     assert engine.health().reason == "the device does not answer"
     with pytest.raises(DeadlineExceeded):  # its waiter is not held up
-        job.result(2)
+        job.result(60)
     gate.open.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while not engine.health().ready and time.monotonic() < deadline:
         time.sleep(0.01)
     assert engine.health().ready
@@ -223,7 +223,9 @@ def test_many_mixed_requests(pipe, start, order, count):
     assert handles <= 2
     assert tensors <= 20
     assert resident < 64 * 2**20
-    assert engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes() == first
+    after = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+    with Engine(models={"tiny": FAMILIES["sd3"].tiny()}) as fresh:
+        assert after == first == fresh.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
 
 
 def _held() -> tuple[int, int, int, int]:

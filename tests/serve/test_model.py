@@ -43,9 +43,19 @@ def test_a_model_that_cannot_be_loaded_tells_no_path(folder, order):
     engine = Engine(models={"tiny": str(folder)})
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
-    with engine, pytest.raises(Unavailable) as error:
-        engine.submit(order()).result(60)
-    assert str(error.value) == "the model tiny cannot be loaded"
+    assert engine.health().ready
+    with engine:
+        with pytest.raises(Unavailable) as error:
+            engine.submit(order()).result(60)
+        assert str(error.value) == "the model tiny cannot be loaded"
+        assert engine.health().reason == "no model can be loaded"
+
+
+def test_a_place_that_this_machine_lacks_is_said_before_anything_is_served(folder):
+    with pytest.raises(InputError, match="no device cuda:99"):
+        Engine(models={"tiny": Spec(source=str(folder), device="cuda:99")})
+    with pytest.raises(InputError, match="no dtype 'float99'"):
+        Engine(models={"tiny": Spec(source=str(folder), dtype="float99")})
 
 
 def test_one_mode_at_a_time(pipe):

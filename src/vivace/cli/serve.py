@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ def serve(
         list[str] | None, typer.Argument(metavar="[ALIAS=MODEL]...", help="Models; the built-in one if none is given.")
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with --api-key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="VIVACE_API_KEY", help="What clients have to send.")] = None,
     preset: Annotated[str, typer.Option(help="For requests that ask for no quality.")] = "exact",
     lora: Annotated[
@@ -68,7 +69,7 @@ def serve(
     optional = {"gpus": gpus, "cpus": cpus, "memory": memory, "folder": str(folder) if folder else None}
     plan = read_plan(
         {
-            **{"models": dict(map(_pair, models or ("builtin=builtin",))), "loras": dict(map(_pair, lora or ()))},
+            **{"models": _pairs(models or ("builtin=builtin",)), "loras": _pairs(lora or ())},
             **{"preset": preset, "dtype": dtype, "device": device, "host": host, "a1111": a1111, "ui": ui},
             **{"allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[ray] if drain is None else drain},
             **{"max_running": max_running, "max_queue": max_queue, "max_batch": max_batch},
@@ -84,11 +85,17 @@ def serve(
     raise typer.Exit(run_on_ray(plan, api_key=api_key, port=port, address=address, dashboard=dashboard))
 
 
-def _pair(text: str) -> tuple[str, str]:
-    alias, equals, value = text.partition("=")
-    if not (alias and equals and value):
-        raise InputError(f"{text!r} is not ALIAS=VALUE; write it like sdxl=~/models/sdxl")
-    return alias, value
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """`ALIAS=VALUE` each -> alias -> value. Raises InputError, also for an alias that stands for two things."""
+    found: dict[str, str] = {}
+    for text in texts:
+        alias, equals, value = text.partition("=")
+        if not (alias and equals and value):
+            raise InputError(f"{text!r} is not ALIAS=VALUE; write it like sdxl=~/models/sdxl")
+        if alias in found:
+            raise InputError(f"the alias {alias} was given twice, for {found[alias]} and {value}; rename one")
+        found[alias] = value
+    return found
 
 
 def _range(text: str) -> dict[str, int]:

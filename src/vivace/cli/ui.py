@@ -21,7 +21,7 @@ def ui(
         list[str] | None, typer.Argument(metavar="[ALIAS=MODEL]...", help="Models; the built-in one if none is given.")
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with --api-key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 7860,
     api_key: Annotated[str | None, typer.Option(envvar="VIVACE_API_KEY", help="What the page asks for.")] = None,
     preset: Annotated[str, typer.Option(help="The one that is chosen at first.")] = "exact",
     lora: Annotated[list[str] | None, typer.Option(help="ALIAS=FILE: a LoRA to choose from; for every model.")] = None,

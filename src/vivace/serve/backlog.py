@@ -28,24 +28,30 @@ class Entry:
 
 class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
-    its model's mode holds back later ones of the same model, so that no mode starves another."""
+    its model's mode holds back later ones of the same model, so that no mode starves another.
+
+    A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._waiting: list[Entry] = []
+        self._idle = 0  # threads that wait for a job
+        self._coming = 0  # those of them that were woken for one and have not looked yet
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return max(0, len(self._waiting) - self._coming)
 
     def put(self, entry: Entry, *, full: Callable[[], Busy]) -> None:
         """Raises Busy when it is full, Unavailable when it is closed."""
         with self._changed:
             if self._closed:
                 raise Unavailable("the engine is closing")
-            if len(self._waiting) >= self.most:
+            if len(self) >= self.most:
                 raise full()
+            self._coming += self._idle > self._coming
             self._waiting.append(entry)
             self._waiting.sort(key=lambda one: (-one.job.request.priority, one.order))
             self._changed.notify()
@@ -60,7 +66,10 @@ class Backlog:
                     return entry
                 if self._closed and not self._waiting:
                     return None
+                self._idle += 1
                 self._changed.wait()
+                self._idle -= 1
+                self._coming = max(0, self._coming - 1)
 
     def wake(self) -> None:
         """A model became free."""

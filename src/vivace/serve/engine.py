@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vivace.errors import InputError
+from vivace.load import resolve_dtype
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
 from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable
@@ -42,7 +43,7 @@ class Engine:
     `threads` requests run at a time and `queue` more may wait. `batch` requests at most share a call. `memory` is the
     most bytes of weights that stay loaded. `stale` is how many seconds a single call may take before the engine counts
     as unwell. `gather` makes what decides, for one device, how long calls wait for others to share them. Raises
-    InputError for a model that cannot be one.
+    InputError for a model that cannot be one, or not on this machine.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Engine:
     ) -> None:
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
+        for model in self.models.values():
+            resolve_dtype(model.spec.dtype, model.device)  # said now, not by the first request
         self.memory, self.stale = memory, stale
         self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
@@ -148,6 +151,7 @@ class Engine:
         reasons = [
             (self._closing, "it is draining"),
             (self._loading > 0, "a model is being loaded"),
+            (all(model.broken for model in self.models.values()), "no model can be loaded"),
             (self.lost, "the device is lost"),
             (self.stuck, "the device does not answer"),
             (self._lost >= LOST_TO_MEMORY, "requests run out of memory"),
@@ -206,7 +210,7 @@ class Engine:
         try:
             result = self._draw(entry)
         except BaseException as caught:
-            error = _public(caught)
+            error = _public(caught, job)
         finally:
             model.leave()
             if model.pipe is not None:
@@ -277,13 +281,13 @@ def _graphed(module: torch.nn.Module) -> bool:
     return lane is not None and isinstance(lane.run, Graphs)
 
 
-def _public(error: BaseException) -> BaseException:
+def _public(error: BaseException, job: Job) -> BaseException:
     """What the waiting side gets to see: a Failure or an InputError, never the inside."""
     if isinstance(error, InputError | Failure):
         return error
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
-    logger.error("a request failed", exc_info=error)
+    logger.error("a request failed", exc_info=error, extra={"facts": {"job": job.id}})
     if type(error) is ValueError:  # how pipelines refuse what they were called with
         return InputError("the model's pipeline refuses these arguments")
     return Failure("the request failed inside; the log says why")

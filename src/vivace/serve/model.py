@@ -63,6 +63,7 @@ class Model:
         self.used = time.monotonic()
         self.active = 0
         self.load_seconds: float | None = None
+        self.broken = False  # whether its weights could not be loaded the last time
         self.sketch = Sketch()
         self.layouts = Layouts()
         self._gate = threading.Lock()  # held for moments
@@ -200,8 +201,10 @@ class Model:
         try:
             self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
         except (torch.OutOfMemoryError, MemoryError):
+            self.broken = True
             raise
         except Exception as error:
+            self.broken = True
             # What it says names files; that is for the log.
             logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
             raise Unavailable(f"the model {self.alias} cannot be loaded") from error
@@ -209,7 +212,7 @@ class Model:
         # The pipeline would cast it to and fro around each decode, under the hands of other requests.
         if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae.to(torch.float32)
-        self.load_seconds = time.monotonic() - started
+        self.load_seconds, self.broken = time.monotonic() - started, False
         logger.info("loaded %s in %.1f s", self.alias, self.load_seconds)
 
     def _apply(self, mode: Mode) -> None:

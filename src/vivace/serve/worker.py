@@ -191,7 +191,8 @@ class Worker:
             self._fail(calls, Unavailable("the device is lost"))
         elif len(calls) > 1:
             # One may be wrong, or all may be too much at once: each by itself fails for itself.
-            logger.warning("a batch of %d failed (%s); trying one by one", len(calls), type(error).__name__)
+            told = {"facts": {"jobs": [call.job.id for call in calls]}}
+            logger.warning("a batch of %d failed (%s); trying one by one", len(calls), type(error).__name__, extra=told)
             self._free(error)
             for call in calls:
                 self._run([call])

@@ -53,7 +53,7 @@ def live(engine: Engine, settings: Settings) -> Iterator[Live]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     found = Live(url=f"http://127.0.0.1:{port}", engine=engine, app=app, key=settings.api_key)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         with ExitStack() as stack:
             try:

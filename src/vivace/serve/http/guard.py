@@ -41,6 +41,9 @@ class Guard:
         self.app, self.settings, self.passes, self.full, self.count = app, settings, passes, full, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # no route speaks it, and none that some library brings shall
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -66,7 +69,9 @@ class Guard:
             route = getattr(scope.get("route"), "path", "unknown")
             self.count(f"{scope['method']} {route}", status, seconds)
             facts = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
-            logger.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4)}})
+            # What the engine's own lines about a request go by.
+            jobs = {"jobs": made} if (made := scope["state"].get("jobs")) else {}
+            logger.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4), **jobs}})
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for a request that may not pass."""
@@ -111,7 +116,7 @@ class Guard:
         if (local or self.settings.allowed_hosts) and not (host in known or (local and loopback(host))):
             raise ApiError(421, "this server does not go by that name", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+        if origin is not None and _place(origin) != headers.get("host", ""):
             raise ApiError(403, "requests from pages of other sites are refused", code="wrong_origin")
 
     def _room(self, kind: str) -> int:
@@ -137,5 +142,16 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
-    return urlsplit(f"//{host}").hostname or ""
+    """A Host header without its port; "" for one that is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # "[" begins an address that never ends
+        return ""
+
+
+def _place(origin: str) -> str:
+    """The host and port of an Origin header; "" for one that is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""

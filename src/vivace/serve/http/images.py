@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
-from vivace.serve.http.server import Server, read_json, server_of, while_connected
+from vivace.serve.http.server import Server, note, read_json, server_of, while_connected
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Preview, Progress, Result
 
@@ -86,7 +86,7 @@ def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
     if order.stream:
-        (job,) = _submit(server_of(request), order, **fields)
+        (job,) = _submit(request, order, **fields)
         return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream")
     results, data = await make(request, order, **fields)
     return JSONResponse(_envelope(order, results) | {"data": data})
@@ -100,7 +100,7 @@ async def make(
     While they are made their jobs are in `watch`.
     """
     server, watch = server_of(request), set() if watch is None else watch
-    jobs = _submit(server, order, **fields)
+    jobs = _submit(request, order, **fields)
     watch.update(jobs)
     try:
         results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
@@ -115,8 +115,9 @@ async def _result(job: Job) -> Result:
     return await job
 
 
-def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
+def _submit(request: Request, order: ImageOrder, **fields: Any) -> list[Job]:
     """The jobs of an order, one a picture; none where not all of them find room."""
+    server = server_of(request)
     settings, engine = server.settings, server.engine
     alias = server.alias(order.model, media="image")
     steps = order.steps or engine.models[alias].source.defaults.get("steps") or 28
@@ -137,6 +138,7 @@ def _submit(server: Server, order: ImageOrder, **fields: Any) -> list[Job]:
         for job in jobs:
             job.cancel()
         raise
+    note(request, jobs)
     return jobs
 
 

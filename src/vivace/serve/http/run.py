@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import socket
 import threading
 import time
 from types import FrameType
 
 import uvicorn
 
+from vivace.errors import InputError
 from vivace.serve.engine import Engine
 from vivace.serve.http.app import create_app
 from vivace.serve.http.log import configure
@@ -50,7 +53,8 @@ class Draining(uvicorn.Server):
 
 
 def run(engine: Engine, settings: Settings) -> int:
-    """Serve until a signal; the process's exit code."""
+    """Serve until a signal; the process's exit code. Raises InputError for where it cannot listen."""
+    sockets = listen(settings.host, settings.port)
     configure()
     config = uvicorn.Config(
         create_app(engine, settings),
@@ -61,14 +65,38 @@ def run(engine: Engine, settings: Settings) -> int:
         server_header=False,
         # Not whichever is installed: the other one has no limit for headers.
         http="h11",
+        ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LINGER,
     )
     server = Draining(config, engine=engine, seconds=settings.drain_seconds)
     threading.Thread(target=_end_with_device, args=(server,), daemon=True).start()
-    server.run()
+    server.run(sockets)
     return LOST if engine.lost else 0
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Bound sockets, one for each address that the host has here. Raises InputError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InputError(f"--host {host} is no address; name one of this machine's, such as 127.0.0.1") from error
+    sockets: list[socket.socket] = []
+    refused: list[OSError] = []
+    for family, address in dict.fromkeys((one[0], one[4][:2]) for one in found):
+        try:
+            sockets.append(socket.create_server(address, family=family))
+        except OSError as error:
+            refused.append(error)
+    taken = any(error.errno == errno.EADDRINUSE for error in refused)
+    # Not for one address alone: a name may stand for one of IPv6 too where the machine has none.
+    if taken or not sockets:
+        for one in sockets:
+            one.close()
+        reason = "is taken" if taken else f"cannot be listened at ({refused[0].strerror})"
+        raise InputError(f"port {port} of {host} {reason}; choose another --port or --host")
+    return sockets
 
 
 def _end_with_device(server: Draining) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -78,6 +78,11 @@ class Server:
 
 def server_of(request: Request) -> Server:
     return request.app.state.server
+
+
+def note(request: Request, jobs: Sequence[Job]) -> None:
+    """Have the line that the log gets about a request name its jobs."""
+    request.state.jobs = [job.id for job in jobs]
 
 
 async def read_json(request: Request) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Settings:
             )
         if self.api_key is not None and len(self.api_key) < 16:
             raise InputError("--api-key is shorter than 16 characters; take a random one")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise InputError("--api-key has characters that no header carries; take letters, digits and signs of ASCII")
 
     @property
     def most_bytes(self) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vivace.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 LOST = {"code": "server_restarted", "message": "the server ended while it worked on this; ask again"}
@@ -23,12 +25,18 @@ class Shelf:
     """Keeps the records of video jobs, as the API shows them, and their files, for `seconds` and within `most_bytes`.
 
     What a former process left unfinished is marked as failed. Without a folder everything goes with the process.
+    Raises InputError for a folder that cannot be one.
     """
 
     def __init__(self, folder: Path | None, *, seconds: float, most_bytes: int) -> None:
         self._own = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="vivace-")) if folder is None else folder
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be a folder of videos ({error.strerror}); name another") from error
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise InputError(f"nothing can be written to {self.folder}; name another folder of videos")
         self._seconds, self._most = seconds, most_bytes
         self._records: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()

@@ -19,7 +19,7 @@ from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import BINARY
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
-from vivace.serve.http.server import Server, read_json, server_of
+from vivace.serve.http.server import Server, note, read_json, server_of
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Progress, Result
 
@@ -69,6 +69,7 @@ async def create(request: Request) -> Response:
     }
     server.shelf.sweep()
     job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
+    note(request, [job])
     try:
         server.shelf.put(record)
     except OSError as error:
