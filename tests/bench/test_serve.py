@@ -59,6 +59,42 @@ def test_three_servers_in_one_run(tmp_path, capsys):
     assert capsys.readouterr().out.count("| 3 |") == 3
 
 
+def test_it_goes_on_where_it_stopped_and_says_what_python_costs(tmp_path, capsys):
+    def bench(*options):
+        shape = ["--tiny", "--device", "cpu", "--steps", "2", "--pictures", "4", "-o", str(tmp_path)]
+        with pytest.raises(SystemExit) as end:
+            main(["bench", "--serve", "sd3", *shape, *options])
+        assert end.value.code == 0
+        (path,) = tmp_path.glob("*-serve-sd3.json")
+        return json.loads(path.read_text())["results"], capsys.readouterr().out
+
+    # Each run is over its budget after one turn.
+    first, said = bench("--concurrency", "2", "--budget-s", "1e-6")
+    assert [line["server"] for line in first] == ["stock, one lock"]
+    assert "2 left for the next time" in said
+    whole, said = bench("--concurrency", "2")
+    assert whole[0] == first[0]
+    assert [line["server"] for line in whole] == ["stock, one lock", "exact, one lock", "exact, our engine"]
+    assert "left for the next time" not in said
+    # Another number of clients is another turn of the same load; a profile is made where there is none yet.
+    more, said = bench("--concurrency", "1,2", "--profile")
+    assert [line["concurrency"] for line in more] == [1, 1, 1, 2, 2, 2]
+    assert more[3:5] == whole[:2]
+    for line in (more[2], more[5]):
+        found = line["profile"]
+        assert found["computing"] + found["python"] + found["joining"] + found["empty"] == pytest.approx(1, abs=0.01)
+        assert 0 < found["computing"] <= 1
+        assert found["device"] == 0  # there is no GPU to wait for
+        assert found["cpu_s_per_image"]["worker"] > 0
+        assert found["lock_wait_ms"] >= 0
+    assert "idle for Python" in said
+    # A different load is in a file of its own.
+    with pytest.raises(SystemExit):
+        main(["bench", "--serve", "sd3", "--tiny", "--device", "cpu", "--steps", "1", "--concurrency", "1",
+              "--pictures", "4", "-o", str(tmp_path)])  # fmt: skip
+    assert len(list(tmp_path.glob("*-serve-sd3*.json"))) == 2
+
+
 def test_clients_are_numbers(capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "--serve", "--concurrency", "many"])

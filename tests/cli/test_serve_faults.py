@@ -1,4 +1,4 @@
-"""`vivace serve` as a process, and what befalls one: signals, kills, clients that go, a full queue, a wrong neighbour."""
+"""`vivace serve` as a process, and what befalls it: signals, kills, clients that go, a full queue, wrong neighbours."""
 
 from __future__ import annotations
 

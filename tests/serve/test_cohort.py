@@ -36,7 +36,7 @@ def test_cohorts_end_with_their_jobs(engine, pipe, order):
     assert all(isinstance(job, Job) for job in jobs)
     for job in jobs:
         job.result(60)
-    (worker,) = engine._workers.values()
+    (worker,) = engine.workers.values()
     worker.leave(jobs[-1])
     assert isinstance(worker._cohorts, Cohorts)
     assert not worker._cohorts._known

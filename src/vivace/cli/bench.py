@@ -46,9 +46,11 @@ def bench(
     ] = False,
     concurrency: Annotated[str, typer.Option(metavar="N,N", help="Clients at a time, with --serve.")] = "1,4,16",
     pictures: Annotated[int, typer.Option(min=4, help="Asked of each server, with --serve.")] = 64,
-    profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of each contestant.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also where the time goes: traces; with --serve what Python costs.")
+    ] = False,
     limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = 200,
-    budget_s: Annotated[float | None, typer.Option(min=1, help="Seconds all may take; the rest next time.")] = None,
+    budget_s: Annotated[float | None, typer.Option(min=0, help="Seconds all may take; the rest next time.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -81,6 +83,9 @@ def bench(
                 concurrency=clients,
                 pictures=pictures,
                 folder=output,
+                profile=profile,
+                again=again,
+                budget=budget_s,
                 **shape,
             )
         return
@@ -128,8 +133,10 @@ def _serve(name: str, *, presets: tuple[str, ...], steps: int | None, **options:
 
     around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
     for preset in presets or ("exact",):
-        path = run(name, preset=preset, steps=around, command=_command(sys.argv[1:]), on_line=_say, **options)
+        path, left = run(name, preset=preset, steps=around, command=_command(sys.argv[1:]), on_line=_say, **options)
         print(path.with_suffix(".md").read_text(), path, sep="\n")
+        if left:
+            print(f"{left} left for the next time, when the same command goes on")
 
 
 def _climb(

@@ -66,7 +66,7 @@ class Engine:
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
         self._backlog = Backlog(queue)
-        self._workers: dict[torch.device, Worker] = {}
+        self.workers: dict[torch.device, Worker] = {}  # of the devices that were computed on so far
         self._running: set[Job] = set()
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
         self._lost = 0  # requests in a row that ran out of memory
@@ -90,7 +90,7 @@ class Engine:
     def observe(self, *, batch: Callable[[Batch], None], job: Callable[[Job], None]) -> None:
         """Have every module call and every finished job told from now on, in the threads where they happen."""
         self._on_batch, self._on_job = batch, job
-        for worker in self._workers.values():
+        for worker in self.workers.values():
             worker.watch = batch
 
     @property
@@ -162,12 +162,12 @@ class Engine:
     @property
     def lost(self) -> bool:
         """Whether a device is gone for good; only a new process gets it back."""
-        return any(worker.dead for worker in self._workers.values())
+        return any(worker.dead for worker in self.workers.values())
 
     @property
     def stuck(self) -> bool:
         """Whether a device has not answered for longer than a call takes."""
-        return any(worker.stale(self.stale) for worker in self._workers.values())
+        return any(worker.stale(self.stale) for worker in self.workers.values())
 
     def drain(self) -> None:
         """Take no more requests; those that wait fail, those that run go on."""
@@ -187,7 +187,7 @@ class Engine:
         self._closed.set()
         for thread in self._threads:
             thread.join(timeout)
-        for worker in self._workers.values():
+        for worker in self.workers.values():
             worker.close(timeout)
         for model in self.models.values():
             model.close()
@@ -237,17 +237,17 @@ class Engine:
         if self._backlog.remove(job):
             job.finish(error=job.stop)
             return
-        for worker in list(self._workers.values()):
+        for worker in list(self.workers.values()):
             worker.withdraw(job)
 
     def _worker(self, model: Model) -> Worker:
         with self._lock:
-            if model.device not in self._workers:
-                worker = self._workers[model.device] = Worker(
+            if model.device not in self.workers:
+                worker = self.workers[model.device] = Worker(
                     model.device, most=self._batch, gather=self._gather and self._gather(), watch=self._on_batch
                 )
                 worker.sizes = _sizes
-            return self._workers[model.device]
+            return self.workers[model.device]
 
     def _make_room(self, coming: Model) -> None:
         """Unload idle models, the least recently used first, until the coming one fits the memory."""

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vivace.serve.request import Request
+
+if TYPE_CHECKING:
+    from vivace.serve.engine import Engine
 
 Ask = Callable[[Request], Any]
 """Makes one picture, and returns when it is there."""
@@ -59,7 +62,8 @@ def put(
     latencies: list[float] = []
     failed: list[BaseException] = []
     chance = random.Random(0)
-    starts = sorted(chance.uniform(0, stagger) for _ in range(concurrency))
+    drawn = sorted(chance.uniform(0, stagger) for _ in range(concurrency))
+    starts = [one - drawn[0] for one in drawn]
 
     def client(wait: float) -> None:
         time.sleep(wait)
@@ -117,11 +121,15 @@ def locked(pipe: Any) -> Ask:
 
 
 @contextmanager
-def served(pipe: Any, *, preset: str, concurrency: int, busy: list[tuple[int, float]]) -> Iterator[Ask]:
-    """Our engine over the same pipeline; the size and seconds of each of its module calls go to `busy`."""
+def served(pipe: Any, *, preset: str, concurrency: int) -> Iterator[Engine]:
+    """Our engine over the same pipeline; `asking` asks it."""
     from vivace.serve.engine import Engine
     from vivace.serve.model import Spec
 
     with Engine(models={"model": Spec(source=pipe, preset=preset)}, threads=concurrency) as engine:
-        engine.observe(batch=lambda batch: busy.append((batch.size, batch.seconds)), job=lambda job: None)
-        yield lambda request: engine.submit(request).result().pictures[0]
+        yield engine
+
+
+def asking(engine: Engine) -> Ask:
+    """What asks an engine."""
+    return lambda request: engine.submit(request).result().pictures[0]

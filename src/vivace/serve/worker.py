@@ -33,6 +33,7 @@ class Batch:
     kind: str  # class and method: "SD3Transformer2DModel.forward"
     size: int  # requests in it
     seconds: float
+    waited: float = 0.0  # of these seconds, for a GPU that was behind
 
 
 class Worker:
@@ -60,6 +61,7 @@ class Worker:
         self._closing = False
         self._idle_since = time.monotonic()  # since when the device has nothing to do, while that is so
         self._launched: deque[Any] = deque()
+        self._waited = 0.0  # seconds that the calls computed now waited for the GPU
         self._alone: set[tuple[int, str]] = set()  # module, method: what it returns cannot be told apart
         self._thread = threading.Thread(target=self._loop, name=f"vivace-{device}", daemon=True)
         self._thread.start()
@@ -181,7 +183,7 @@ class Worker:
 
     def _run(self, calls: list[Call]) -> None:
         """Answer the calls; whatever goes wrong ends with them."""
-        started = time.monotonic()
+        started, self._waited = time.monotonic(), 0.0
         error = self._try(calls)
         if error is None:
             self._record(calls, time.monotonic() - started)
@@ -252,12 +254,14 @@ class Worker:
         event.record()
         self._launched.append(event)
         if len(self._launched) >= AHEAD:
+            began = time.monotonic()
             self._launched.popleft().synchronize()
+            self._waited += time.monotonic() - began
 
     def _record(self, calls: list[Call], seconds: float) -> None:
         kind = f"{type(calls[0].module).__name__}.{calls[0].method}"
         with suppress(Exception):  # a counter that fails is no reason to lose a picture
-            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds))
+            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds, waited=self._waited))
 
     def _fail(self, calls: list[Call], error: BaseException) -> None:
         for call in calls:
