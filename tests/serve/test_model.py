@@ -2,14 +2,16 @@
 
 import itertools
 import threading
+import weakref
 
 import pytest
 
-from vivace import InputError
+from vivace import Config, InputError
 from vivace.families import FAMILIES
 from vivace.serve import Engine, Spec
 from vivace.serve.failures import Unavailable
 from vivace.serve.model import Mode, Model
+from vivace.serve.room import Room
 
 
 @pytest.fixture
@@ -25,13 +27,83 @@ def test_loaded_at_first_use_and_unloaded_least_recently_used_first(folder, orde
         first = {alias: engine.submit(order(model=alias, deterministic=True)).result(60) for alias in aliases[:2]}
         one = engine.models["a"].nbytes
         assert one > 0
-        engine.memory = int(2.5 * one)
+        engine.room = Room(device=int(2.5 * one))
         engine.submit(order(model="a")).result(60)
         engine.submit(order(model="c")).result(60)
         assert [alias for alias in aliases if engine.models[alias].pipe] == ["a", "c"]
         again = engine.submit(order(model="b", deterministic=True)).result(60)
         assert again.pictures[0].tobytes() == first["b"].pictures[0].tobytes()
         assert engine.models["a"].pipe is None
+
+
+def test_what_has_to_leave_is_parked_as_far_as_there_is_room(folder, order):
+    """Here the host is the device, too: the weights stay where they are, and count as parked."""
+    aliases = ("a", "b", "c", "d")
+    with Engine(models={alias: str(folder) for alias in aliases}) as engine:
+        models = [engine.models[alias] for alias in aliases]
+        first = engine.submit(order(model="a", deterministic=True)).result(60).pictures[0].tobytes()
+        one, weights = models[0].nbytes, next(models[0].pipe.transformer.parameters())
+        engine.room = Room(device=int(1.5 * one), host=int(2.5 * one))
+        for alias in ("b", "c"):
+            engine.submit(order(model=alias)).result(60)
+        assert [model.parked_bytes for model in models] == [one, one, 0, 0]
+        assert [engine.loaded(alias) for alias in aliases] == [False, False, True, False]
+        # It comes back with the same weights, as they were accelerated, and without its files.
+        again = engine.submit(order(model="a", deterministic=True)).result(60).pictures[0].tobytes()
+        assert again == first
+        assert next(models[0].pipe.transformer.parameters()) is weights
+        # A third one finds no room: who was parked for longest is dropped.
+        engine.submit(order(model="d")).result(60)
+        assert [model.parked_bytes for model in models] == [one, 0, one, 0]
+        assert models[1].pipe is None
+
+
+def test_a_pipeline_that_cannot_be_loaded_again_is_parked_and_given_back(folder, pipe, order):
+    kind = type(pipe)
+    with Engine(models={"given": pipe, "other": str(folder)}, memory=1, parked=2**30) as engine:
+        engine.submit(order()).result(60)
+        engine.submit(order(model="other")).result(60)
+        assert engine.models["given"].parked_bytes > 0
+        assert engine.models["given"].pipe is pipe
+    assert type(pipe) is kind
+
+
+def test_on_the_host_nothing_is_parked_unasked_and_nobody_leaves_who_works(folder, order):
+    with Engine(models={"a": str(folder), "b": str(folder)}, memory=1) as engine:
+        model = engine.models["a"]
+        engine.submit(order(model="a")).result(60)
+        mode = model.mode_of(order())
+        assert model.reserve(mode)
+        assert not model.park()
+        assert not model.unload()
+        model.leave()
+        engine.submit(order(model="b")).result(60)
+        assert model.pipe is None
+
+
+def test_dropped_weights_are_gone_also_where_their_originals_were_not_kept(folder, order):
+    few = Config(quant="int8", keep_base="no")
+    with Engine(models={"a": Spec(source=str(folder), preset=few), "b": str(folder)}) as engine:
+        engine.submit(order(model="a")).result(120)
+        held = weakref.ref(engine.models["a"].pipe.transformer)
+        engine.room = Room(device=1)
+        engine.submit(order(model="b")).result(60)
+        assert engine.models["a"].pipe is None
+        assert held() is None
+
+
+@pytest.mark.gpu
+def test_a_parked_model_leaves_the_card_and_comes_back_the_same(folder, order):
+    with Engine(models={"a": str(folder), "b": str(folder)}, memory=1, parked=2**30) as engine:
+        first = engine.submit(order(model="a", deterministic=True)).result(120).pictures[0].tobytes()
+        engine.submit(order(model="b")).result(120)
+        parked = engine.models["a"]
+        assert parked.parked_bytes > 0
+        assert {p.device.type for p in parked.pipe.transformer.parameters()} == {"cpu"}
+        assert parked.device.type == "cuda"
+        again = engine.submit(order(model="a", deterministic=True)).result(120).pictures[0].tobytes()
+        assert again == first
+        assert {p.device.type for p in parked.pipe.transformer.parameters()} == {"cuda"}
 
 
 def test_an_unknown_preset_is_said_before_anything_is_served(folder):

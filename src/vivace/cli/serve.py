@@ -32,6 +32,9 @@ def serve(
     max_running: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that share a denoiser call.")] = 16,
     memory: Annotated[float | None, typer.Option(help="GiB of weights that stay loaded.")] = None,
+    parked: Annotated[
+        float | None, typer.Option(min=0, help="GiB of weights in host memory that had to leave; half of what is free.")
+    ] = None,
     drain: Annotated[
         float | None, typer.Option(min=0, help="Seconds for what runs after SIGTERM: 30, with --ray 600.")
     ] = None,
@@ -66,7 +69,13 @@ def serve(
     stray = [f"--{name}" for name, value in only.items() if value is not None]
     if stray and not ray:
         raise InputError(f"{stray[0]} needs --ray; add it, or leave {stray[0]} out")
-    optional = {"gpus": gpus, "cpus": cpus, "memory": memory, "folder": str(folder) if folder else None}
+    optional = {
+        "gpus": gpus,
+        "cpus": cpus,
+        "memory": memory,
+        "parked": parked,
+        "folder": str(folder) if folder else None,
+    }
     plan = read_plan(
         {
             **{"models": _pairs(models or ("builtin=builtin",)), "loras": _pairs(lora or ())},

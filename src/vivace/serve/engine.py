@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vivace.serve.gather import Gather
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec, lane_of
 from vivace.serve.request import Request
+from vivace.serve.room import Room
 from vivace.serve.run import Run
 from vivace.serve.studio import Health
 from vivace.serve.worker import Batch, Worker, out_of_memory
@@ -41,7 +43,8 @@ class Engine:
 
     `models` maps an alias to what `vivace.load` takes, to a pipeline, or to a Spec; the first alias is the default.
     `threads` requests run at a time and `queue` more may wait. `batch` requests at most share a call. `memory` is the
-    most bytes of weights that stay loaded. `stale` is how many seconds a single call may take before the engine counts
+    most bytes of weights that stay loaded, `parked` of those that wait in host memory instead (None: half of what is
+    free there). `stale` is how many seconds a single call may take before the engine counts
     as unwell. `gather` makes what decides, for one device, how long calls wait for others to share them. Raises
     InputError for a model that cannot be one, or not on this machine.
     """
@@ -54,6 +57,7 @@ class Engine:
         threads: int = 16,
         batch: int = 16,
         memory: int | None = None,
+        parked: int | None = None,
         stale: float = 300.0,
         gather: Callable[[], Gather] | None = None,
     ) -> None:
@@ -61,7 +65,7 @@ class Engine:
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
         for model in self.models.values():
             resolve_dtype(model.spec.dtype, model.device)  # said now, not by the first request
-        self.memory, self.stale = memory, stale
+        self.room, self.stale = Room(device=memory, host=parked), stale
         self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
@@ -125,8 +129,8 @@ class Engine:
         return model_of(self.models, alias)
 
     def loaded(self, alias: str) -> bool:
-        """Whether the weights of a model are there."""
-        return self.models[alias].pipe is not None
+        """Whether the weights of a model are where it computes."""
+        return self.models[alias].nbytes > 0
 
     def load(self, *aliases: str) -> None:
         """Load models now rather than at their first request; none named: all. Raises InputError."""
@@ -138,7 +142,7 @@ class Engine:
                 while not model.reserve(mode):
                     time.sleep(0.05)
                 try:
-                    model.ready(mode, room=lambda: self._make_room(model))  # noqa: B023 -- called at once
+                    model.ready(mode, room=partial(self.room.make, model, self.models.values()))
                 finally:
                     model.leave()
                     self._backlog.wake()
@@ -227,7 +231,7 @@ class Engine:
         job, model = entry.job, entry.model
         job.begin()
         job.check()
-        model.ready(entry.mode, room=lambda: self._make_room(model))
+        model.ready(entry.mode, room=partial(self.room.make, model, self.models.values()))
         started = time.monotonic()
         result = Run(job, entry.prepared, model=model, worker=self._worker(model))()
         self._recent.append(time.monotonic() - started)
@@ -248,16 +252,6 @@ class Engine:
                 )
                 worker.sizes = _sizes
             return self.workers[model.device]
-
-    def _make_room(self, coming: Model) -> None:
-        """Unload idle models, the least recently used first, until the coming one fits the memory."""
-        if self.memory is None:
-            return
-        idle = sorted((model for model in self.models.values() if model is not coming), key=lambda model: model.used)
-        for model in idle:
-            if sum(one.nbytes for one in self.models.values()) + coming.expected_bytes <= self.memory:
-                return
-            model.unload()
 
     def _wait_estimate(self) -> float:
         """Seconds until the queue has moved, from what requests took lately."""

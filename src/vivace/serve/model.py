@@ -1,7 +1,9 @@
-"""One model behind an alias: loaded when first used, in one mode (preset and LoRAs) at a time, unloaded when idle."""
+"""One model behind an alias: loaded when first used, in one mode (preset and LoRAs) at a time, parked or unloaded when
+others need the room."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import threading
@@ -21,7 +23,7 @@ from vivace.errors import InputError, first_line
 from vivace.family import UnknownFamilyError, family_of
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
-from vivace.passes.target import device_of
+from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, Unavailable
 from vivace.serve.layout import Layouts
@@ -70,6 +72,7 @@ class Model:
         self._setup = threading.Lock()  # held while it loads
         self._mode: Mode | None = None  # of those who use it now
         self._applied = Mode(preset=None)
+        self._home: torch.device | None = None  # of a parked one: where it computes
         self._ours = False  # whether it is accelerated only since it is served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
@@ -114,15 +117,32 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights on the device; 0 while it is not loaded."""
-        parts = self.pipe.components.values() if self.pipe is not None else ()
-        return sum(p.nbytes for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters())
+        """Of its weights on the device; 0 while it is not loaded, or parked."""
+        return 0 if self._home else self._bytes
+
+    @property
+    def parked_bytes(self) -> int:
+        """Of its weights in host memory, while it is parked."""
+        return self._bytes if self._home else 0
+
+    @property
+    def _bytes(self) -> int:
+        modules = [part for part in self._components if isinstance(part, torch.nn.Module)]
+        # Packed weights of few bits are buffers.
+        return sum(t.nbytes for one in modules for held in (one.parameters(), one.buffers()) for t in held)
+
+    @property
+    def _components(self) -> list[Any]:
+        pipe = self.pipe  # once: another thread may drop it meanwhile
+        return [] if pipe is None else list(pipe.components.values())
 
     @property
     def expected_bytes(self) -> int:
-        """Of its weight files: about what it takes once loaded."""
+        """What it takes once it is back; of one that has to be loaded, about as much as its files."""
         path = self.source.path
-        if path is None:
+        if self._home:
+            return self._bytes
+        if path is None or self.pipe is not None:
             return 0
         files = [path] if path.is_file() else path.rglob("*.safetensors")
         return sum(file.stat().st_size for file in files)
@@ -159,28 +179,44 @@ class Model:
         with self._gate:
             self.active -= 1
 
+    def park(self) -> bool:
+        """Move the weights to host memory as they are, where nobody uses them and nothing places them piece by piece;
+        whether that was done."""
+        with self._gate:
+            if self.active or self.pipe is None or self._home or self._placed:
+                return False
+            home = self.device
+            self.pipe.to("cpu")
+            self._home = home
+        _free()
+        logger.info("parked %s", self.alias)
+        return True
+
     def unload(self) -> bool:
         """Drop the weights, where they can be loaded again and nobody uses them; whether that was done."""
         with self._gate:
             if self.active or self.pipe is None or self.pipe is self.spec.source:
                 return False
-            restore(self.pipe)
-            self.pipe = None
+            # Not restored: that would fetch the originals of what is in few bits, to drop them.
+            self.pipe = self._home = None
             self._classes.clear()
             self.layouts.clear()
             self._applied = Mode(preset=None)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
         logger.info("unloaded %s", self.alias)
         return True
 
     def close(self) -> None:
         """Give back: the weights, or the pipeline as it was handed in."""
         if not self.unload() and self.pipe is not None:
+            self._return()
             if self._applied.loras:
                 self.pipe.unload_lora_weights()
             if self._ours:
-                restore(self.pipe)
+                try:
+                    restore(self.pipe)
+                except InputError as error:
+                    logger.warning("%s stays accelerated: %s", self.alias, error)
 
     def as_class(self, pipeline: type[Any]) -> Any:
         """The loaded pipeline, or one of another class around the same components."""
@@ -194,10 +230,14 @@ class Model:
             return self._classes[pipeline]
 
     def _load(self, room: Callable[[], None]) -> None:
-        if self.pipe is not None:
+        if self.pipe is not None and not self._home:
             return
         room()
         started = time.monotonic()
+        if self._home:
+            self._return()
+            logger.info("%s is back after %.1f s", self.alias, time.monotonic() - started)
+            return
         try:
             self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
         except (torch.OutOfMemoryError, MemoryError):
@@ -214,6 +254,19 @@ class Model:
             vae.to(torch.float32)
         self.load_seconds, self.broken = time.monotonic() - started, False
         logger.info("loaded %s in %.1f s", self.alias, self.load_seconds)
+
+    def _return(self) -> None:
+        """Have a parked model where it computes."""
+        if self._home:
+            self.pipe.to(self._home)
+            self._home = None
+
+    @property
+    def _placed(self) -> bool:
+        """Whether something already moves its weights to and fro."""
+        acceleration = acceleration_of(self.pipe)
+        budget = acceleration is not None and acceleration.target.placement is not None
+        return budget or any(hasattr(part, "_hf_hook") or _streams(part) for part in self._components)
 
     def _apply(self, mode: Mode) -> None:
         """Bring the pipeline into a mode. A failure leaves it in none, so that the next request starts over."""
@@ -258,10 +311,23 @@ class Model:
         """Where its denoiser computes, loaded or not."""
         from vivace.load import resolve_device
 
+        if self._home:
+            return self._home
         if self.pipe is None:
             return resolve_device(self.spec.device)
-        parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        parts = [part for part in self._components if isinstance(part, torch.nn.Module)]
         return device_of(parts[0]) if parts else torch.device("cpu")
+
+
+def _streams(part: Any) -> bool:
+    return isinstance(part, torch.nn.Module) and any("offload" in name for name in hooks_of(part))
+
+
+def _free() -> None:
+    """Let go of what nobody holds but itself, and give the device its memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _source(alias: str, spec: Spec) -> Source:

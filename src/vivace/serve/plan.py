@@ -36,6 +36,7 @@ class Plan(BaseModel):
     max_queue: int = Field(default=64, ge=1)  # requests that wait
     max_batch: int = Field(default=16, ge=1)  # requests that share a denoiser call
     memory: float | None = Field(default=None, gt=0)  # GiB of weights that stay loaded
+    parked: float | None = Field(default=None, ge=0)  # GiB in host memory beyond that; None: half of what is free
     drain_seconds: float = Field(default=600, ge=0)  # for what runs when the end is asked for
 
     replicas: int = Field(default=1, ge=1)  # that always run
@@ -69,9 +70,10 @@ class Plan(BaseModel):
         """One engine for all the models. Raises InputError for a model that cannot be one."""
         from vivace.serve.engine import Engine
 
-        memory = None if self.memory is None else int(self.memory * 2**30)
+        sizes = {"memory": self.memory, "parked": self.parked}
         limits: dict[str, Any] = {"queue": self.max_queue, "threads": self.max_running, "batch": self.max_batch}
-        return Engine(models=self.specs, memory=memory, **limits)
+        limits |= {name: None if size is None else int(size * 2**30) for name, size in sizes.items()}
+        return Engine(models=self.specs, **limits)
 
     def settings(self, *, api_key: str | None, port: int = 8000) -> Settings:
         """The HTTP routes' own. Raises InputError for a host that others reach without a key."""

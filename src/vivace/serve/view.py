@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -71,9 +72,15 @@ class Remote:
         return send(module, name, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
-@functools.cache
+# Weak: an accelerated module has a class of its own, which holds on to the module.
+_SIGNATURES: WeakKeyDictionary[type, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
+
+
 def _names(module_class: type, method: str) -> tuple[str, ...]:
-    return tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
+    known = _SIGNATURES.setdefault(module_class, {})
+    if method not in known:
+        known[method] = tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
+    return known[method]
 
 
 class Guarded:
