@@ -31,7 +31,8 @@ def short_name(name: str) -> str:
 def scheduler_class(name: str, *, prediction: str) -> type:
     """The diffusers scheduler class for `name`; for flow models `euler` means the flow-matching one.
 
-    Raises InputError with the nearest names. `prediction` is a family's: "epsilon", "v" or "flow".
+    Raises InputError with the nearest names, and where the model's prediction and the scheduler do not go together.
+    `prediction` is a family's: "epsilon", "v" or "flow".
     """
     import diffusers
 
@@ -43,7 +44,17 @@ def scheduler_class(name: str, *, prediction: str) -> type:
         near = difflib.get_close_matches(word, by_short, n=3, cutoff=0.0)
         names = ", ".join(f"{by_short[n]} ({n})" for n in near)
         raise InputError(f"no scheduler {name!r}; the nearest are {names}")
-    return getattr(diffusers, by_short[word])
+    chosen: Any = getattr(diffusers, by_short[word])
+    flow_only = _flow_only(chosen)
+    if (
+        prediction == "flow"
+        and not flow_only
+        and "use_flow_sigmas" not in inspect.signature(chosen.__init__).parameters
+    ):
+        raise InputError(f"{chosen.__name__} cannot run a flow model; use euler, heun, dpmsolvermultistep or unipc")
+    if prediction != "flow" and flow_only:
+        raise InputError(f"{chosen.__name__} is for flow models; use euler, ddim, dpmsolvermultistep or unipc")
+    return chosen
 
 
 def use_scheduler(pipe: DiffusionPipeline, name: str, *, prediction: str) -> None:
@@ -52,16 +63,14 @@ def use_scheduler(pipe: DiffusionPipeline, name: str, *, prediction: str) -> Non
     Raises InputError where the model's prediction and the scheduler do not go together.
     """
     chosen: Any = scheduler_class(name, prediction=prediction)
-    accepted = inspect.signature(chosen.__init__).parameters
-    flow_only = chosen.__name__.startswith("FlowMatch")
     fields: dict[str, Any] = {}
-    if prediction == "flow" and not flow_only:
-        if "use_flow_sigmas" not in accepted:
-            raise InputError(f"{chosen.__name__} cannot run a flow model; use euler, heun, dpmsolvermultistep or unipc")
+    if prediction == "flow" and not _flow_only(chosen):
         fields = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
         shift = getattr(pipe.scheduler.config, "shift", None)
         if shift is not None:
             fields["flow_shift"] = shift
-    elif prediction != "flow" and flow_only:
-        raise InputError(f"{chosen.__name__} is for flow models; use euler, ddim, dpmsolvermultistep or unipc")
     pipe.scheduler = chosen.from_config(pipe.scheduler.config, **fields)
+
+
+def _flow_only(chosen: type) -> bool:
+    return chosen.__name__.startswith("FlowMatch")

@@ -140,7 +140,9 @@ def test_exact_is_not_degraded_by_cached_neighbours(engine, order):
     assert "skipped" not in among.result().calls
 
 
-@pytest.mark.parametrize("cache", ["no-such", "teacache:x=1", "/etc/cache.yaml", "plan.yml", "planned:file=x"])
+@pytest.mark.parametrize(
+    "cache", ["no-such", "steps:compute=0-99999999999", "teacache:x=1", "/etc/cache.yaml", "plan.yml", "planned:file=x"]
+)
 def test_wrong_caches_are_refused_and_no_file_is_read(engine, order, cache):
     with pytest.raises(FieldError) as error:
         engine.submit(order(cache=cache))

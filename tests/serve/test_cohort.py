@@ -6,6 +6,7 @@ import torch
 
 from vivace.accelerate import acceleration_of
 from vivace.serve.cohort import Cohort, Cohorts
+from vivace.serve.gather import Gather
 from vivace.serve.job import Job
 
 
@@ -42,7 +43,9 @@ def test_cohorts_end_with_their_jobs(engine, pipe, order):
     assert not worker._cohorts._known
 
 
-def test_what_a_prompt_needs_once_is_computed_once_for_the_cohort(engine, pipe, order, gated):
+def test_what_a_prompt_needs_once_is_computed_once_for_the_cohort(start, pipe, order, gated):
+    # Waits for who is on his way, so that who meets does not depend on how fast this machine is.
+    engine = start(pipe, gather=lambda: Gather(share=1e9, longest=60.0))
     engine.submit(order()).result(60)
     lane = acceleration_of(pipe).target.lanes["transformer"]
     assert lane.split is not None

@@ -53,6 +53,7 @@ def test_a_seed_is_drawn_and_told(engine, order):
         ({"frames": 5}, "frames"),
         ({"true_cfg": 2.0}, "true_cfg"),
         ({"quality": "best"}, "quality"),
+        ({"scheduler": "ddim"}, "scheduler"),
         ({"lora": {"style": 1.0}}, "lora"),
         ({"arguments": {"no_such": 1}}, "arguments"),
         ({"model": "other"}, "model"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vivace.cache.call import Call
     from vivace.cache.trail import Trail
 
+MOST_STEPS = 10_000  # of one run: a list that a stranger wrote must not fill the memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Policy):
@@ -75,6 +77,10 @@ def read_steps(text: str) -> frozenset[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(
                 f"steps: compute={text!r} is no list of steps; write it like 0-9,12,15 or as a mask like 1110110"
+            )
+        if int(last or first) >= MOST_STEPS:
+            raise InputError(
+                f"steps: compute names step {last or first}; the last that a run may have is {MOST_STEPS - 1}"
             )
         found |= set(range(int(first), int(last or first) + 1))
     return frozenset(found)

@@ -81,7 +81,10 @@ def prepare(request: Request, source: Source) -> Prepared:
     if unknown:
         raise FieldError("arguments", f"{pipeline.__name__} has no argument {unknown[0]}")
     if request.scheduler is not None:
-        scheduler_class(request.scheduler, prediction=source.prediction)
+        try:
+            scheduler_class(request.scheduler, prediction=source.prediction)
+        except InputError as error:
+            raise FieldError("scheduler", str(error)) from None
     return Prepared(request=request, pipeline=pipeline, call=call | dict(request.arguments), size=size)
 
 

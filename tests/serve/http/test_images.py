@@ -136,7 +136,7 @@ def test_models(client):
         ({"extra_body": {"guidance_scale": 1e9}}, "guidance_scale", "less than or equal"),
         ({"extra_body": {"true_cfg_scale": 2.0}}, "true_cfg_scale", "does not take"),
         ({"extra_body": {"lora": {"style": 1}}}, "lora", "no LoRA 'style'"),
-        ({"extra_body": {"scheduler": "no such"}}, None, "no scheduler"),
+        ({"extra_body": {"scheduler": "no such"}}, "scheduler", "no scheduler"),
         ({"quality": "best"}, "quality", "no quality 'best'"),
         ({"prompt": ""}, "prompt", "at least 1"),
         ({"prompt": "x" * 8001}, "prompt", "the most is 8000"),

@@ -75,6 +75,7 @@ def test_deleting_a_running_video_ends_it(client, shared):
     [
         ({"seconds": "999"}, "seconds"),
         ({"seconds": "x"}, "seconds"),
+        ({"seconds": "0"}, "seconds"),
         ({"extra_body": {"frames": 258}}, "frames"),
         ({"extra_body": {"frames": 5, "seconds": "1"}}, "seconds"),
         ({"size": "60x64"}, "size"),

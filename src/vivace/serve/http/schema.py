@@ -133,7 +133,7 @@ class EditOrder(ImageOrder):
 class VideoOrder(Order):
     """POST /v1/videos, besides its file."""
 
-    seconds: str | None = Field(None, pattern=r"^[0-9]{1,3}$")
+    seconds: str | None = Field(None, pattern=r"^[1-9][0-9]{0,2}$")
     frames: int | None = Field(None, ge=1, le=100_000)
     fps: int | None = Field(None, ge=1, le=120)
     quality: str = Field("auto", max_length=100)
