@@ -57,6 +57,12 @@ def test_exports():
         vivace.acelerate  # noqa: B018
 
 
+def test_the_engine_is_reached_from_the_package():
+    code = "import sys, vivace; print(vivace.serve.Engine.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "Engine\n"
+
+
 def test_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert vivace.__version__ == project["version"] == version("vivace")

@@ -32,11 +32,16 @@ _HOME = {
     "restore": "vivace.accelerate",
 }
 
+# Packages of their own that are reached without importing them by name.
+_ROOMS = ("serve",)
+
 # Spelled out for type checkers; a test holds it equal to _HOME.
 __all__ = ["PRESETS", "Config", "Family", "InputError", "accelerate", "family_of", "load", "plan", "report", "restore"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"vivace.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vivace' has no attribute {name!r}; it has {', '.join(_HOME)}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

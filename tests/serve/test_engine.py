@@ -250,15 +250,17 @@ def test_deadlines(pipe, start, order, gated):
     engine = start(pipe, threads=1)
     gate = gated(pipe.transformer)
     gate.shut()
-    running = engine.submit(order(steps=30, run_seconds=0.3))
+    first = engine.submit(order())
     assert gate.reached.wait(120)
-    waiting = engine.submit(order(queue_seconds=0.05))
     with pytest.raises(DeadlineExceeded, match="waited longer"):
-        waiting.result(60)
-    time.sleep(0.3)
+        engine.submit(order(queue_seconds=0.05)).result(60)
     gate.open.set()
+    first.result(60)
+    gate.shut()
+    # Also while the call that it waits for does not end.
     with pytest.raises(DeadlineExceeded, match="ran longer"):
-        running.result(60)
+        engine.submit(order(steps=30, run_seconds=0.3)).result(60)
+    gate.open.set()
     assert engine.submit(order()).result(60).effective["seed"] == 1
 
 
