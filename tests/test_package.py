@@ -58,9 +58,7 @@ def test_exports():
 
 
 def test_the_engine_is_reached_from_the_package():
-    code = "import sys, vivace; print(vivace.serve.Engine.__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "Engine\n"
+    assert python("import vivace; print(vivace.serve.Engine.__name__)") == "Engine"
 
 
 def test_version():
