@@ -20,7 +20,7 @@ from vivace.serve.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-PASSING = 1.0
+PASSING = 3.0
 """Seconds that an answer may take from the door to its client."""
 
 
