@@ -13,7 +13,7 @@ from vivace.accelerate import acceleration_of
 from vivace.evals.comparison import draw_all, write_all
 from vivace.evals.contest import Contest, Contestant, contestants, controls_of
 from vivace.evals.instruments import Dataset, Instruments
-from vivace.evals.store import Record, Store, key_of
+from vivace.evals.store import Record, Store
 from vivace.evals.verdict import judge, temporal_error
 from vivace.families import FAMILIES
 
@@ -126,8 +126,8 @@ def test_controls_have_the_candidates_time(tiny, tmp_path):
     for contestant, seconds in ((reference, 2.0), (half, 1.0)):
         for index in range(3):
             record = Record(
-                contestant=contestant.name, index=index, prompt="", seed=index, seconds=seconds, computed=None,
-                key=key_of(contestant.settings(contest)),
+                contestant=contestant.name, index=index, prompt=contest.prompts[index], seed=index, seconds=seconds,
+                computed=None, key=contest.key(contestant, index),
             )  # fmt: skip
             contest.store.keep(record, latents=torch.zeros(1, 2), frames=torch.zeros(1, 3, 16, 16))
     controls = controls_of(contest, reference, [half])

@@ -1,7 +1,9 @@
 """A comparison drawn by workers: complete, also when one is killed, and nothing that was kept is drawn again."""
 
 import json
+import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vivace.errors import InputError
-from vivace.evals.contest import Contest
-from vivace.evals.spread import Drawn, Order, draw, share
+from vivace.evals.contest import Contest, contestants
+from vivace.evals.spread import Order, Share, draw, worker
 from vivace.evals.store import Store
 from vivace.families import FAMILIES
 
@@ -24,6 +26,7 @@ def order(tmp_path):
     FAMILIES["sd3"].tiny().save_pretrained(tmp_path / "tiny")
     return Order(
         model=str(tmp_path / "tiny"),
+        contents="these",
         folder=tmp_path / "eval",
         presets=("exact",),
         configs={},
@@ -33,8 +36,8 @@ def order(tmp_path):
 
 
 def mortal(order):
-    """A worker of which rank 1 is killed once, when it has kept a drawing."""
-    go, mark = share(order), order.folder.parent / "killed"
+    """A worker that is killed once, when it has the second share and has kept a drawing."""
+    go, mark = worker(order), order.folder.parent / "killed"
 
     def kill() -> None:
         records = order.folder / "records-1.jsonl"
@@ -43,10 +46,10 @@ def mortal(order):
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def do(rank: int) -> Drawn:
-        if rank == 1 and not mark.exists():
+    def do(task):
+        if isinstance(task, Share) and task.rank == 1 and not mark.exists():
             threading.Thread(target=kill, daemon=True).start()
-        return go(rank)
+        return go(task)
 
     return do
 
@@ -66,11 +69,30 @@ def test_a_killed_worker_goes_on_where_its_records_end(cluster, order):
     assert len(kept) == len(set(kept)), "something was drawn twice"
     contest = Contest(
         pipe=None, model=order.model, prediction="flow", prompts=order.prompts, store=Store(order.folder),
-        steps=2, seed=0, call=order.call, place=drawn.place,
+        steps=2, seed=0, call=order.call, contents="these", place=drawn.place,
     )  # fmt: skip
     assert [record.index for record in contest.of(drawn.reference)] == [*range(6)]
     assert draw(replace(order, ranks=1)).place == drawn.place
     assert lines(order.folder) == made
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"prompts": ("one", "new")}, r"another prompt \(1\)"), ({"contents": "others"}, "another contents")],
+)
+def test_what_was_drawn_of_something_else_is_not_kept(order, caplog, changed, said):
+    """Without a cluster: what a worker does with its task."""
+    order = replace(order, prompts=("one", "two"), ranks=1)
+    share = Share(contestant=contestants(presets=("exact",), configs={}, steps=2)[0], rank=0)
+    worker(order)(share)
+    before = lines(order.folder)
+    with caplog.at_level(logging.WARNING, "vivace"):
+        worker(order)(share)
+        assert (lines(order.folder), caplog.records) == (before, [])
+        worker(replace(order, **changed))(share)
+    assert sorted(set(lines(order.folder))) == before
+    assert len(lines(order.folder)) > len(before)
+    assert re.search(said, caplog.text)
 
 
 def test_more_workers_than_places_are_refused(cluster, order):

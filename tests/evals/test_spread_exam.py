@@ -1,5 +1,8 @@
 """The examination by workers: the answers of one process, kept batch by batch."""
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,9 +14,11 @@ from vivace.load import load
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
 
 
-def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkeypatch):
+def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(builtin, "BATCH", 4)
-    order = Order(captions=7, steps=1, seed=3, call={"height": 64, "width": 64}, device="cpu", batch=4)
+    order = Order(
+        captions=7, contents="these", steps=1, seed=3, call={"height": 64, "width": 64}, device="cpu", batch=4
+    )
     told = []
     answers, place = take(order, tmp_path, workers=1, on_pictures=told.append)
     assert place == {"device": "cpu", "dtype": "float32"}
@@ -25,9 +30,13 @@ def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkey
     assert answers.verdicts == alone.verdicts
     assert torch.allclose(answers.features, alone.features, atol=1e-4)
     (home,) = tmp_path.iterdir()
-    first, second = sorted(home.iterdir())
+    first, second = sorted(home.glob("*.safetensors"))
     kept = first.stat().st_mtime_ns
     second.unlink()
     again, _ = take(order, tmp_path, workers=1)
     assert again.verdicts == answers.verdicts
     assert first.stat().st_mtime_ns == kept
+    with caplog.at_level(logging.WARNING, "vivace"):
+        take(replace(order, captions=4, contents="others"), tmp_path, workers=1)
+    assert "another captions (7, now 4), contents (these, now others)" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,8 +1,10 @@
 """A picture job over a cluster's workers: the same pictures as one process makes, and none twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -36,3 +38,41 @@ def test_pictures_are_those_of_one_process_and_are_made_once(cluster, tmp_path, 
         spread.generate(Job(**{**vars(job), "steps": 3}))
     with pytest.raises(InputError, match="another prompt"):
         spread.generate(Job(**{**vars(job), "prompts": ("four", "two", "three")}))
+
+
+BASE = {"model": "a", "num_inference_steps": 2, "contents": {"a": "1", "cat.png": "2"}, "vivace": "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"vivace": "0.2", "dtype": "bfloat16"}, []),
+        ({"num_inference_steps": 3}, ["num_inference_steps (2, now 3)"]),
+        ({"lora": ["x:1"]}, ["lora (none, now ['x:1'])"]),
+        ({"contents": {"a": "1", "cat.png": "3"}}, ["contents cat.png ('2', now '3')"]),
+    ],
+)
+def test_what_differs_is_named_whichever_side_has_it(now, said):
+    assert spread.differences(BASE, BASE | now) == said
+    assert len(spread.differences(BASE | now, BASE)) == len(said)
+
+
+def test_a_file_that_changed_under_its_name_is_a_change(tmp_path, monkeypatch):
+    """Before a worker is started: nothing of what is there is drawn again."""
+    monkeypatch.chdir(tmp_path)
+    FAMILIES["sd3"].tiny().save_pretrained("tiny")
+    shape = {"model": "tiny", "steps": 4, "strength": 0.5, "seed": 5, "images": (Path("cat.png"),)}
+    job = Job(prompts=("one",), output=Path("out.png"), **shape)
+    Image.new("RGB", (64, 64), "red").save("cat.png")
+    generate(job)
+    assert spread.generate(job).made[0].seconds == 0.0
+    Image.new("RGB", (64, 64), "blue").save("cat.png")
+    with pytest.raises(InputError, match=r"out.png exists and was made with another contents cat.png \("):
+        spread.generate(job)
+    Image.new("RGB", (64, 64), "red").save("cat.png")
+    with pytest.raises(InputError, match=r"another given scheduler|another given \(none"):
+        spread.generate(replace(job, scheduler="heun"))
+    weights = next(Path("tiny/transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="another contents tiny"):
+        spread.generate(job)

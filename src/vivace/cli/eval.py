@@ -116,7 +116,7 @@ def _compare(
 
     from vivace.cli.generate import quiet
     from vivace.evals.comparison import draw_all
-    from vivace.evals.contest import Contest, contestants
+    from vivace.evals.contest import Contest, contents_of, contestants
     from vivace.evals.store import Store
     from vivace.load import load_source
 
@@ -128,8 +128,8 @@ def _compare(
         pipe = load_source(source, device=device or (str(state.device) if state.num_processes > 1 else None))
         pipe.set_progress_bar_config(disable=True)
         contest = Contest(
-            pipe=pipe, model=source.name, prediction=source.prediction, prompts=prompts, store=store, steps=steps,
-            seed=seed, call=call, rank=state.process_index, ranks=state.num_processes,
+            pipe=pipe, model=source.name, contents=contents_of(source), prediction=source.prediction, prompts=prompts,
+            store=store, steps=steps, seed=seed, call=call, rank=state.process_index, ranks=state.num_processes,
             together=lambda contestant: state.wait_for_everyone(), tell=tell,
         )  # fmt: skip
         reference, others = draw_all(contest, presets=presets, configs=configs)
@@ -154,7 +154,7 @@ def _compare_on_ray(
 ) -> None:
     from vivace.cli.generate import quiet
     from vivace.cluster.connect import connect
-    from vivace.evals.contest import Contest, contestants
+    from vivace.evals.contest import Contest, contents_of, contestants
     from vivace.evals.spread import Order, draw, ranks_of
     from vivace.evals.store import Store
 
@@ -164,10 +164,12 @@ def _compare_on_ray(
         tell("drawing")
         ranks = ranks_of(prompts, workers=workers)
         asked = {"presets": presets, "configs": configs, "prompts": prompts, "steps": steps, "seed": seed, "call": call}
-        drawn = draw(Order(model=source.name, folder=store.folder, device=device, ranks=ranks, **asked))
+        contents = contents_of(source)
+        order = Order(model=source.name, contents=contents, folder=store.folder, device=device, ranks=ranks, **asked)
+        drawn = draw(order)
     contest = Contest(
-        pipe=None, model=source.name, prediction=source.prediction, prompts=prompts, store=store, steps=steps,
-        seed=seed, call=call, place=drawn.place,
+        pipe=None, model=source.name, contents=contents, prediction=source.prediction, prompts=prompts, store=store,
+        steps=steps, seed=seed, call=call, place=drawn.place,
     )  # fmt: skip
     _show(contest, drawn.reference, drawn.others, instruments=instruments)
 
@@ -317,9 +319,10 @@ def _take_on_ray(
 ) -> Taken:
     from vivace.builtin.reader import load_reader
     from vivace.cluster.connect import connect
+    from vivace.evals.contest import contents_of
     from vivace.evals.spread_exam import Order, take
 
     with connect(address):
-        order = Order(captions=len(exam.captions), **asked)
+        order = Order(captions=len(exam.captions), contents=contents_of(source), **asked)
         answers, place = take(order, folder, workers=workers, on_pictures=on_pictures)
     return answers, load_reader(), place

@@ -6,6 +6,8 @@ time buys without us: the same solver with fewer steps, and the best solvers wit
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,11 @@ from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 from vivace.evals.sample import final_latents
 from vivace.evals.store import Record, Store, key_of
+from vivace.fingerprint import fingerprint
+from vivace.load import Source
 from vivace.scheduler import use_scheduler
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["reference", "floor", "candidate", "control"]
 SOLVERS = ("unipc", "dpmsolvermultistep")
@@ -42,7 +48,8 @@ class Contestant:
         """Everything that decides its pictures and times, as plain values."""
         return {
             "config": repr(self.config), "steps": self.steps, "scheduler": self.scheduler, "batch": self.batch,
-            "model": contest.model, "seed": contest.seed, "call": contest.call, "place": contest.place,
+            "model": contest.model, "contents": contest.contents, "seed": contest.seed, "call": contest.call,
+            "place": contest.place,
         }  # fmt: skip
 
 
@@ -62,6 +69,7 @@ class Contest:
     ranks: int = 1
     together: Callable[[Contestant], None] = lambda contestant: None  # waits for the other processes' share of it
     tell: Callable[[str], None] = lambda line: None
+    contents: str = ""  # fingerprint of the model's files, where they are known
     place: str = ""  # device and type that times and pictures hold for: the pipeline's
 
     def __post_init__(self) -> None:
@@ -69,16 +77,20 @@ class Contest:
 
     def run(self, contestant: Contestant) -> None:
         """Draw what is missing of this process's prompts; raises InputError where the contestant cannot be."""
-        key = key_of(contestant.settings(self))
         # In pairs and the like a drawing has its partners, so that shares go by whole batches.
         batches = [
             range(first, min(first + contestant.batch, len(self.prompts)))
             for first in range(0, len(self.prompts), contestant.batch)
         ][self.rank :: self.ranks]
         records = self.store.records()
-        known = {i for i in range(len(self.prompts)) if self.store.holds(records.get((contestant.name, i)), key=key)}
+        known = {
+            index
+            for index in range(len(self.prompts))
+            if self.store.holds(records.get((contestant.name, index)), key=self.key(contestant, index))
+        }
         missing = [batch for batch in batches if not known.issuperset(batch)]
         if missing:
+            self._say_stale(contestant, [records.get((contestant.name, index)) for batch in missing for index in batch])
             stock = self.pipe.scheduler
             try:
                 self._prepare(contestant)
@@ -86,7 +98,7 @@ class Contest:
                 self._draw(contestant, missing[0])
                 for number, batch in enumerate(missing):
                     self.tell(f"{contestant.name}: {number + 1} of {len(missing)}")
-                    self._keep(contestant, batch, key=key)
+                    self._keep(contestant, batch)
             finally:
                 restore(self.pipe)
                 self.pipe.scheduler = stock
@@ -98,10 +110,27 @@ class Contest:
 
     def of(self, contestant: Contestant) -> list[Record]:
         """The records of a contestant as it is set now, in the prompts' order."""
-        key = key_of(contestant.settings(self))
         records = self.store.records()
-        found = (records.get((contestant.name, index)) for index in range(len(self.prompts)))
-        return [record for record in found if record is not None and record.key == key]
+        found = [(records.get((contestant.name, index)), index) for index in range(len(self.prompts))]
+        return [one for one, index in found if one is not None and one.key == self.key(contestant, index)]
+
+    def key(self, contestant: Contestant, index: int) -> str:
+        """What a drawing is known by: a digest of all that decides it."""
+        return key_of({**contestant.settings(self), "prompt": self.prompts[index]})
+
+    def _say_stale(self, contestant: Contestant, kept: Sequence[Record | None]) -> None:
+        """Say what differs in drawings that are there and do not count any more."""
+        asked = json.loads(json.dumps(contestant.settings(self), default=str))
+        other: dict[str, int] = {}
+        for record in kept:
+            if record is not None and record.index < len(self.prompts):
+                names = [name for name, value in asked.items() if record.settings.get(name) != value]
+                names += ["prompt"] if record.prompt != self.prompts[record.index] else []
+                for name in names:
+                    other[name] = other.get(name, 0) + 1
+        if other:
+            told = ", ".join(f"another {name} ({count})" for name, count in other.items())
+            logger.warning("%s: kept drawings were made with %s; drawing them anew", contestant.name, told)
 
     def _prepare(self, contestant: Contestant) -> None:
         restore(self.pipe)
@@ -110,11 +139,12 @@ class Contest:
         if contestant.config is not None:
             accelerate(self.pipe, contestant.config)
 
-    def _keep(self, contestant: Contestant, batch: range, *, key: str) -> None:
+    def _keep(self, contestant: Contestant, batch: range) -> None:
         latents, pictures, seconds = self._draw(contestant, batch)
         for place, index in enumerate(batch):
             record = Record(
-                contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index, key=key,
+                contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index,
+                key=self.key(contestant, index), settings=contestant.settings(self),
                 seconds=seconds if len(batch) == 1 else None, computed=_computed(self.pipe),
                 peak_bytes=torch.cuda.max_memory_allocated() if self.pipe.device.type == "cuda" else None,
             )  # fmt: skip
@@ -143,6 +173,11 @@ def place_of(pipe: Any) -> str:
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, {str(pipe.dtype).removeprefix('torch.')}"
+
+
+def contents_of(source: Source) -> str:
+    """The fingerprint of a model's files, which tells one kept drawing from another's; empty for a hub id."""
+    return "" if source.path is None else fingerprint(source.path)
 
 
 def contestants(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vivace.cluster.connect import gpus
-from vivace.cluster.spread import spread
+from vivace.cluster.crew import Crew
 from vivace.config import Config
-from vivace.evals.comparison import draw_all
-from vivace.evals.contest import Contest, Contestant
+from vivace.errors import InputError
+from vivace.evals.contest import Contest, Contestant, contestants, controls_of, floor_of
 from vivace.evals.store import Store
 from vivace.load import find, load_source
-
-LOOK = 0.5  # seconds between two looks at what the others have drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +22,7 @@ class Order:
     """What every worker is told."""
 
     model: str
+    contents: str  # fingerprint of the model's files
     folder: Path
     presets: Sequence[str]
     configs: Mapping[str, Config]
@@ -37,48 +35,84 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """One contestant's drawings of every `ranks`th prompt, from the `rank`th on."""
+
+    contestant: Contestant
+    rank: int
+
+    def __str__(self) -> str:
+        return f"share {self.rank + 1} of {self.contestant.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Which controls the candidates' times call for, once they are drawn."""
+
+    reference: Contestant
+    candidates: Sequence[Contestant]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What a worker knows when everything is drawn."""
+    """What is known when everything is drawn."""
 
     place: str
     reference: Contestant
     others: list[Contestant]
 
 
-def draw(order: Order, *, make: Callable[[Order], Callable[[int], Drawn]] | None = None) -> Drawn:
+Do = Callable[[Share | Controls], Any]
+
+
+def draw(order: Order, *, make: Callable[[Order], Do] | None = None) -> Drawn:
     """Have the connected cluster's workers draw what is missing of a comparison. Raises InputError.
 
-    A worker that dies is started again, and goes on where its records end.
+    A share whose worker is lost is taken over by another, which goes on where the records end.
     """
-    found = [drawn for _, drawn in spread(partial(make or share, order), range(order.ranks), workers=order.ranks)]
-    return found[0]
+    reference, candidates = contestants(presets=order.presets, configs=order.configs, steps=order.steps)
+    others = [floor_of(reference), *candidates]
+    with Crew(partial(make or worker, order), workers=order.ranks, most=order.ranks) as crew:
+        place = _draw(crew, order, [reference, *others])
+        ((_, controls),) = crew.do([Controls(reference=reference, candidates=candidates)])
+        _draw(crew, order, controls)
+    return Drawn(place=place, reference=reference, others=[*others, *controls])
 
 
-def share(order: Order) -> Callable[[int], Drawn]:
-    """In a worker: the model, loaded once, and what draws one rank's share of the prompts with it."""
+def _draw(crew: Crew[Share | Controls], order: Order, wanted: Sequence[Contestant]) -> str:
+    """Have contestants draw all prompts, and where they did. Raises InputError where machines differ."""
+    shares = [Share(contestant=one, rank=rank) for one in wanted for rank in range(order.ranks)]
+    found: set[str] = set()
+    for _, place in crew.do(shares):
+        found.add(place)
+        if len(found) > 1:
+            raise InputError(
+                f"the workers draw on {' and on '.join(sorted(found))}, whose times and pictures do not compare; take "
+                "a cluster of one kind, or --workers 1"
+            )
+    return next(iter(found), "")
+
+
+def worker(order: Order) -> Do:
+    """In a worker: the model, loaded once, and what draws a share of the prompts with it; returns where."""
     source = find(order.model)
     pipe = load_source(source, device=order.device)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(rank: int) -> Drawn:
+    def do(task: Share | Controls) -> Any:
         contest = Contest(
-            pipe=pipe, model=source.name, prediction=source.prediction, prompts=order.prompts,
-            store=Store(order.folder, rank=rank), steps=order.steps, seed=order.seed, call=order.call, rank=rank,
-            ranks=order.ranks,
+            pipe=pipe, model=source.name, contents=order.contents, prediction=source.prediction, prompts=order.prompts,
+            store=Store(order.folder, rank=task.rank if isinstance(task, Share) else 0), steps=order.steps,
+            seed=order.seed, call=order.call, rank=task.rank if isinstance(task, Share) else 0, ranks=order.ranks,
         )  # fmt: skip
-        contest.together = partial(_wait, contest)
-        reference, others = draw_all(contest, presets=order.presets, configs=order.configs)
-        return Drawn(place=contest.place, reference=reference, others=others)
+        if isinstance(task, Controls):
+            return controls_of(contest, task.reference, task.candidates)
+        contest.run(task.contestant)
+        return contest.place
 
-    return draw
+    return do
 
 
 def ranks_of(prompts: Sequence[str], *, workers: int | None) -> int:
     """How many workers share the prompts: as many as asked for, else one a GPU, else one."""
     return max(1, min(workers or gpus() or 1, len(prompts)))
-
-
-def _wait(contest: Contest, contestant: Contestant) -> None:
-    """Until all of a contestant's drawings are there, whoever draws them, and however often he starts anew."""
-    while len(contest.of(contestant)) < len(contest.prompts):
-        time.sleep(LOOK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +19,17 @@ from vivace.errors import InputError
 from vivace.evals.builtin import BATCH, Answers, draw_exam, join, take_part
 from vivace.evals.store import key_of
 
+logger = logging.getLogger(__name__)
+
+ORDER = "order.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """What every worker is told: everything that decides the answers."""
 
     captions: int
+    contents: str  # fingerprint of the model's files
     steps: int
     seed: int
     call: Mapping[str, Any]
@@ -42,20 +48,35 @@ def take(
 
     Each batch is kept in `folder` as soon as it is there. Raises InputError.
     """
-    home = folder / f"exam-{key_of(asdict(order))}"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {home}: {error.strerror}; choose another folder with -o") from error
+    home = _home(order, folder)
     paths = {first: home / f"{first:06d}.safetensors" for first in range(0, order.captions, order.batch)}
     missing = [first for first, path in paths.items() if not path.is_file()]
     done = order.captions - sum(min(order.batch, order.captions - first) for first in missing)
-    for first, (answers, place) in spread(partial(examiner, order), missing, workers=workers):
+    for first, (answers, place) in spread(partial(examiner, order), missing, workers=workers, called=_called):
         _keep(answers, paths[first], place=place)
         done += len(answers.verdicts)
         on_pictures(done)
     kept = [_read(path) for path in paths.values()]
     return join([answers for answers, _ in kept]), kept[0][1]
+
+
+def _home(order: Order, folder: Path) -> Path:
+    """The folder of this very order; what other orders left beside it stays, and what differs is said."""
+    asked = json.loads(json.dumps(asdict(order), default=str))
+    home = folder / f"exam-{key_of(asked)}"
+    if not home.is_dir():
+        for path in sorted(folder.glob(f"exam-*/{ORDER}")):
+            kept = json.loads(path.read_text("utf-8"))
+            other = [
+                f"{name} ({kept.get(name)}, now {value})" for name, value in asked.items() if kept.get(name) != value
+            ]
+            logger.warning("%s was drawn with another %s; drawing anew", path.parent, ", ".join(other))
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / ORDER).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {home}: {error.strerror}; choose another folder with -o") from error
+    return home
 
 
 def examiner(order: Order) -> Callable[[int], tuple[Answers, dict[str, str]]]:
@@ -74,6 +95,10 @@ def examiner(order: Order) -> Callable[[int], tuple[Answers, dict[str, str]]]:
         return answers, {"device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")}
 
     return do
+
+
+def _called(first: int) -> str:
+    return f"the captions from {first} on"
 
 
 def _keep(answers: Answers, path: Path, *, place: Mapping[str, str]) -> None:

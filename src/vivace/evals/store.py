@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ class Record:
     index: int  # of the prompt
     prompt: str
     seed: int
-    key: str  # digest of everything that decides the picture and its time
+    key: str  # digest of everything that decides the picture and its time: these settings and the prompt
     seconds: float | None  # None: drawn together with others, so that its time is not its own
     computed: float | None  # share of denoiser calls computed; None without a cache
     peak_bytes: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Store:
         Image.fromarray(middle.numpy()).save(path.with_suffix(".png"))
         with self._own.open("a", encoding="utf-8") as file:
             # The newline comes first: a run that was killed may have left half a line.
-            file.write("\n" + json.dumps(asdict(record)))
+            file.write("\n" + json.dumps(asdict(record), default=str))
 
     def drawn(self, contestant: str, index: int) -> Drawn:
         """A drawing, with its pixels as they were rounded to 8 bits."""

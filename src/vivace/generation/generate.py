@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vivace import few_step, inputs
 from vivace.config import Config, preset_name
 from vivace.errors import InputError, first_line
+from vivace.fingerprint import fingerprint
 from vivace.generation import conditioning, picture, video
 from vivace.generation.job import SEEDS, Job, check_family, check_values, flag, outputs
 from vivace.generation.prompt import cut_lines, cuts
@@ -317,7 +318,7 @@ def _applied(ready: Ready, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def asked(ready: Ready) -> dict[str, Any]:
-    """What of that is known before a model is loaded, and the same on every machine."""
+    """What of that is known before a model is loaded, and the same on every machine that has the same files."""
     job = ready.job
     plain = {name: value for name, value in ready.call.items() if isinstance(value, str | int | float | list | dict)}
     files = {"image": job.images, "mask": job.mask, "control_image": job.control_image, "ip_adapter": job.ip_adapter}
@@ -334,7 +335,27 @@ def asked(ready: Ready) -> dict[str, Any]:
         **({"controlnet": job.controlnet} if job.controlnet else {}),
         **({"few_step": True} if job.few_step else {}),
         **(_accelerated(job.config) if job.config else {}),
+        **({"given": given} if (given := _given(job)) else {}),
+        "contents": _contents(ready),
     }
+
+
+def _given(job: Job) -> dict[str, Any]:
+    """What else decides the pixels, where it was not left to the model: by what was said, not by what became of it."""
+    said = {name: getattr(job, name) for name in ("scheduler", "dtype", "variant", "fps")}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _contents(ready: Ready) -> dict[str, str]:
+    """The fingerprints of the files that a job names, by the names that it has for them."""
+    job, control = ready.job, Path(ready.job.controlnet or "")
+    named = [*job.images, job.mask, job.control_image, job.ip_adapter, *(lora.path for lora in job.loras)]
+    found = {str(path): fingerprint(path) for path in named if path is not None}
+    if ready.source.path is not None:
+        found[job.model] = fingerprint(ready.source.path)
+    if job.controlnet and control.exists():
+        found[job.controlnet] = fingerprint(control)
+    return found
 
 
 def _accelerated(config: Config) -> dict[str, Any]:

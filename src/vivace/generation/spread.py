@@ -18,6 +18,9 @@ from vivace.generation.generate import CALL, Drawn, Made, Result, asked, draw_se
 from vivace.generation.job import Job
 from vivace.steps import Step
 
+MACHINES = frozenset({"scheduler", "dtype", "device", "vivace"})  # settings that are known once a model is loaded
+SAID = 3  # differences that an error names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -26,6 +29,9 @@ class Task:
     index: int
     prompt: str
     seed: int
+
+    def __str__(self) -> str:
+        return f"{self.prompt[:60]!r} (seed {self.seed})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +46,9 @@ class Sent:
 def generate(job: Job, *, workers: int | None = None, on_step: Callable[[Step], None] | None = None) -> Result:
     """Make and write what `job` asks for on the connected cluster; run again it makes what is missing.
 
-    A file counts as made when it carries the same prompt and settings, and the same seed where the job names one.
-    Everything that can be checked is checked first. Raises InputError, and what was written by then stays.
+    A file counts as made when it carries the same prompt, settings and fingerprints of the model and of every file that
+    the job names, and the same seed where the job names one; any other is an error that says what differs. Everything
+    that can be checked is checked first. Raises InputError, and what was written by then stays.
     """
     began = time.perf_counter()
     # That a file exists is no mistake here, as long as it is one of this job's.
@@ -56,6 +63,10 @@ def generate(job: Job, *, workers: int | None = None, on_step: Callable[[Step], 
     missing = [Task(index=i, prompt=text, seed=seed) for i, (text, seed) in enumerate(seeds) if i not in made]
     last: Sent | None = None
     for task, sent in spread(partial(_drawer, job, ready.paths[0].suffix), missing, workers=workers):
+        if other := differences(json.loads(json.dumps(sent.applied)), expected):
+            raise InputError(
+                f"a worker drew with another {other[0]}; every machine needs the same files under the same paths"
+            )
         with picture.whole(ready.paths[task.index]) as part:
             part.write_bytes(sent.content)
         made[task.index] = replace(sent.drawn.made, path=ready.paths[task.index])
@@ -102,14 +113,37 @@ def _drawer(job: Job, suffix: str) -> Callable[[Task], Sent]:
 def _kept(path: Path, wanted: Mapping[str, Any], expected: Mapping[str, Any]) -> Made:
     """A file that is there, where this job would make the very same. Raises InputError where it is another."""
     found = _facts(path)
-    settings = found["settings"]
-    other = [name for name, value in wanted.items() if found[name] != value]
-    other += [name for name, value in expected.items() if settings.get(name) != value]
+    other = [_told(name, found[name], value) for name, value in wanted.items() if found[name] != value]
+    other += differences(found["settings"], expected)
     if other:
         raise InputError(
-            f"{path} exists and was made with another {other[0]}; give --overwrite to replace it, or another -o"
+            f"{path} exists and was made with another {', '.join(other[:SAID])}; give --overwrite to replace it, or "
+            "another -o"
         )
     return Made(path=path, prompt=found["prompt"], seed=found["seed"], seconds=0.0)
+
+
+def differences(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Where a picture's settings are not what is asked for now, each with the value then and now.
+
+    What only the machine that draws can know, and what Vivace's version, is no difference.
+    """
+    found = []
+    for name in sorted((settings.keys() | expected.keys()) - MACHINES):
+        then, now = settings.get(name), expected.get(name)
+        if then != now and isinstance(then, Mapping) and isinstance(now, Mapping):
+            inner = sorted(then.keys() | now.keys())
+            found += [
+                _told(f"{name} {one}", then.get(one), now.get(one)) for one in inner if then.get(one) != now.get(one)
+            ]
+        elif then != now:
+            found.append(_told(name, then, now))
+    return found
+
+
+def _told(name: str, then: Any, now: Any) -> str:
+    short = ["none" if value is None else f"{value!r}"[:60] for value in (then, now)]
+    return f"{name} ({short[0]}, now {short[1]})"
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""A machine that is lost: its task goes to a living worker, and where none is left the command says so and ends."""
+
+import logging
+import os
+import re
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vivace.cluster import crew as crews
+from vivace.cluster.crew import Crew
+from vivace.errors import InputError
+
+pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
+
+
+@pytest.fixture
+def machine(cluster):
+    """A second machine of the cluster, so far as Ray knows, with one processor; `lose` takes it away at once."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    there = Cluster()
+    there.head_node = SimpleNamespace(gcs_address=ray.get_runtime_context().gcs_address)
+    there.redis_address = there.head_node.gcs_address
+    before = {node["NodeID"] for node in ray.nodes()}
+    node = there.add_node(wait=False, num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=100 * 2**20)
+    found = []
+    while not found:
+        found = [one["NodeID"] for one in ray.nodes() if one["NodeID"] not in before and one["Alive"]]
+        time.sleep(0.1)
+    yield SimpleNamespace(id=found[0], lose=partial(there.remove_node, node, allow_graceful=False))
+    if node in there.worker_nodes:
+        there.remove_node(node, allow_graceful=False)
+
+
+def holds(folder: str, machine: str):
+    """What makes a task's function: on that machine a task never ends, and leaves a mark."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id() == machine
+
+    def do(number: int) -> int:
+        if here:
+            Path(folder, "held").touch()
+            while True:
+                time.sleep(1)
+        while not Path(folder, "held").exists():
+            time.sleep(0.05)
+        return number * number
+
+    return do
+
+
+def test_a_lost_machines_task_goes_to_the_living(machine, tmp_path, caplog):
+    make = partial(holds, str(tmp_path), machine.id)
+    with Crew(make, workers=3, most=5) as crew, caplog.at_level(logging.WARNING, "vivace"):
+        found = {}
+        for task, result in crew.do(range(5), called=lambda number: f"number {number}"):
+            found[task] = result
+            if len(found) == 1:
+                machine.lose()
+    assert found == {number: number * number for number in range(5)}
+    (said,) = [record.getMessage() for record in caplog.records if record.name == crews.__name__]
+    assert re.search(r"lost process \d+ on 127.0.0.1 with number \d, ", said)
+
+
+def only_there(machine: str):
+    def do(number: int) -> int:
+        os._exit(1)
+
+    return do
+
+
+def test_where_no_worker_can_come_the_command_ends_and_names_what_was_lost(machine, monkeypatch):
+    monkeypatch.setattr(crews, "PATIENCE", 1.0)
+    with Crew(partial(only_there, machine.id), workers=1, most=1) as crew:
+        # As if every machine with that many processors were gone.
+        crew._place["num_cpus"] = 64
+        with pytest.raises(
+            InputError, match=r"no machine is left .*lost: process \d+ on 127.0.0.1.*1 tasks are not done"
+        ):
+            list(crew.do([1]))
+
+
+def test_a_task_that_ends_every_worker_is_given_up(cluster):
+    with (
+        Crew(partial(only_there, ""), workers=1, most=1) as crew,
+        pytest.raises(InputError, match=r"number 1 has cost 4 workers, at last process \d+ on 127"),
+    ):
+        list(crew.do([1], called=lambda number: f"number {number}"))
