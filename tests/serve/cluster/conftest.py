@@ -14,13 +14,13 @@ import httpx2
 import openai
 import pytest
 
-from vivace.cluster.connect import connect
+from vivace.cluster.connect import connect, prepare
 from vivace.families import FAMILIES
 from vivace.serve.cluster.run import serving
 from vivace.serve.plan import Plan
 
-# Looked for, not imported: Ray has to be told first what it is for.
 collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["test_*.py"]
+prepare(own=True)  # Ray has to be told first what it is for, and tests here import it
 
 KEY = "a-key-of-the-tests-alone"
 PATIENCE = 120  # seconds: no test waits for less than a slow machine may need

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vivace.cluster.connect import prepare
 from vivace.errors import InputError
+from vivace.serve.cluster.run import check_room
 from vivace.serve.plan import Plan, read_plan
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "rayservice.yaml"
@@ -18,7 +18,6 @@ def example():
 
 
 def test_the_example_is_a_serve_config_for_our_application(example, monkeypatch):
-    prepare(own=True)  # for tests of this process that start a cluster
     from ray.serve.schema import ServeDeploySchema
 
     from vivace.serve.cluster import app
@@ -35,7 +34,9 @@ def test_the_example_is_a_serve_config_for_our_application(example, monkeypatch)
     with pytest.raises(InputError, match="--api-key"):
         app.build(args)
     monkeypatch.setenv("VIVACE_API_KEY", "a-key-of-the-tests-alone")
-    assert app.build(args) is not None
+    door = app.build(args)._bound_deployment
+    assert door.name == "Door"
+    assert door.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
 
 
 def test_the_examples_machines_have_what_a_replica_asks_for(example):
@@ -66,6 +67,31 @@ def test_the_examples_machines_have_what_a_replica_asks_for(example):
 def test_what_is_wrong_in_a_plan_is_named(fields, said):
     with pytest.raises(InputError, match=said):
         read_plan(fields)
+
+
+MACHINES = ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "cards", "said"),
+    [
+        (
+            {"replicas": 3},
+            1,
+            "3 replicas of 1 processors and 1 GPUs are asked for, and the cluster has room for 2; set",
+        ),
+        ({"replicas": 1, "max_replicas": 3}, 1, "3 replicas"),
+        ({"replicas": 3, "cpus": 4}, 0, "3 replicas of 4 processors are asked for, and the cluster has room for 2;"),
+        ({"replicas": 1, "cpus": 9}, 0, "room for 0"),
+    ],
+)
+def test_more_replicas_than_the_cluster_holds_are_refused_unless_it_grows(fields, cards, said, caplog):
+    plan = Plan(**fields)
+    with pytest.raises(InputError, match=said):
+        check_room(plan, MACHINES, cards=cards, grows=False)
+    check_room(plan, MACHINES, cards=cards, grows=True)
+    assert "has to grow first" in caplog.text
+    check_room(Plan(replicas=2, cpus=2), MACHINES, cards=cards, grows=False)
 
 
 def test_a_plan_is_the_same_after_it_was_sent():

@@ -24,6 +24,7 @@ from vivace.serve.plan import Plan, read_plan
 logger = logging.getLogger(__name__)
 
 NAME = "vivace"  # of the application
+HEAD = "node:__internal_head__"  # a resource that Ray gives to the machine of its head alone
 MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
 LOOK = 1.0  # seconds between two looks at how many replicas run
 
@@ -99,12 +100,11 @@ def application(plan: Plan, *, api_key: str | None, port: int = 8000) -> Applica
     settings = plan.settings(api_key=api_key, port=port)
     for alias, spec in plan.specs.items():
         Model(alias, spec)  # what cannot be a model is found here, not by a replica
-    cards = min(1, gpus()) if plan.gpus is None else plan.gpus
     given = plan.model_dump()
     quiet = {"enable_access_log": False, "log_level": "WARNING"}  # the door has a log of requests
     replicas = serve.deployment(Replica).options(
         logging_config=quiet,
-        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": cards},
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": cards(plan)},
         max_ongoing_requests=plan.max_running,
         # The door refuses at `max_queue`; what was taken and is sent again must find room beyond that.
         max_queued_requests=plan.max_queue + plan.most_replicas * plan.max_running,
@@ -114,11 +114,17 @@ def application(plan: Plan, *, api_key: str | None, port: int = 8000) -> Applica
     door = serve.deployment(Door).options(
         logging_config=quiet,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        # Where the proxy is, and the folder of videos: a machine that is taken away is another.
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=MOST_AT_DOOR,
         graceful_shutdown_timeout_s=plan.drain_seconds + 10,
     )
     return door.bind(replicas.bind(given), given, settings)
+
+
+def cards(plan: Plan) -> float:
+    """GPUs of a replica."""
+    return min(1, gpus()) if plan.gpus is None else plan.gpus
 
 
 def _number(plan: Plan) -> dict[str, Any]:

@@ -154,9 +154,12 @@ class Fleet:
             self._on_job(job)
 
     async def _result(self, job: Job) -> Result:
+        waits, runs = job.request.queue_seconds, job.request.run_seconds
+        # Of all tries together: a client waits no longer because replicas were lost.
+        ends = None if runs is None else self._loop.time() + (waits or 0) + runs
         for number in range(TRIES):
             try:
-                return await self._attempt(job)
+                return await self._attempt(job, ends=ends)
             except (LostError, Unavailable) as error:
                 logger.warning("%s on replica %d for %s", error, number + 1, job.id)
                 self._running.pop(job, None)
@@ -166,18 +169,24 @@ class Fleet:
                 self._waiting.add(job)
         raise Unavailable("the replicas that drew it were lost; ask again")
 
-    async def _attempt(self, job: Job) -> Result:
-        """One replica's result. Raises LostError where the replica is gone, and the job's own failure."""
-        request = replace(job.request, seed=job.seed)  # settled, so that every try draws the same
-        waits, runs = request.queue_seconds, request.run_seconds
+    async def _attempt(self, job: Job, *, ends: float | None) -> Result:
+        """One replica's result. Raises LostError where the replica is gone, and the job's own failure.
+
+        `ends` is when the time of all tries is over, by the loop's clock.
+        """
+        left = None if ends is None else ends - self._loop.time()
+        if left is not None and left <= 0:
+            raise DeadlineExceeded("its time was over before a replica had drawn it; those that had begun were lost")
+        waits, runs = _least(job.request.queue_seconds, left), _least(job.request.run_seconds, left)
+        # Settled, so that every try draws the same.
+        request = replace(job.request, seed=job.seed, queue_seconds=waits, run_seconds=runs)
         told = self._draw.remote(request)
         try:
             async with asyncio.timeout(waits) as limit:
                 async for event in told:
                     if isinstance(event, Taken):
                         self._begin(job, event)
-                        ends = None if runs is None else self._loop.time() + (waits or 0) + runs + MARGIN
-                        limit.reschedule(ends)
+                        limit.reschedule(None if ends is None else ends + MARGIN)
                     elif isinstance(event, Result):
                         return event
                     elif isinstance(event, Failed):
@@ -202,3 +211,8 @@ class Fleet:
         self._waiting.discard(job)
         self._running[job] = taken.pid
         job.begin()
+
+
+def _least(limit: float | None, left: float | None) -> float | None:
+    """The earlier of two limits, either of which may be none."""
+    return min((one for one in (limit, left) if one is not None), default=None)

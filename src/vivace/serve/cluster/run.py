@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from vivace.cluster.connect import connect, gpus
+from vivace.cluster.connect import connect
+from vivace.cluster.places import Machines, grows, machines, places
 from vivace.errors import InputError, first_line
 from vivace.serve.http.log import configure
 from vivace.serve.http.run import IDLE_SECONDS
@@ -47,10 +48,9 @@ def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> 
     """
     from ray import serve
 
-    from vivace.serve.cluster.app import NAME, application
+    from vivace.serve.cluster.app import NAME, application, cards
 
-    if plan.gpus and gpus() < plan.gpus:
-        raise InputError(f"a replica is to have {plan.gpus:g} GPUs, and the cluster has {gpus()}; set --gpus 0")
+    check_room(plan, machines(), cards=cards(plan), grows=not own and grows())
     made = application(plan, api_key=api_key, port=port)
     # Without a timeout of its own: the door has one for every request, and a video has none.
     http = {"host": plan.host, "port": port, "keep_alive_timeout_s": IDLE_SECONDS}
@@ -62,6 +62,21 @@ def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> 
             raise InputError(f"the replicas do not start: {first_line(error)}; Ray's log says more") from error
     finally:
         serve.shutdown() if own else serve.delete(NAME)
+
+
+def check_room(plan: Plan, found: Machines, *, cards: float, grows: bool) -> None:
+    """Raise InputError for more replicas than the machines hold, unless the cluster grows: Ray would wait for ever."""
+    room = places(found, cpus=plan.cpus, gpus=cards)
+    if plan.most_replicas <= room:
+        return
+    if grows:
+        logger.warning("room for %d of %d replicas; the cluster has to grow first", room, plan.most_replicas)
+        return
+    each = f"{plan.cpus:g} processors" + (f" and {cards:g} GPUs" if cards else "")
+    raise InputError(
+        f"{plan.most_replicas} replicas of {each} are asked for, and the cluster has room for {room}; set --replicas, "
+        "--cpus or --gpus lower"
+    )
 
 
 def _until_signal() -> None:

@@ -10,8 +10,8 @@ from starlette.types import Scope
 
 from vivace.errors import InputError
 from vivace.serve.http.server import Server
-from vivace.serve.ui.door import AT, INPUTS, JOIN, SIGN_IN, Door, below, welcomes
 from vivace.serve.ui.draw import Studio
+from vivace.serve.ui.gate import AT, INPUTS, JOIN, SIGN_IN, Gate, below, welcomes
 from vivace.serve.ui.inputs import Inputs, routes
 from vivace.serve.ui.layout import page
 from vivace.serve.ui.login import Login
@@ -60,5 +60,5 @@ def mount(app: FastAPI, server: Server) -> Mounted:
         theme=theme(),
         css=asset("page.css"),
     )
-    app.add_middleware(Door, holds=login.holds, form=login.form)
+    app.add_middleware(Gate, holds=login.holds, form=login.form)
     return Mounted(login)

@@ -1,4 +1,4 @@
-"""The page's own door: of gradio's routes only those that this page needs, and nothing that names a file.
+"""The page's own gate: of gradio's routes only those that this page needs, and nothing that names a file.
 
 gradio's server can serve files, take uploads, fetch addresses, proxy and record. All of that ends here, and so does
 whatever a later version adds: what is not listed is not found.
@@ -48,7 +48,7 @@ HEADERS = {
 FOREVER = "public, max-age=31536000, immutable"  # for files with a hash in their name
 
 
-class Door:
+class Gate:
     """Lets the page's requests through. `holds` says whether one is signed in; `form` asks for the key."""
 
     def __init__(self, app: ASGIApp, *, holds: Callable[[Scope], bool], form: Callable[[], Response]) -> None:
