@@ -17,6 +17,8 @@ from vivace.serve.request import Request
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vivace.passes.target import Note
+
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -48,6 +50,7 @@ class Result:
     effective: Mapping[str, Any]  # what was used: model, preset, seed, steps, size, ...
     timings: Mapping[str, float]  # seconds
     calls: Mapping[str, float]  # denoiser calls, and how many requests shared one on average
+    applied: tuple[Note, ...] = ()  # what the accelerations did and left, as the report says it
 
 
 class Job:

@@ -71,12 +71,14 @@ class Run:
             "decode_s": self._decode_s,
             "total_s": ended - self.job.created,
         }
+        acceleration = acceleration_of(self.model.pipe)
         shared = sum(self._batches) / len(self._batches) if self._batches else 0.0
         return Result(
             pictures=pictures,
             effective=self._effective(pipe, pictures),
             timings={name: round(value, 4) for name, value in timings.items()},
             calls={"denoiser": len(self._batches), "requests_per_call": round(shared, 2), **hits},
+            applied=tuple(acceleration.target.notes) if acceleration else (),
         )
 
     def _send(self, module: torch.nn.Module, method: str, kwargs: dict[str, Any]) -> Any:

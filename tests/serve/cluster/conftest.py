@@ -82,6 +82,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         models={alias: str(folder) for alias, folder in folders.items()},
         **{"replicas": 2, "max_running": 2, "max_queue": 4, "gpus": 0, "drain_seconds": 5},
         folder=str(tmp_path_factory.mktemp("videos")),
+        ui=importlib.util.find_spec("gradio") is not None,
     )
     with connect(cpus=2, store_bytes=100 * 2**20), serving(plan, api_key=KEY, port=port) as door:
         found = Live(url=f"http://127.0.0.1:{port}", door=door, folders=folders)

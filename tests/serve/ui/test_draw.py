@@ -17,7 +17,7 @@ from vivace.serve.ui.inputs import Inputs
 
 FIELDS = {
     "prompt": "a red circle", "negative": "", "model": "tiny", "size": "64x64", "steps": 4, "guidance": 4.0,
-    "seed": "3", "preset": "exact", "cache": "none", "lora": [], "lora_weight": 1, "strength": 0.6, "edit": None,
+    "seed": "3", "preset": "exact", "cache": "none", "lora": [], "strength": 0.6, "edit": None,
 }  # fmt: skip
 EXACT, CACHED = Way(preset="exact", cache="none"), Way(preset="exact", cache="firstblock")
 

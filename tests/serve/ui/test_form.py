@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -13,7 +15,7 @@ from vivace.serve.ui.inputs import Input, Inputs
 
 PLAIN = {
     "prompt": "a red circle", "negative": "", "model": "tiny", "size": "64x64", "steps": 3, "guidance": 4.0,
-    "seed": "", "preset": "exact", "cache": "none", "lora": [], "lora_weight": 1, "strength": 0.6, "edit": None,
+    "seed": "", "preset": "exact", "cache": "none", "lora": [], "strength": 0.6, "edit": None,
 }  # fmt: skip
 
 
@@ -73,7 +75,8 @@ def test_a_model_gets_only_what_it_takes(server, inputs):
         ({"model": "other"}, "model"),
         ({"preset": "best"}, "quality"),
         ({"guidance": float("nan")}, "guidance_scale"),
-        ({"lora": ["a"], "lora_weight": float("inf")}, "lora.a"),
+        ({"lora": [["a", float("inf")]]}, "lora.a"),
+        ({"lora": [["a", 1], ["b", "strong"]]}, "lora.b"),
         ({"edit": {"id": "x"}}, "image"),
         ({"edit": {"error": "too large"}}, "image"),
     ],
@@ -97,10 +100,22 @@ def test_an_earlier_picture_s_fields(server):
     assert "edit" not in restored(plain, server)
     assert restored(plain, server)["prompt"] == "a red circle"
     # From a browser's memory: of another server, or of anything.
-    odd = restored({**plain, "model": "gone", "preset": "best", "cache": "odd", "lora": ["gone"], "more": 1}, server)
+    odd = restored(
+        {**plain, "model": "gone", "preset": "best", "cache": "odd", "lora": [["gone", 1]], "more": 1}, server
+    )
     assert not {"model", "preset", "cache", "more"} & odd.keys()
     assert odd["lora"] == []
     assert restored("odd", server) == restored(None, server) == {}
+
+
+def test_every_lora_has_its_weight(server, inputs, monkeypatch, tmp_path):
+    spec = server.engine.models["tiny"].spec
+    loras = {"ink": tmp_path / "ink.safetensors", "lace": tmp_path / "lace.safetensors"}
+    monkeypatch.setattr(server.engine.models["tiny"], "spec", replace(spec, loras=loras))
+    pairs = [["ink", 0.5], ["lace", -1.25]]
+    assert request(server, inputs, lora=pairs).lora == {"ink": 0.5, "lace": -1.25}
+    assert request(server, inputs, lora=["ink", ["lace"], 3, ["a", "b", "c"]]).lora == {}
+    assert restored(Form(**{**PLAIN, "lora": [*pairs, ["gone", 1]]}).plain(seed=1), server)["lora"] == pairs
 
 
 def test_sizes_fit_the_model(server):

@@ -40,6 +40,14 @@ def test_strangers_see_the_form_and_nothing_else(http):
         assert http.request(method, path, json={} if method == "POST" else None).status_code == 401, path
 
 
+def test_the_queue_has_nothing_to_do_with_signing_in(http, site, monkeypatch):
+    monkeypatch.setattr(type(site.engine), "queued", property(lambda engine: engine.most_queued))
+    assert sign_in(http).status_code == 204
+    assert sign_in(http, "wrong").status_code == 401
+    # What asks for a picture, or brings one, still waits outside.
+    assert http.post("/ui/inputs", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 429
+
+
 @pytest.mark.parametrize("key", ["", "wrong", None, 5, KEY + " ", "schlüssel", ["x"]])
 def test_a_wrong_key_is_refused(http, key):
     answer = sign_in(http, key)

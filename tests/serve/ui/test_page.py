@@ -12,6 +12,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+from vivace.load import load
+from vivace.serve.model import Spec
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -39,8 +43,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def site(launch):
-    found = launch(warm=True)
+def site(launch, lora_of, tmp_path_factory):
+    transformer = load("builtin").transformer
+    loras = {name: tmp_path_factory.mktemp("loras") / f"{name}.safetensors" for name in ("ink", "lace")}
+    for seed, path in enumerate(loras.values()):
+        save_file(lora_of(transformer, std=0.02, seed=seed), path)
+    found = launch({"builtin": Spec(loras=loras)}, warm=True)
     found.engine.submit(found.engine.model(None) and _request()).result(240)
     return found
 
@@ -141,15 +149,19 @@ def test_previews_and_seconds_left(visit):
     page.evaluate(
         "() => { window.seen = []; const stage = document.querySelector('#stage');"
         " new MutationObserver(() => { const left = stage.querySelector('.left')?.textContent;"
-        " if (left) window.seen.push([left, stage.querySelector('.preview')?.src.slice(0, 22)]); })"
+        " const part = name => stage.querySelector(name)?.getBoundingClientRect().width;"
+        " const [step, total] = (stage.querySelector('.now')?.textContent.match(/\\d+/g) || []).map(Number);"
+        " if (left) window.seen.push([left, stage.querySelector('.preview')?.src.slice(0, 22),"
+        " part('.fill') / part('.track') - step / total]); })"
         ".observe(stage, {subtree: true, childList: true, attributes: true, characterData: true}); }"
     )
     ask(page, steps=20)
     page.locator("#draw").click()
     done(page)
     seen = page.evaluate("window.seen")
-    assert any(re.fullmatch(r"[\d.]+ s left", left) for left, _ in seen)
-    assert any(preview == "data:image/jpeg;base64" for _, preview in seen)
+    assert any(re.fullmatch(r"[\d.]+ s left", left) for left, *_ in seen)
+    assert any(preview == "data:image/jpeg;base64" for _, preview, _ in seen)
+    assert max(abs(behind) for *_, behind in seen) < 0.01, "the bar is not where the text says"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -217,6 +229,24 @@ def test_use_again(visit):
     expect(page.locator("#steps input[type=number]")).to_have_value("2")
     expect(page.locator("#guidance input[type=number]")).to_have_value("4.5")
     expect(page.locator("#negative textarea, #negative input")).to_have_value("a star")
+
+
+def test_every_lora_has_a_weight_of_its_own(visit):
+    page = visit()
+    ask(page, steps=2, seed="5")
+    page.locator("#more > button").click()
+    row = page.locator("#lora li")
+    expect(row).to_have_count(2)
+    row.nth(0).locator("input[type=checkbox]").check()
+    row.nth(1).locator("input[type=range]").fill("-0.5")
+    expect(row.nth(1).locator("input[type=checkbox]")).to_be_checked()
+    page.locator("#draw").click()
+    done(page)
+    expect(page.locator("#stage .facts")).to_contain_text("ink 1, lace -0.5")
+    row.nth(0).locator("input[type=checkbox]").uncheck()
+    page.locator("#gallery .cards li").first.get_by_text("Use again").click()
+    expect(row.nth(0).locator("input[type=checkbox]")).to_be_checked()
+    expect(row.nth(1).locator(".weight")).to_have_text("-0.5")
 
 
 def test_the_gallery_outlives_a_reload(visit):

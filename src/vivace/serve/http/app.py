@@ -74,8 +74,7 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         return signed or (page is not None and page.admits(scope))
 
     def full(scope: Scope) -> ApiError | None:
-        # The page's events are small, and most of them ask for no picture; those that do say so on the page.
-        return None if page is not None and page.is_event(scope) else server.full()
+        return None if page is not None and page.takes_no_place(scope) else server.full()
 
     app.add_middleware(Guard, settings=settings, passes=passes, full=full, count=gauges.http)
     return app

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from vivace.generation.picture import chunks
-from vivace.report import report
 from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import api_error
 from vivace.serve.http.server import Server
@@ -86,16 +85,9 @@ class Studio:
             "effective": effective,
             "timings": dict(result.timings),
             "calls": dict(result.calls),
-            "applied": self.applied(job, effective),
+            "applied": [{"name": note.name, "done": note.done, "detail": note.detail} for note in result.applied],
             "form": form.plain(seed=job.seed),
         }
-
-    def applied(self, job: Job, effective: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the accelerations did and left, as the report says it; nothing where another mode is in force by now."""
-        model = self.server.engine.model(job.model)
-        if model.pipe is None or (model.preset, model.cache) != (effective["preset"], effective.get("cache")):
-            return []
-        return [{"name": note.name, "done": note.done, "detail": note.detail} for note in report(model.pipe).passes]
 
 
 def failed(error: BaseException) -> State:

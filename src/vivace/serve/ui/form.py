@@ -33,8 +33,7 @@ class Form:
     seed: Any
     preset: Any
     cache: Any
-    lora: Any
-    lora_weight: Any
+    lora: Any  # pairs of alias and weight
     strength: Any
     edit: Any
 
@@ -53,7 +52,7 @@ class Form:
             "seed": str(self.seed).strip() or None if self.seed is not None else None,
             "quality": self.preset or "auto",
             "cache": self.cache or None,
-            "lora": {str(alias): self.lora_weight for alias in self.lora or ()},
+            "lora": dict(_pairs(self.lora)),
             "strength": self.strength if edited is not None and takes(model, "strength") else None,
         }
         order: EditOrder = read(EditOrder, fields, server.settings)
@@ -83,7 +82,7 @@ def restored(found: Any, server: Server) -> dict[str, Any]:
     known = {name: value for name, value in known.items() if name not in allowed or value in allowed[name]}
     loras = server.engine.model(known.get("model")).spec.loras
     if "lora" in known:
-        known["lora"] = [alias for alias in known["lora"] or () if alias in loras]
+        known["lora"] = [[alias, weight] for alias, weight in _pairs(known["lora"]) if alias in loras]
     return known
 
 
@@ -115,6 +114,12 @@ def defaults(model: Model) -> dict[str, Any]:
         "preset": model.spec.preset if model.spec.preset in PRESETS else next(iter(PRESETS)),
         "lora": [],
     }
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    """Aliases with their weights, of what a browser sent; what is no pair is none."""
+    found = value if isinstance(value, list) else []
+    return [(one[0], one[1]) for one in found if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
 
 
 def _size(text: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -22,8 +23,13 @@ NAMES = tuple(Form.__dataclass_fields__)
 MOST_RUNNING = 64  # events of all visitors at a time, besides those that wait in the engine's queue
 OWN: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "undocumented"}
 
-# The picture's field sends what it holds before an event goes out: see input.js.
-SEND_PICTURE = f"async (...values) => {{ values[{NAMES.index('edit')}] = await window.vivace.send(); return values; }}"
+# Before an event goes out the picture to edit is sent, and the parts with fields of their own say what these hold:
+# input.js and lora.js.
+EDIT, LORA = NAMES.index("edit"), NAMES.index("lora")
+SEND = (
+    f"async (...values) => {{ values[{EDIT}] = await window.vivace.send(); "
+    f"values[{LORA}] = window.vivace.loras ? window.vivace.loras() : values[{LORA}]?.chosen || []; return values; }}"
+)
 DIE = "() => String(Math.floor(Math.random() * 2 ** 32))"
 
 
@@ -51,8 +57,8 @@ def page(studio: Studio) -> gr.Blocks:
         happen = _Happenings(studio)
         order = [fields[name] for name in NAMES]
         idle: dict[str, Any] = {"fn": None, "js": "() => window.vivace.idle()"}
-        gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND_PICTURE, **OWN).then(**idle)
-        both.click(happen.compare, [*order, *ways], against, js=SEND_PICTURE, **OWN).then(**idle)
+        gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND, **OWN).then(**idle)
+        both.click(happen.compare, [*order, *ways], against, js=SEND, **OWN).then(**idle)
         cancel.click(happen.cancel, **OWN)
         changed = [fields[name] for name in _adapted(server.engine.models[models[0]])]
         fields["model"].change(happen.model, fields["model"], changed, **OWN)
@@ -89,6 +95,8 @@ class _Happenings:
 
     def again(self, event: gr.EventData) -> list[Any]:
         known = restored(event._data, self.studio.server)
+        if "lora" in known:
+            known["lora"] = _loras(self.studio.server.engine.model(known.get("model")), known["lora"])
         return [gr.update(value=known[name]) if name in known else gr.skip() for name in NAMES]
 
 
@@ -139,11 +147,7 @@ def _settings(server: Server, models: list[str]) -> Fields:
         found["strength"] = gr.Slider(0.05, 1, value=0.7, step=0.05, label="Strength", elem_id="strength")
     with gr.Accordion("Step cache and LoRA", open=False, elem_id="more"):
         found["cache"] = gr.Dropdown([NO_CACHE, *POLICIES], value=NO_CACHE, label="Step cache", elem_id="cache")
-        loras = list(model.spec.loras)
-        found["lora"] = gr.Dropdown(
-            loras, value=[], label="LoRA", multiselect=True, elem_id="lora", info=None if loras else "None registered"
-        )
-        found["lora_weight"] = gr.Slider(-2, 2, value=1, step=0.05, label="LoRA weight", elem_id="lora-weight")
+        found["lora"] = part("lora", value=_loras(model))
     return found
 
 
@@ -155,8 +159,13 @@ def _adapted(model: Model) -> dict[str, Any]:
         "steps": gr.update(value=own["steps"]),
         "guidance": gr.update(value=own["guidance"], visible=takes(model, "guidance")),
         "preset": gr.update(value=own["preset"]),
-        "lora": gr.update(choices=list(model.spec.loras), value=[]),
+        "lora": gr.update(value=_loras(model)),
         "negative": gr.update(visible=takes(model, "negative")),
         "edit": gr.update(visible=takes(model, "image")),
         "strength": gr.update(visible=takes(model, "strength")),
     }
+
+
+def _loras(model: Model, chosen: Sequence[Any] = ()) -> dict[str, Any]:
+    """The value of the LoRAs' part. With the time, since the browser takes no notice of a value that it has already."""
+    return {"names": list(model.spec.loras), "chosen": list(chosen), "at": time.monotonic_ns()}

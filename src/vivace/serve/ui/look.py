@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -84,10 +85,10 @@ def asset(*names: str) -> str:
     return "\n".join((ASSETS / name).read_text("utf-8") for name in names)
 
 
-def part(name: str) -> gr.HTML:
+def part(name: str, *, value: Any = None) -> gr.HTML:
     """A part of the page that `assets/<name>.js` draws, from its value and with the events it names."""
     return gr.HTML(
-        value=None,
+        value=value,
         html_template="<div></div>",
         js_on_load=asset("dom.js", f"{name}.js"),
         apply_default_css=False,

@@ -30,9 +30,9 @@ class Mounted:
         """Whether the page's own sign-in stands in for the API key of a request."""
         return welcomes(scope) or (below(scope["path"]) and self.login.holds(scope))
 
-    def is_event(self, scope: Scope) -> bool:
-        """Whether a request is something that happened on the page."""
-        return scope["path"] == AT + JOIN
+    def takes_no_place(self, scope: Scope) -> bool:
+        """Whether a request is let in while the queue is full: signing in, and events of the page, which says so."""
+        return scope["path"] in (AT + JOIN, SIGN_IN)
 
 
 def mount(app: FastAPI, server: Server) -> Mounted:

@@ -80,7 +80,7 @@ const WHERE = {
 };
 
 function mistake(state) {
-  const field = document.getElementById(WHERE[state.field] || "");
+  const field = document.getElementById(WHERE[state.field?.split(".")[0]] || "");
   field?.classList.add("wrong");
   return h("div", { class: "frame" }, h("div", { class: "notice error", role: "alert" }, h("strong", {}, "No picture"), state.message));
 }
