@@ -117,7 +117,7 @@ def unet_pipe() -> StableDiffusionPipeline:
     return pipe
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lora_of() -> Callable[..., dict[str, torch.Tensor]]:
     """Makes random factors for every linear of a module whose name contains `within`, as PEFT names them."""
 
