@@ -117,6 +117,13 @@ def test_the_extras_exist_and_everything_is_pinned(name):
         assert re.split(r"[<>=;\[ ]", requirement)[0].lower().replace("_", "-") in pinned, requirement
 
 
+def test_the_image_of_the_kubernetes_example_has_ray():
+    assert "vivace:cuda" in (ROOT / "docs" / "rayservice.yaml").read_text()
+    extras = re.search(r"'\.\[([^\]]+)\]'", of("Dockerfile.cuda", "RUN")[-1].rest)
+    assert extras is not None
+    assert "ray" in extras[1].split(",")
+
+
 def _constraints() -> list[str]:
     return [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
 

@@ -1,5 +1,6 @@
 """A cluster of one's own is closed to everything else."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,3 +32,27 @@ def test_what_is_missing_is_named():
     free = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=free)
     assert "pip install 'vivace[ray]'" in done.stderr
+
+
+def test_the_dashboard_is_for_who_has_the_token():
+    code = """
+import json, urllib.error, urllib.request
+from vivace.cluster.connect import connect, token
+
+def ask(url, **headers):
+    try:
+        return urllib.request.urlopen(urllib.request.Request(f"{url}/api/version", headers=headers), timeout=60).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+with connect(cpus=1, store_bytes=100 * 2**20, dashboard=True) as url:
+    told = token()
+    print(json.dumps([url, [*told], ask(url), ask(url, Authorization=f"Bearer {told.get('token')}")]))
+"""
+    free = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    home = {"HOME": "/nowhere"}  # where no token of the user's is
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=free | home)
+    assert done.returncode == 0, done.stderr
+    url, told, without, within = json.loads(done.stdout.strip().splitlines()[-1])
+    assert url.startswith("http://127.0.0.1:")
+    assert (told, without, within) == (["token"], 401, 200)

@@ -51,7 +51,9 @@ def serve(
     ] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: of a replica; 1 where there are some.")] = None,
     cpus: Annotated[float | None, typer.Option(min=0.1, help="With --ray: of a replica; 1.")] = None,
-    dashboard: Annotated[bool, typer.Option("--dashboard", help="With --ray: Ray's dashboard, on 127.0.0.1.")] = False,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="With --ray: Ray's dashboard, on 127.0.0.1; its token is in the log.")
+    ] = False,
 ) -> None:
     """Serve pictures and videos over HTTP: POST /v1/images/generations and its kin."""
     # Before diffusers is imported: no model may bring code of its own.

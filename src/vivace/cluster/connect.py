@@ -25,13 +25,13 @@ def connect(
     store_bytes: int | None = None,
     dashboard: bool = False,
     logs: bool = False,
-) -> Iterator[None]:
+) -> Iterator[str | None]:
     """Be connected to a cluster inside the block. Raises InputError where Ray is missing or does not answer.
 
     Without an address a cluster of this process's own is started and ends with it: everything of it listens on the
     loopback device alone, and answers only who has its token. `cpus` and `store_bytes` are what it may use; `dashboard`
-    shows it in a browser on this machine. An address, or "auto", joins a cluster that somebody runs. With `logs`, what
-    the cluster's processes say comes out here too.
+    shows it in a browser on this machine, at the address that the block is given, to who has that token. An address,
+    or "auto", joins a cluster that somebody runs. With `logs`, what the cluster's processes say comes out here too.
     """
     prepare(own=address is None)
     try:
@@ -48,12 +48,12 @@ def connect(
             "dashboard_host": LOOPBACK,
         }
     try:
-        ray.init(**options, configure_logging=False, log_to_driver=logs)
+        joined = ray.init(**options, configure_logging=False, log_to_driver=logs)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "a cluster on this machine cannot be started" if address is None else f"no Ray cluster at {address}"
         raise InputError(f"{where}: {first_line(error)}") from error
     try:
-        yield
+        yield f"http://{joined.dashboard_url}" if joined.dashboard_url else None
     finally:
         ray.shutdown()
 
@@ -63,6 +63,13 @@ def gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def token() -> dict[str, str]:
+    """What Ray's dashboard asks a browser for: the token, where this process drew it, else where it is kept."""
+    if (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) or "RAY_AUTH_TOKEN" not in os.environ:
+        return {"token_in": path or str(TOKEN)}
+    return {"token": os.environ["RAY_AUTH_TOKEN"]}
 
 
 def prepare(*, own: bool) -> None:

@@ -6,7 +6,8 @@ import importlib.util
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from vivace.serve.cluster.run import serving
 from vivace.serve.plan import Plan
 
 collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["test_*.py"]
-prepare(own=True)  # Ray has to be told first what it is for, and tests here import it
+if importlib.util.find_spec("ray"):
+    prepare(own=True)  # Ray has to be told first what it is for
+    from vivace.serve.cluster import app
 
 KEY = "a-key-of-the-tests-alone"
 PATIENCE = 120  # seconds: no test waits for less than a slow machine may need
@@ -69,8 +72,9 @@ def until() -> Callable[[Callable[[], object]], None]:
     return wait
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+@contextmanager
+def started(tmp_path_factory: pytest.TempPathFactory, **fields: Any) -> Iterator[Live]:
+    """Two tiny models on a cluster of their own, behind a door that is ready; `fields` are the plan's."""
     folders = {}
     for alias, family in (("tiny", "sd3"), ("clip", "wan")):
         folders[alias] = tmp_path_factory.mktemp(alias)
@@ -80,11 +84,30 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         port = free.getsockname()[1]
     plan = Plan(
         models={alias: str(folder) for alias, folder in folders.items()},
-        **{"replicas": 2, "max_running": 2, "max_queue": 4, "gpus": 0, "drain_seconds": 5},
+        **{"max_running": 2, "max_queue": 4, "gpus": 0, "drain_seconds": 5},
         folder=str(tmp_path_factory.mktemp("videos")),
-        ui=importlib.util.find_spec("gradio") is not None,
+        **fields,
     )
     with connect(cpus=2, store_bytes=100 * 2**20), serving(plan, api_key=KEY, port=port) as door:
         found = Live(url=f"http://127.0.0.1:{port}", door=door, folders=folders)
         wait(lambda: found.http.get("/readyz").status_code == 200)
         yield found
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    ui = importlib.util.find_spec("gradio") is not None
+    with started(tmp_path_factory, replicas=2, ui=ui) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One replica that may become two, and pictures that may take no time to speak of."""
+    settings = Plan.settings
+    with pytest.MonkeyPatch.context() as patch:
+        soon = {"upscale_delay_s": 0.0, "downscale_delay_s": 1.0, "metrics_interval_s": 0.5, "look_back_period_s": 1.0}
+        patch.setattr(app, "PACE", soon)
+        patch.setattr(Plan, "settings", lambda plan, **given: replace(settings(plan, **given), run_seconds=0.2))
+        with started(tmp_path_factory, replicas=1, max_replicas=2) as found:
+            yield found

@@ -1,5 +1,6 @@
 """The example for Kubernetes says what the application takes, and what is wrong in a plan is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,14 @@ def test_the_examples_machines_have_what_a_replica_asks_for(example):
     (workers,) = cluster["workerGroupSpecs"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert workers["maxReplicas"] >= plan.most_replicas
+    assert example["rayClusterDeletionDelaySeconds"] > plan.drain_seconds
+    users = re.findall(r"--uid (\d+)", (EXAMPLE.parents[1] / "docker" / "Dockerfile.cuda").read_text())
     for group in (cluster["headGroupSpec"], workers):
         pod = group["template"]["spec"]
+        # The image's user can write the videos, and Kubernetes asks for nothing that the image lacks.
+        assert [str(pod["securityContext"][name]) for name in ("runAsUser", "fsGroup")] == users * 2
+        for probe in ("livenessProbe", "readinessProbe"):
+            assert pod["containers"][0][probe]["httpGet"]["path"].startswith("/api/")
         assert pod["terminationGracePeriodSeconds"] > plan.drain_seconds
         assert "VIVACE_API_KEY" in [one["name"] for one in pod["containers"][0]["env"]]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]

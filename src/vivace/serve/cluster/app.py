@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 NAME = "vivace"  # of the application
 HEAD = "node:__internal_head__"  # a resource that Ray gives to the machine of its head alone
 MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
+PACE = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0, "metrics_interval_s": 5.0, "look_back_period_s": 10.0}
+"""How soon there are more replicas, and fewer: a replica takes as long to come as its weights take to load."""
 LOOK = 1.0  # seconds between two looks at how many replicas run
 
 
@@ -133,4 +135,4 @@ def _number(plan: Plan) -> dict[str, Any]:
         return {"num_replicas": plan.replicas}
     target = max(1, plan.max_running // 2)
     limits = {"min_replicas": plan.replicas, "max_replicas": plan.most_replicas}
-    return {"autoscaling_config": {**limits, "target_ongoing_requests": target}}
+    return {"autoscaling_config": {**limits, **PACE, "target_ongoing_requests": target}}

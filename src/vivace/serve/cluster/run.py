@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from vivace.cluster.connect import connect
+from vivace.cluster.connect import connect, token
 from vivace.cluster.places import Machines, grows, machines, places
 from vivace.errors import InputError, first_line
 from vivace.serve.http.log import configure
@@ -30,9 +30,11 @@ def run(plan: Plan, *, api_key: str | None, port: int, address: str | None = Non
     plan.settings(api_key=api_key)  # what is wrong comes out before Ray is started, which takes seconds
     configure()
     with (
-        connect(address, dashboard=dashboard, logs=True),
+        connect(address, dashboard=dashboard, logs=True) as shown,
         serving(plan, api_key=api_key, port=port, own=address is None) as door,
     ):
+        if dashboard and shown:
+            logger.info("dashboard", extra={"facts": {"url": shown, **token()}})
         logger.info("listening", extra={"facts": {"host": plan.host, "port": port, "replicas": plan.replicas}})
         _until_signal()
         logger.info("draining")
