@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -56,6 +59,26 @@ def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]
 
     monkeypatch.setattr(cudnn_fp8, "_run", run)
     return run
+
+
+@pytest.fixture
+def machine(cluster: None) -> Iterator[SimpleNamespace]:
+    """A second machine of the cluster, so far as Ray knows, with one processor; `lose` takes it away at once."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    there = Cluster()
+    there.head_node = SimpleNamespace(gcs_address=ray.get_runtime_context().gcs_address)
+    there.redis_address = there.head_node.gcs_address
+    before = {node["NodeID"] for node in ray.nodes()}
+    node = there.add_node(wait=False, num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=100 * 2**20)
+    found = []
+    while not found:
+        found = [one["NodeID"] for one in ray.nodes() if one["NodeID"] not in before and one["Alive"]]
+        time.sleep(0.1)
+    yield SimpleNamespace(id=found[0], lose=partial(there.remove_node, node, allow_graceful=False))
+    if node in there.worker_nodes:
+        there.remove_node(node, allow_graceful=False)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,26 +14,6 @@ from vivace.cluster.crew import Crew
 from vivace.errors import InputError
 
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
-
-
-@pytest.fixture
-def machine(cluster):
-    """A second machine of the cluster, so far as Ray knows, with one processor; `lose` takes it away at once."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    there = Cluster()
-    there.head_node = SimpleNamespace(gcs_address=ray.get_runtime_context().gcs_address)
-    there.redis_address = there.head_node.gcs_address
-    before = {node["NodeID"] for node in ray.nodes()}
-    node = there.add_node(wait=False, num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=100 * 2**20)
-    found = []
-    while not found:
-        found = [one["NodeID"] for one in ray.nodes() if one["NodeID"] not in before and one["Alive"]]
-        time.sleep(0.1)
-    yield SimpleNamespace(id=found[0], lose=partial(there.remove_node, node, allow_graceful=False))
-    if node in there.worker_nodes:
-        there.remove_node(node, allow_graceful=False)
 
 
 def holds(folder: str, machine: str):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from vivace.errors import InputError
+from vivace.serve.cluster import leave
 from vivace.serve.cluster.run import check_room
 from vivace.serve.plan import Plan, read_plan
 
@@ -52,6 +53,8 @@ def test_the_examples_machines_have_what_a_replica_asks_for(example):
         pod = group["template"]["spec"]
         # The image's user can write the videos, and Kubernetes asks for nothing that the image lacks.
         assert [str(pod["securityContext"][name]) for name in ("runAsUser", "fsGroup")] == users * 2
+        last = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert last == ["python", "-m", leave.__name__, f"{plan.drain_seconds:g}"]
         for probe in ("livenessProbe", "readinessProbe"):
             assert pod["containers"][0][probe]["httpGet"]["path"].startswith("/api/")
         assert pod["terminationGracePeriodSeconds"] > plan.drain_seconds

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vivace.serve.cluster.run import _drain
+from vivace.serve.cluster.run import drain
 
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
 
@@ -43,14 +43,14 @@ def test_a_video_is_finished_while_the_server_ends(growing, until):
     with growing.http as http:
         name = http.post("/v1/videos", json=SHORT).json()["id"]
         until(lambda: growing.facts()["running"] == 1)
-        drain = threading.Thread(target=_drain, args=(growing.door,), kwargs={"seconds": 300.0})
-        drain.start()
+        draining = threading.Thread(target=drain, args=(growing.door,), kwargs={"seconds": 300.0})
+        draining.start()
         until(lambda: http.get("/readyz").status_code == 503)
         refused = http.post("/v1/videos", json=SHORT)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
-        drain.join(300)
-        assert not drain.is_alive()
+        draining.join(300)
+        assert not draining.is_alive()
         found = http.get(f"/v1/videos/{name}").json()
         assert found["status"] == "completed", found
         assert http.get(f"/v1/videos/{name}/content").content[4:8] == b"ftyp"

@@ -38,7 +38,7 @@ def run(plan: Plan, *, api_key: str | None, port: int, address: str | None = Non
         logger.info("listening", extra={"facts": {"host": plan.host, "port": port, "replicas": plan.replicas}})
         _until_signal()
         logger.info("draining")
-        _drain(door, seconds=plan.drain_seconds)
+        drain(door, seconds=plan.drain_seconds)
     return 0
 
 
@@ -97,7 +97,7 @@ def _until_signal() -> None:
         pass
 
 
-def _drain(door: Any, *, seconds: float) -> None:
+def drain(door: Any, *, seconds: float) -> None:
     """Have what runs finish, as far as it does within `seconds`."""
     door.drain.remote().result()
     end = time.monotonic() + seconds
