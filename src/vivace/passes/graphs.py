@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vivace.passes.channels_last import convolutions
+from vivace.passes.quantize import quantises
 from vivace.passes.target import Pass, Target
 
 GIB = 2**30
@@ -14,26 +15,32 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Graphs win for denoisers of at most `parameters`; None stands for every GPU, and for every kind of denoiser."""
+    """Graphs win for denoisers of at most `parameters`; None stands for any size, every GPU, every kind of denoiser."""
 
-    parameters: int
+    parameters: int | None = None
     sm: tuple[int, int] | None = None  # compute capability
     convolutional: bool | None = None
+    quantised: bool | None = None
 
 
-# Guesses, to be replaced by measurements. A launch from Python costs the host 5 to 15 microseconds: the 530 of
-# SD 1.5 take longer than the 3 ms of work they start on an H200, the 1,100 of SDXL a third of its time.
+# The first two are guesses: a launch from Python costs the host 5 to 15 microseconds, and the 530 of SD 1.5 take
+# longer than the work they start. Measured on an H200: FLUX in fp8 is 74 ms of kernels and took 110 ms without a graph,
+# since the library looks for an algorithm at every scaled product.
 RULES: tuple[Rule, ...] = (
     Rule(parameters=1_000_000_000),
     Rule(parameters=3_000_000_000, convolutional=True),
+    Rule(quantised=True),
 )
 
 
-def wins(denoiser: torch.nn.Module, *, sm: tuple[int, int]) -> bool:
+def wins(denoiser: torch.nn.Module, *, sm: tuple[int, int], quantised: bool) -> bool:
     """Whether a rule says that graphs win for `denoiser` on GPUs of compute capability `sm`."""
     size, convolutional = sum(p.numel() for p in denoiser.parameters()), bool(convolutions(denoiser))
     return any(
-        size <= rule.parameters and rule.sm in (None, sm) and rule.convolutional in (None, convolutional)
+        (rule.parameters is None or size <= rule.parameters)
+        and rule.sm in (None, sm)
+        and rule.convolutional in (None, convolutional)
+        and rule.quantised in (None, quantised)
         for rule in RULES
     )
 
@@ -47,7 +54,8 @@ def _check(target: Target) -> str | None:
         return f"{target.placement.moves}, and a recording would keep their first place"
     if target.config.graphs == "auto":
         sm = torch.cuda.get_device_capability(target.device)
-        if not all(wins(denoiser, sm=sm) for denoiser in target.denoisers.values()):
+        few_bits = quantises(target)
+        if not all(wins(denoiser, sm=sm, quantised=few_bits) for denoiser in target.denoisers.values()):
             return "kernels take longer than launching them here; graphs='on' asks for it"
     return None
 
