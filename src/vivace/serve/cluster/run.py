@@ -29,16 +29,18 @@ def run(plan: Plan, *, api_key: str | None, port: int, address: str | None = Non
     """Serve a plan until a signal; the process's exit code. Raises InputError."""
     plan.settings(api_key=api_key)  # what is wrong comes out before Ray is started, which takes seconds
     configure()
-    with (
-        connect(address, dashboard=dashboard, logs=True) as shown,
-        serving(plan, api_key=api_key, port=port, own=address is None) as door,
-    ):
-        if dashboard and shown:
-            logger.info("dashboard", extra={"facts": {"url": shown, **token()}})
-        logger.info("listening", extra={"facts": {"host": plan.host, "port": port, "replicas": plan.replicas}})
-        _until_signal()
-        logger.info("draining")
-        drain(door, seconds=plan.drain_seconds)
+    with connect(address, dashboard=dashboard, logs=True) as shown:
+        # After Ray has set its own, and before anybody can be answered: from the first answer on the end is a drain.
+        signalled = _signals()
+        with serving(plan, api_key=api_key, port=port, own=address is None) as door:
+            if dashboard and shown:
+                logger.info("dashboard", extra={"facts": {"url": shown, **token()}})
+            logger.info("listening", extra={"facts": {"host": plan.host, "port": port, "replicas": plan.replicas}})
+            # In slices: a signal handler of Python's runs between two of them.
+            while not signalled.wait(0.5):
+                pass
+            logger.info("draining")
+            drain(door, seconds=plan.drain_seconds)
     return 0
 
 
@@ -81,8 +83,8 @@ def check_room(plan: Plan, found: Machines, *, cards: float, grows: bool) -> Non
     )
 
 
-def _until_signal() -> None:
-    """Wait for SIGTERM or SIGINT; from then on the next one ends the process without further ado."""
+def _signals() -> threading.Event:
+    """Set by SIGTERM or SIGINT; from then on the next one ends the process without further ado."""
     came = threading.Event()
 
     def note(sig: int, frame: FrameType | None) -> None:
@@ -92,9 +94,7 @@ def _until_signal() -> None:
 
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, note)
-    # In slices: a signal handler of Python's runs between two of them.
-    while not came.wait(0.5):
-        pass
+    return came
 
 
 def drain(door: Any, *, seconds: float) -> None:
