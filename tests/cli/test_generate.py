@@ -91,7 +91,7 @@ def test_a_preset_is_applied_and_said(room, model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--preset", "fats"), "unknown preset 'fats'; the nearest is 'exact'"),
+        (("--preset", "fats"), "unknown preset 'fats'; the nearest is 'fast'"),
         (("--set", "fuse"), "--set takes FIELD=VALUE, got 'fuse'"),
         (("--set", "graphs=on"), "graphs='on' cannot be done here"),
     ],
