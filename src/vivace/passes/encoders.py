@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vivace.memory.leaving import Leaving
 from vivace.passes.target import Pass, Target, repeating_lists
 from vivace.quant import format_of
 from vivace.quant.layers import Layer, foreign, not_finite, survey, weight_of
@@ -72,13 +73,13 @@ def _all_layers(target: Target) -> Iterator[tuple[str, Layer]]:
 def _apply(target: Target) -> None:
     said, held = _forecast(target), 0
     for encoder in encoders_of(target).values():
-        base = Base(kept="host")
+        base, leave = Base(kept="host"), Leaving()
         for layer in _layers(target, encoder):
             if layer.format and layer.how:
                 parent, _, leaf = layer.name.rpartition(".")
                 place, linear = encoder.get_submodule(parent), encoder.get_submodule(layer.name)
                 stand_in = EncoderLinear.of(linear, format=format_of(layer.format), how=layer.how)
-                base.swap(layer.name, linear, stand_in, places=[(place, leaf)])
+                base.swap(layer.name, linear, stand_in, leave=leave, places=[(place, leaf)])
         target.undo.callback(base.put_back)
         held += base.nbytes
     target.done("encoders", f"{said}; originals: on the host, {held / 2**30:.2f} GiB")

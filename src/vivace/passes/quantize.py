@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vivace.config import Config, Switch
+from vivace.memory.leaving import Leaving
 from vivace.passes.target import Pass, Target
 from vivace.quant import format_of
 from vivace.quant.layers import Layer, foreign, linears, matches, not_finite, survey, weight_of
@@ -151,14 +152,14 @@ def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
     files = _files(target, denoiser, list(chosen))
     keep = target.config.keep_base
     base = Base(kept="file" if files else "host" if keep == "auto" else keep)  # pyright: ignore[reportArgumentType]
-    places = _places(denoiser)
+    places, leave = _places(denoiser), Leaving()
     for layer_name, layer in chosen.items():
         linear = denoiser.get_submodule(layer_name)
         assert isinstance(linear, torch.nn.Linear)
         assert layer.format
         assert layer.how
         stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how)
-        base.swap(layer_name, linear, stand_in, places=places[linear], file=files.get(layer_name))
+        base.swap(layer_name, linear, stand_in, leave=leave, places=places[linear], file=files.get(layer_name))
     return base
 
 

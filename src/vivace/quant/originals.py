@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from vivace import checkpoint
 from vivace.errors import InputError
+from vivace.memory.leaving import Leaving
 from vivace.quant.linear import QuantLinear
 
 Keep = Literal["auto", "file", "host", "no"]
@@ -39,7 +40,9 @@ class Base:
     swaps: list[Swap] = field(default_factory=list)
     nbytes: int = 0  # on the host
 
-    def swap(self, name: str, original: torch.nn.Linear, stand_in: QuantLinear, **where: Any) -> None:
+    def swap(
+        self, name: str, original: torch.nn.Linear, stand_in: QuantLinear, *, leave: Leaving, **where: Any
+    ) -> None:
         """Put `stand_in` in the original's places and let go of the original's bytes as far as is agreed."""
         for parent, leaf in where["places"]:
             parent._modules[leaf] = stand_in
@@ -48,7 +51,7 @@ class Base:
         if self.kept != "host":
             weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
         elif weight.device.type != "cpu":
-            weight.data = weight.data.to("cpu")
+            weight.data = leave(weight.data)
             self.nbytes += weight.nbytes
 
     def original(self, swap: Swap) -> torch.Tensor:
