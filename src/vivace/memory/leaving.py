@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vivace.memory.pinned import hold
@@ -13,8 +15,8 @@ PART = 32 << 20
 class Leaving:
     """Copies tensors to the host through two page-locked buffers.
 
-    The device fills one while all cores empty the other: fresh host memory has to be given page by page, which takes one
-    core several times as long as the transfer. The buffers go with this object.
+    The device fills one while all cores empty the other: fresh host memory is given page by page, which takes one core
+    several times as long as the transfer. The buffers go with this object.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _empty(filled: tuple[torch.cuda.Event | None, torch.Tensor, torch.Tensor] | None) -> None:
+def _empty(filled: tuple[Any, torch.Tensor, torch.Tensor] | None) -> None:
     """Move what arrived in a buffer to where it stays."""
     if filled is not None:
         arrived, buffer, target = filled
