@@ -18,9 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from vivace.builtin.captions import vocabulary
 
 TEXT_LENGTH = 48
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 8  # that are trained; widen.py adds what stock classes want besides
 WIDTH, HEADS, LAYERS = 192, 6, 7
 TEXT_WIDTHS = (160, 32)
+SHARD = "10MB"  # of a weights file, at most
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -119,7 +120,7 @@ def export(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     pipe.to(dtype=torch.float16)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         encoder.config.dtype = torch.float16
-    pipe.save_pretrained(folder, max_shard_size="10MB")
+    pipe.save_pretrained(folder, max_shard_size=SHARD)
     for name in ("text_encoder", "text_encoder_2"):  # transformers loads in the dtype that the configuration names
         amend(folder / name / "config.json", dtype="float32")
     amend(folder / "vae" / "config.json", _name_or_path=None, block_out_channels=None)
