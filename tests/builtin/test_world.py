@@ -83,6 +83,14 @@ def test_captions_use_the_vocabulary_and_state_the_facts(scenes: Scenes) -> None
         assert (said.background is None) == ("background" not in text)
 
 
+def test_a_caption_that_begins_with_its_background_has_no_other_opening(scenes: Scenes) -> None:
+    rng = random.Random(2)
+    texts = [say(row, rng)[0] for row in facts(scenes)[:1000]]
+    assert 50 < sum(text.startswith(("on a ", "on an ")) for text in texts) < 200
+    assert sum(text.startswith(("a picture of ", "a drawing of ", "an image showing ")) for text in texts) > 300
+    assert not any(f"{word} on a" in text for text in texts for word in ("of", "showing", "picture", "drawing"))
+
+
 def test_a_relation_is_named_by_the_four_words() -> None:
     steps = torch.tensor([[40.0, 5.0], [-40.0, 5.0], [5.0, 40.0], [5.0, -40.0]])
     for index, name in enumerate(RELATIONS):

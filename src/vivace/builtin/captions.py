@@ -82,9 +82,10 @@ def facts(scenes: Scenes) -> list[list[int]]:
 def phrase(said: Said, rng: random.Random) -> str:
     """One of the grammars' sentences for these facts."""
     body = objects(said, rng)
-    if said.background is not None:
-        body = grounded(body, said.background, rng)
-    return rng.choice(("", "", "", "a picture of ", "a drawing of ", "an image showing ")) + body
+    whole = body if said.background is None else grounded(body, said.background, rng)
+    opening = rng.choice(("", "", "", "a picture of ", "a drawing of ", "an image showing "))
+    # A picture is of things: where the background comes first, nothing can open the sentence.
+    return opening + whole if whole.startswith(body) else whole
 
 
 def objects(said: Said, rng: random.Random) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
+from math import dist
 
 import torch
 
-from vivace.builtin.captions import Said
+from vivace.builtin.captions import Said, facts
 from vivace.builtin.reader import Reading, Seen
-from vivace.builtin.world import NO_RELATION, stands
+from vivace.builtin.world import NO_RELATION, Scenes, stands
 
 TOLERANCE = 0.5  # a stated relation holds when its axis is at least half of the other one
+NEAR = 8.0  # pixels, half a cell of the reader: how far from its centre an object may be read
 PARTS = ("count", "shape", "colour", "size", "fill", "relation", "background")
 
 
@@ -49,9 +52,24 @@ def holds(subject: Seen, target: Seen, relation: int) -> bool:
     return bool(stands(step, torch.tensor(relation), TOLERANCE))
 
 
-def agrees(reading: Reading, facts: list[int]) -> bool:
-    """Whether a reading is wholly right about a scene (one row of `captions.facts`), in every attribute."""
-    count, kind, ground, *rest = facts
-    truth = sorted(tuple(rest[4 * slot : 4 * slot + 4]) for slot in range(count))
-    seen = sorted((o.shape, o.colour, o.size, int(o.outlined)) for o in reading.objects)
-    return seen == truth and (kind, ground) == (reading.background, reading.ground) and not reading.doubtful
+def agree(readings: Sequence[Reading], scenes: Scenes) -> list[bool]:
+    """Which readings are wholly right about their scenes: every attribute, and every object in its place.
+
+    An object read within NEAR of its centre stands to the others as the scene's does: every relation that a caption can
+    state of the scene, in whatever wording, then holds in the reading too.
+    """
+    rows = zip(readings, facts(scenes), scenes.centre.tolist(), strict=True)
+    return [_agrees(reading, row, centres) for reading, row, centres in rows]
+
+
+def _agrees(reading: Reading, row: list[int], centres: list[list[float]]) -> bool:
+    count, kind, ground, *rest = row
+    # No two objects of a scene share shape and colour, so that both sides sort alike.
+    truth = sorted((rest[4 * slot : 4 * slot + 4], centres[slot]) for slot in range(count))
+    seen = sorted(([o.shape, o.colour, o.size, int(o.outlined)], [o.x, o.y]) for o in reading.objects)
+    return (
+        [kind, ground] == [reading.background, reading.ground]
+        and not reading.doubtful
+        and [attributes for attributes, _ in seen] == [attributes for attributes, _ in truth]
+        and all(dist(a, b) <= NEAR for (_, a), (_, b) in zip(seen, truth, strict=True))
+    )

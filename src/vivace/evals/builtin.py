@@ -13,7 +13,7 @@ import torch
 from vivace.builtin import captions as english
 from vivace.builtin import world
 from vivace.builtin.captions import Said
-from vivace.builtin.judge import PARTS, agrees, judge
+from vivace.builtin.judge import PARTS, agree, judge
 from vivace.builtin.reader import FEATURES, Reader, read
 from vivace.builtin.render import render
 from vivace.builtin.world import Scenes
@@ -179,5 +179,5 @@ def read_renders(exam: Exam, reader: Reader) -> Accuracy:
     right: list[bool] = []
     for first in range(0, len(exam.said), BATCH):
         scenes = exam.scenes[first : first + BATCH]
-        right += map(agrees, read(reader, render(scenes.to(device))), english.facts(scenes))
+        right += agree(read(reader, render(scenes.to(device))), scenes)
     return Accuracy.of(right)
