@@ -72,6 +72,7 @@ def encoded(vae: AutoencoderTiny, scenes: Scenes, *, drawer: Callable = render) 
 
 def album(vae: AutoencoderTiny, supply: Supply, n: int, *, workers: int, chunk: int = 512) -> Album:
     """n encoded and captioned scenes."""
+    chunk = min(n, chunk)
     scenes = concatenate([supply.take(chunk) for _ in range(n // chunk)])
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         captions = caption_all(facts(scenes), 500, pool)

@@ -1,4 +1,4 @@
-"""The course of one training stage: how many steps fit, learning rate, averaged weights, and the curve it leaves."""
+"""The course of one training stage: its steps, learning rate, averaged weights, and the curve it leaves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-WARM = 60  # steps before the clock drives the schedule: compilation happens in them
-
 
 @dataclass
 class Course:
-    """Runs a stage for `steps` steps, or until `seconds` are over, everything in between counted.
+    """Runs a stage for `steps` steps.
 
     The learning rate rises over `warmup` steps and falls to zero along a cosine. `first` and `last` are the shares of
     the whole schedule that this call covers, so that a long stage can be run in several calls.
@@ -25,32 +23,17 @@ class Course:
 
     name: str
     peak: float
-    seconds: float = 0.0
-    steps: int = 0
+    steps: int
     warmup: int = 300
     first: float = 0.0
     last: float = 1.0
-    taken: int = 0  # steps of this call, once it is over
     curve: list[dict[str, float]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def __iter__(self) -> Iterator[float]:
         """Yields the progress through the whole schedule, in [0, 1), before every step."""
-        step, done, ready = 0, 0.0, 0.0
-        while done < 1:
-            yield self.first + (self.last - self.first) * done
-            step += 1
-            if self.steps:
-                done = step / self.steps
-            elif step == WARM:
-                synchronize()
-                ready = self.elapsed()
-            elif step > WARM:
-                done = (self.elapsed() - ready) / max(self.seconds - ready, 1.0)
-            if step == 3 * WARM:
-                synchronize()
-                print(f"{self.name}: {self.elapsed():.1f} s after {step} steps, {ready:.1f} s after {WARM}", flush=True)
-        self.taken = step
+        for step in range(self.steps):
+            yield self.first + (self.last - self.first) * step / self.steps
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -66,10 +49,19 @@ class Course:
         self.curve.append(row)
         print(json.dumps(row), flush=True)
 
+    def figures(self) -> dict[str, float]:
+        """The last value of everything that was logged."""
+        return {name: value for row in self.curve for name, value in row.items() if name != "stage"}
+
+    def compare(self, one: str, other: str) -> None:
+        """Log by how much a figure is above another one."""
+        known = self.figures()
+        self.log(int(known["step"]), **{f"{one} less {other}": known[one] - known[other]})
+
     def save(self, folder: Path) -> None:
         path = folder / "curves.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps(earlier + self.curve, indent=0) + "\n")
+        earlier = json.loads(path.read_text())["curve"] if path.exists() else []
+        path.write_text(json.dumps({"curve": earlier + self.curve}, indent=0) + "\n")
 
 
 class Average:
@@ -120,8 +112,3 @@ def update(optims: Sequence[torch.optim.Optimizer], loss: torch.Tensor, paramete
     nn.utils.clip_grad_norm_(parameters, 1.0)
     for optim in optims:
         optim.step()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -11,12 +11,9 @@ from matplotlib import pyplot
 COUNTS = {"right": "all", "one": "one object", "two": "two objects", "three": "three objects"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", type=Path, help="figures of the transformer's stage, as under benchmarks/")
-    parser.add_argument("--to", type=Path, default=Path("docs/training.png"))
-    options = parser.parse_args()
-    curve = json.loads(options.figures.read_text())["curve"]
+def plot(figures: Path, *, to: Path) -> None:
+    """The transformer's losses and quizzes, from the curves of a run, as a PNG."""
+    curve = json.loads(figures.read_text())["curve"]
     losses = [row for row in curve if "flow" in row]
     quizzes = [row for row in curve if "right" in row]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -32,8 +29,17 @@ def main() -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    options.to.parent.mkdir(exist_ok=True)
-    figure.savefig(options.to, dpi=110)
+    to.parent.mkdir(exist_ok=True)
+    figure.savefig(to, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("figures", type=Path, help="OUT/curves.json, or the transformer's figures under benchmarks/")
+    parser.add_argument("--to", type=Path, default=Path("docs/training.png"))
+    given = parser.parse_args()
+    plot(given.figures, to=given.to)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ def quiz(
     steps: int = 28,
     guidance: float = 3.0,
     shift: float = 1.0,
+    pool: int = 1 << 16,
 ) -> dict[str, float]:
     """Shares of n fresh captions drawn right: by part, and wholly by object count."""
     device = next(student.parameters()).device.type
-    supply, rng = Supply(seed, device, heldout=heldout, counts=(1.0, 1.0, 1.0)), random.Random(seed)
+    supply, rng = Supply(seed, device, heldout=heldout, pool=pool, counts=(1.0, 1.0, 1.0)), random.Random(seed)
     tokens, tally = tokenizer(), {name: [] for name in (*PARTS, "right", "one", "two", "three")}
     generator = torch.Generator(device).manual_seed(seed)
     empty = torch.tensor(tokens("", padding="max_length").input_ids, device=device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
+from extent import Run
 from parts import autoencoder
-from safetensors.torch import save_file
 from scenery import Supply
 
 from vivace.builtin.reader import Reader
@@ -52,17 +52,18 @@ def crops(pictures: torch.Tensor, side: int) -> torch.Tensor:
     return pictures[..., y : y + side, x : x + side].contiguous(memory_format=torch.channels_last)
 
 
-def train(course: Course, state: Path, out: Path, device: str, *, batch: int = 96, side: int = 128) -> AutoencoderTiny:
+def train(course: Course, run: Run, *, side: int = 128) -> AutoencoderTiny:
     """Train the autoencoder, then measure its latents for the scaling that stock code applies."""
+    device = run.device
     torch.manual_seed(21)
     vae = autoencoder().to(device, memory_format=torch.channels_last)
     reader = Reader().to(device, memory_format=torch.channels_last).requires_grad_(False)
-    reader.load_state_dict(torch.load(state / "reader.pt", weights_only=True))
+    reader.load_state_dict(torch.load(run.state / "reader.pt", weights_only=True))
     average, optim = Average(vae, 0.999), optimizer([{"params": list(vae.parameters())}], weight_decay=0.0)
-    supply = Supply(200, device)
+    supply = Supply(200, device, pool=run.extent.pool)
     fast, drawer = (torch.compile(f) if device == "cuda" else f for f in (loss, render))
     for step, progress in enumerate(course):
-        pictures = crops(drawer(supply.take(batch)), side)
+        pictures = crops(drawer(supply.take(run.extent.autoencoder)), side)
         with torch.autocast(device, torch.bfloat16):
             value, pixel = fast(vae, reader, pictures)
         follow([optim], course.rate(progress, step))
@@ -72,18 +73,18 @@ def train(course: Course, state: Path, out: Path, device: str, *, batch: int = 9
             course.log(step, loss=value.item(), pixel=pixel.item())
     average.swap()
     vae.eval().requires_grad_(False)
-    measure(vae, course, device)
-    vae.save_pretrained(state / "vae")
-    save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, out / "vae.safetensors")
-    course.save(out)
+    measure(vae, course, run)
+    vae.save_pretrained(run.state / "vae")
+    deepcopy(vae).half().save_pretrained(run.out / "vae")
+    course.save(run.out)
     return vae
 
 
-def measure(vae: AutoencoderTiny, course: Course, device: str) -> None:
+def measure(vae: AutoencoderTiny, course: Course, run: Run) -> None:
     """Set the latents' mean and deviation as shift and scale; log the reconstruction's PSNR in dB."""
-    pictures = render(Supply(201, device).take(256 if device == "cuda" else 16))
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    pictures = render(Supply(201, run.device, pool=run.extent.pool).take(run.extent.measured))
+    with torch.no_grad(), torch.autocast(run.device, torch.bfloat16):
         z = vae.encoder(pictures * 2 - 1).float()
     vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
     error = (reconstruct(vae, pictures).clamp(0, 1) - pictures).square().mean((1, 2, 3))
-    course.log(course.taken, psnr=(-10 * error.log10()).mean(), mean=z.mean(), deviation=z.std(), largest=z.abs().max())
+    course.log(course.steps, psnr=(-10 * error.log10()).mean(), mean=z.mean(), deviation=z.std(), largest=z.abs().max())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
+from extent import Run
 from safetensors.torch import save_file
 from scenery import Supply, photographed
 from train_autoencoder import reconstruct
 
-from vivace.builtin.captions import facts
-from vivace.builtin.judge import agrees
+from vivace.builtin.judge import agree
 from vivace.builtin.reader import GRID, Reader, read
 from vivace.builtin.render import render
 from vivace.builtin.world import SIDE, Scenes
@@ -51,31 +49,30 @@ def loss(reader: Reader, pictures: torch.Tensor, scenes: Scenes) -> torch.Tensor
     return total
 
 
-def share_right(reader: Reader, device: str, *, seed: int, n: int, vae: AutoencoderTiny | None = None) -> float:
+def share_right(reader: Reader, run: Run, *, seed: int, vae: AutoencoderTiny | None = None) -> float:
     """The share of held-out renders (or of their reconstructions) that the reader reads entirely right."""
-    supply, right = Supply(seed, device), 0
-    chunk = min(n, 500)
+    n, right = run.extent.judged, 0
+    supply, chunk = Supply(seed, run.device, pool=run.extent.pool), min(n, 500)
     for _ in range(n // chunk):
         scenes = supply.take(chunk)
         pictures = render(scenes)
         if vae is not None:
             pictures = reconstruct(vae, pictures).clamp(0, 1)
-        right += sum(agrees(r, f) for r, f in zip(read(reader, pictures), facts(scenes), strict=True))
+        right += sum(agree(read(reader, pictures), scenes))
     return right / (n // chunk * chunk)
 
 
-def train(
-    course: Course, state: Path, out: Path, device: str, *, vae: AutoencoderTiny | None = None, batch: int = 256
-) -> Reader:
+def train(course: Course, run: Run, *, vae: AutoencoderTiny | None = None) -> Reader:
     """Train a new reader, or go on with the saved one on autoencoded pictures when `vae` is given."""
+    device, batch = run.device, run.extent.reader
     reader = Reader().to(device, memory_format=torch.channels_last)
     with torch.no_grad():
         reader.cells.get_parameter("2.bias")[:1] = -4.0  # most cells hold no object's centre
     if vae is not None:
-        reader.load_state_dict(torch.load(state / "reader.pt", weights_only=True))
+        reader.load_state_dict(torch.load(run.state / "reader.pt", weights_only=True))
     average, generator = Average(reader, 0.999), torch.Generator(device).manual_seed(11)
     optim = optimizer([{"params": list(reader.parameters())}])
-    supply = Supply(100 if vae is None else 101, device)
+    supply = Supply(100 if vae is None else 101, device, pool=run.extent.pool)
     fast = torch.compile(loss) if device == "cuda" else loss
     drawer = torch.compile(render) if device == "cuda" else render
     for step, progress in enumerate(course):
@@ -96,16 +93,11 @@ def train(
             course.log(step, loss=value.item())
     average.swap()
     reader.eval()
-    torch.save(reader.state_dict(), state / "reader.pt")
-    save_file({k: v.half().contiguous() for k, v in reader.state_dict().items()}, out / "reader.safetensors")
-    values = {"renders": share_right(reader, device, seed=900, n=course_size(device))}
+    torch.save(reader.state_dict(), run.state / "reader.pt")
+    save_file({k: v.half().contiguous() for k, v in reader.state_dict().items()}, run.out / "reader.safetensors")
+    values = {"renders": share_right(reader, run, seed=900)}
     if vae is not None:
-        values["reconstructions"] = share_right(reader, device, seed=901, n=course_size(device), vae=vae)
-    course.log(course.taken, **values)
-    course.save(out)
+        values["reconstructions"] = share_right(reader, run, seed=901, vae=vae)
+    course.log(course.steps, **values)
+    course.save(run.out)
     return reader
-
-
-def course_size(device: str) -> int:
-    """Pictures a gate is judged on."""
-    return 10_000 if device == "cuda" else 20

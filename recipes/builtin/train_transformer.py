@@ -9,6 +9,7 @@ import torch
 from album import Album, album, batch_of
 from course import Average, Course, follow, optimizer, update
 from diffusers import AutoencoderTiny
+from extent import Run
 from muon import Muon
 from parts import tokenizer
 from quiz import quiz
@@ -18,6 +19,7 @@ from student import Student
 
 from vivace.builtin.reader import Reader
 
+PARTS = ("student-1.safetensors", "student-2.safetensors")  # the averaged weights, each file under 15 MB
 TEACHING = 0.05  # weight of the teaching heads; it fades over the last half
 
 
@@ -99,66 +101,60 @@ class Training:
             self.work()
 
 
-def train(
-    course: Course,
-    state: Path,
-    out: Path,
-    device: str,
-    *,
-    scenes: int,
-    batch: int,
-    workers: int,
-    resume: Path | None = None,
-    quizzes: int = 6,
-) -> Student:
-    """Train from nothing, from the state an earlier call left, or from exported averaged weights (`resume`)."""
+def train(course: Course, run: Run, *, workers: int) -> Student:
+    """Train from nothing, from the state an earlier call left, or from exported averaged weights (`run.resume`)."""
+    state, device, extent = run.state, run.device, run.extent
     torch.manual_seed(31)
     vae = AutoencoderTiny.from_pretrained(state / "vae").to(device, memory_format=torch.channels_last)
     reader = Reader().to(device)
     reader.load_state_dict(torch.load(state / "reader.pt", weights_only=True))
-    training = Training(device, resume=resume)
+    training = Training(device, resume=run.resume)
     if (state / "student.pt").exists() and course.first > 0:
         training.load(state / "student.pt", device)
     begun = training.average.step
-    book = kept_album(vae, state, device, scenes=scenes, workers=workers)
+    book = kept_album(vae, run, workers=workers)
     course.log(begun, scenes=len(book.scenes))
     generator = torch.Generator(device).manual_seed(32 + begun)
     empty = torch.tensor(tokenizer()("", padding="max_length").input_ids, device=device)
     if device == "cuda":
-        training.record(batch_of(book, batch, 1.0, empty, generator))
-    due, size = course.first, 1500 if device == "cuda" else 12
+        training.record(batch_of(book, extent.transformer, 1.0, empty, generator))
+    due = course.first
 
     def examine(step: int, **sets: tuple[str, int]) -> None:
         training.average.swap()
         for name, (heldout, n) in sets.items():
-            found = quiz(training.student, vae, reader, heldout=heldout, n=n, seed=902)
+            found = quiz(
+                training.student, vae, reader, heldout=heldout, n=n, seed=902, pool=extent.pool, steps=extent.steps
+            )
             course.log(step, **(found if name == "all" else {name: found["right"]}))
         training.average.swap()
 
     for step, progress in enumerate(course, start=begun):
-        data = batch_of(book, batch, progress, empty, generator)
+        data = batch_of(book, extent.transformer, progress, empty, generator)
         flow, teach = training.step(data, TEACHING * min(1.0, 2 - 2 * progress), course.rate(progress, step))
         if step % 250 == 0:
             course.log(step, flow=flow.item(), teach=teach.item())
             if not flow.item() < (4 if step < 250 else 0.8):
                 sys.exit(f"transformer diverges: the loss is {flow.item():.3f} after {step} steps")
-        if progress >= due + (course.last - course.first) / quizzes:
+        if progress >= due + (course.last - course.first) / extent.quizzes:
             due = progress
-            examine(step, all=("without", size // 3))
+            examine(step, all=("without", extent.quizzed // 3))
     training.save(state / "student.pt")
-    examine(training.average.step, all=("without", size), heldout=("only", size))
+    examine(training.average.step, all=("without", extent.quizzed), heldout=("only", extent.quizzed))
+    course.compare("heldout", "right")
     training.average.swap()
-    export(training.student, out)
-    course.save(out)
+    export(training.student, run.out)
+    course.save(run.out)
     return training.student
 
 
-def kept_album(vae: AutoencoderTiny, state: Path, device: str, *, scenes: int, workers: int) -> Album:
+def kept_album(vae: AutoencoderTiny, run: Run, *, workers: int) -> Album:
     """The album that an earlier call made, or a new one."""
-    path = state / "album.safetensors"
+    path = run.state / "album.safetensors"
     if path.exists():
-        return Album.load(path, device)
-    book = album(vae, Supply(300, device, heldout="without", pool=1 << 17), scenes, workers=workers)
+        return Album.load(path, run.device)
+    supply = Supply(300, run.device, heldout="without", pool=2 * run.extent.pool)
+    book = album(vae, supply, run.extent.scenes, workers=workers)
     book.save(path)
     return book
 
@@ -166,12 +162,11 @@ def kept_album(vae: AutoencoderTiny, state: Path, device: str, *, scenes: int, w
 def export(student: Student, out: Path) -> None:
     """Averaged weights in 16 bit, in two files."""
     items = sorted(student.state_dict().items(), key=lambda item: item[1].numel())
-    for part in (0, 1):
-        tensors = {name: value.half().contiguous() for name, value in items[part::2]}
-        save_file(tensors, out / f"student-{part + 1}.safetensors")
+    for part, file in enumerate(PARTS):
+        save_file({name: value.half().contiguous() for name, value in items[part :: len(PARTS)]}, out / file)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Exported averaged weights, in float32."""
-    parts = [load_file(folder / f"student-{part}.safetensors") for part in (1, 2)]
+    parts = [load_file(folder / file) for file in PARTS]
     return {name: value.float() for part in parts for name, value in part.items()}
