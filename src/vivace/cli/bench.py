@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from vivace.cli.command import command
 from vivace.errors import InputError
 
 DEFAULT_PEERS = {True: ("eager", "compile", "compile-full"), False: ("eager",)}
 """On a GPU, and elsewhere: compiling for a CPU takes longer than it saves."""
-FOLDER = ("-o", "--output")
 
 
 def bench(
@@ -113,7 +111,7 @@ def bench(
         print(_sentence(line), flush=True)
         write(output)
 
-    told = {"folder": output, "machine": here.machine, "command": _command(sys.argv[1:]), "on_line": on_line}
+    told = {"folder": output, "machine": here.machine, "command": command(), "on_line": on_line}
     if kernels and not here.gpu:
         raise InputError(f"--kernels times CUDA kernels, and the device is {here.device}; leave it out")
     if kernels:
@@ -133,7 +131,7 @@ def _serve(name: str, *, presets: tuple[str, ...], steps: int | None, **options:
 
     around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
     for preset in presets or ("exact",):
-        path, left = run(name, preset=preset, steps=around, command=_command(sys.argv[1:]), on_line=_say, **options)
+        path, left = run(name, preset=preset, steps=around, command=command(), on_line=_say, **options)
         print(path.with_suffix(".md").read_text(), path, sep="\n")
         if left:
             print(f"{left} left for the next time, when the same command goes on")
@@ -176,7 +174,7 @@ def _climb(
         contestants=rungs_of(workload, presets=presets, fields=fields),
         folder=folder,
         machine=here.machine,
-        command=_command(sys.argv[1:]),
+        command=command(),
         limit=limit,
         budget=budget,
         again=again,
@@ -196,7 +194,7 @@ def _serve_on_ray(
 
     around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
     options = {"steps": around, "size": size, "concurrency": clients, "pictures": pictures}
-    path = run(name, folder=to, command=_command(sys.argv[1:]), on_line=_say, **options)
+    path = run(name, folder=to, command=command(), on_line=_say, **options)
     print(path.with_suffix(".md").read_text(), path, sep="\n")
 
 
@@ -207,16 +205,6 @@ def _say(line: Mapping[str, Any]) -> None:
 def _names(text: str) -> tuple[str, ...]:
     """`a,b` -> its names; `none` and nothing are none."""
     return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
-
-
-def _command(arguments: list[str]) -> str:
-    """The command as a reader would repeat it: without the folder, which is his own."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument not in FOLDER and not argument.startswith("--output="):
-            kept.append(argument)
-        skip = argument in FOLDER
-    return shlex.join(["vivace", *kept])
 
 
 def _sentence(line: Mapping[str, Any]) -> str:

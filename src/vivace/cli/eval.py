@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vivace.cli.command import command
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vivace.evals.contest import Contest, Contestant
     from vivace.evals.instruments import Instruments
     from vivace.load import Source
+
+PLACES = ("-o", "--output", "--json")  # of the figures: the reader's own
 
 
 def eval(
@@ -85,6 +88,8 @@ def eval(
     from vivace.config import PRESETS, resolve
 
     names = (presets or "exact").split(",")
+    if len(names) == 1 and not cache:
+        raise InputError(f"there is nothing to compare with {presets}; name a second preset after it, or give --cache")
     base = resolve(names[0]) if names[0] in PRESETS else None
     compared = {spelled: resolve(base, cache=parse(spelled)) for spelled in cache or ()}
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions or 16, seed=seed)
@@ -182,7 +187,7 @@ def _show(contest: Contest, reference: Contestant, others: list[Contestant], *, 
     from vivace.machine import machine
 
     count = len(contest.prompts)
-    about = {"command": f"vivace eval {contest.model}", "model": contest.model, "prompts": count}
+    about = {"command": command(without=PLACES), "model": contest.model, "prompts": count}
     about |= {"steps": contest.steps, "seed": contest.seed, "place": contest.place, "call": contest.call}
     written = write_all(contest, reference, others, instruments=instruments, about=about | {"machine": machine()})
     console = Console()
@@ -277,7 +282,7 @@ def _examine(
         )
     rows = builtin.metrics(exam, answers, reader, seed=seed)
     if json is not None:
-        about = {"command": f"vivace eval {source.name}", "captions": captions, **settings, "seed": seed}
+        about = {"command": command(without=PLACES), "captions": captions, **settings, "seed": seed}
         json.write_text(to_json(rows, about=about | place | {"machine": machine()}) + "\n", encoding="utf-8")
     Console().print(table(rows, title=f"{source.name}: {captions:,} captions, {settings['steps']} steps"))
 
