@@ -29,6 +29,8 @@ def source(pipeline: str) -> Source:
         ("FluxKontextPipeline", "image", None, "FluxKontextPipeline"),
         ("FluxFillPipeline", "image mask", None, "FluxFillPipeline"),
         ("FluxControlPipeline", "control", None, "FluxControlPipeline"),
+        ("StableDiffusionXLPipeline", "control", "ControlNetUnionModel", "StableDiffusionXLControlNetUnionPipeline"),
+        ("QwenImageEditPipeline", "image", None, "QwenImageEditPipeline"),
         ("FluxPipeline", "control", "FluxControlNetModel", "FluxControlNetPipeline"),
         ("StableVideoDiffusionPipeline", "image", None, "StableVideoDiffusionPipeline"),
     ],
@@ -42,6 +44,7 @@ def test_choice(own, wanted, control, expected):
     [
         ("PixArtSigmaPipeline", "image", "cannot take --image"),
         ("StableVideoDiffusionPipeline", "", "needs --image too"),
+        ("QwenImageLayeredPipeline", "image", "makes several pictures of one"),
         ("StableDiffusionPipeline", "control", "needs --controlnet with --control-image"),
     ],
 )

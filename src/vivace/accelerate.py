@@ -12,7 +12,7 @@ import torch
 
 from vivace.config import Config, resolve
 from vivace.errors import InputError
-from vivace.family import Family, UnknownFamilyError, family_of
+from vivace.family import Family, known_family
 from vivace.lane import Lane, holds_own_forward
 from vivace.lora.adapters import held_out
 from vivace.passes import PASSES
@@ -168,12 +168,8 @@ def _move(acceleration: Acceleration) -> None:
 
 def _family(subject: Any) -> Family | None:
     """The family of a pipeline, else that of its denoiser, else None: the generic lane."""
-    for candidate in (subject, *_named_denoisers(subject).values()):
-        try:
-            return family_of(candidate)
-        except UnknownFamilyError:
-            continue
-    return None
+    found = map(known_family, (subject, *_named_denoisers(subject).values()))
+    return next((family for family in found if family is not None), None)
 
 
 def _named_denoisers(subject: Any) -> dict[str, torch.nn.Module]:

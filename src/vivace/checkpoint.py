@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ def header(path: Path) -> dict[str, Tensor]:
 
     Raises InputError for a missing file, a pickle under any name, another format, and a file that was cut short.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no weight file {path}; check the path")
     with path.open("rb") as file:
         start = file.read(8)

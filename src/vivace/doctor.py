@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vivace.errors import InputError
+from vivace.errors import InputError, install
 from vivace.machine import installed, machine
 
 if TYPE_CHECKING:
@@ -38,15 +38,16 @@ class Package:
     distribution: str
     module: str
     gives: str
-    install: str = ""  # where it differs from the distribution's name
+    extra: str = ""  # of this project's, where it comes with one
 
 
 PACKAGES = (
     Package(distribution="triton", module="triton", gives="GPU kernels"),
-    Package(distribution="av", module="av", gives="mp4 files", install="'vivace[video]'"),
-    Package(distribution="textual-image", module="textual_image", gives="--show", install="'vivace[ui]'"),
-    Package(distribution="torchao", module="torchao", gives="quantised linears, as a peer in benchmarks"),
-    Package(distribution="cache-dit", module="cache_dit", gives="step caching, as a peer in benchmarks"),
+    Package(distribution="av", module="av", gives="mp4 files", extra="video"),
+    Package(distribution="textual-image", module="textual_image", gives="--show", extra="ui"),
+    Package(distribution="nvidia-cudnn-frontend", module="cudnn", gives="fp8 attention", extra="quant"),
+    Package(distribution="torchao", module="torchao", gives="a peer in benchmarks: quantised linears", extra="bench"),
+    Package(distribution="cache-dit", module="cache_dit", gives="a peer in benchmarks: step caching", extra="bench"),
 )
 
 
@@ -221,8 +222,9 @@ def _packages() -> Iterator[Check]:
         name = f"{package.distribution} ({package.gives})"
         version = installed(package.distribution)
         if version is None:
-            detail = f"pip install -c constraints.txt {package.install or package.distribution}"
-            yield Check(group="packages", name=name, works=False, detail=detail)
+            alone = f"pip install -c constraints.txt {package.distribution}"
+            how = install(package.extra) if package.extra else alone
+            yield Check(group="packages", name=name, works=False, detail=how)
             continue
 
         def imports(module: str = package.module, version: str = version) -> str:

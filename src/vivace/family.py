@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -167,22 +169,66 @@ class UnknownFamilyError(InputError):
 def family_of(pipe: object) -> Family:
     """The family of a pipeline, pipeline class, pipeline class name, or bare denoiser; subclasses match too.
 
-    Raises UnknownFamilyError, which names the nearest known class and says how to add a family.
+    Raises UnknownFamilyError, which names the families of its denoiser's class, else the nearest known class, and says
+    how to add a family.
     """
+    found = known_family(pipe)
+    if found is None:
+        raise UnknownFamilyError(_unknown(pipe))
+    return found
+
+
+def known_family(pipe: object) -> Family | None:
+    """As `family_of`; None where no family is recorded."""
     from vivace.families import FAMILIES
 
-    families = FAMILIES.values()
-    classes = [pipe] if isinstance(pipe, str) else _ancestry(pipe)
-    for name in classes:
-        for family in families:
+    for name in [pipe] if isinstance(pipe, str) else _ancestry(pipe):
+        for family in FAMILIES.values():
             if name in family.pipelines or (name == family.denoiser_class and _recognised(family, pipe)):
                 return family
+    return None
+
+
+def _unknown(pipe: object) -> str:
+    """What to say of a pipeline or model that belongs to no family."""
+    from vivace.families import FAMILIES
+
+    name = pipe if isinstance(pipe, str) else _ancestry(pipe)[0]
+    for denoiser in _denoisers(pipe):
+        kin = [family for family in FAMILIES.values() if _is_of(denoiser, family)]
+        if kin:
+            names = " and ".join(family.name for family in kin)
+            return (
+                f"no family is recorded for {name}; its denoiser, a {kin[0].denoiser_class}, is that of {names}; "
+                f"where it is called as theirs is, name the class among the pipelines in families/{kin[0].name}.py"
+            )
     known = {name: family.name for family in FAMILIES.values() for name in (*family.pipelines, family.denoiser_class)}
-    near = difflib.get_close_matches(classes[0], known, n=1, cutoff=0.0)[0]
-    raise UnknownFamilyError(
-        f"no family is recorded for {classes[0]}; the nearest is {near} ({known[near]}); "
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return (
+        f"no family is recorded for {name}; the nearest is {near} ({known[near]}); "
         "to add one, write families/<name>.py and one line in families/__init__.py (CONTRIBUTING.md)"
     )
+
+
+def _denoisers(pipe: object) -> list[object]:
+    """The denoisers of a pipeline; of a class, or the name of one of diffusers', what its constructor says of them."""
+    from vivace.families import FAMILIES
+
+    if isinstance(pipe, str):
+        import diffusers
+
+        pipe = getattr(diffusers, pipe, object)
+    slots = {slot for family in FAMILIES.values() for slot in family.denoisers}
+    if not isinstance(pipe, type):
+        return [module for slot in sorted(slots) if (module := getattr(pipe, slot, None)) is not None]
+    hints = inspect.signature(pipe.__init__).parameters
+    return [str(hints[slot].annotation) for slot in sorted(slots & hints.keys())]
+
+
+def _is_of(denoiser: object, family: Family) -> bool:
+    if isinstance(denoiser, str):
+        return family.denoiser_class in re.findall(r"\w+", denoiser)
+    return known_family(denoiser) is family
 
 
 def _ancestry(pipe: object) -> list[str]:

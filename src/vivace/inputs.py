@@ -52,6 +52,11 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     own = getattr(diffusers, source.pipeline, None)
     if own is None:
         raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    if "layers" in arguments(own):
+        raise InputError(f"{source.pipeline} makes several pictures of one, which go into no one file; call it in Python")
+    lacking = sorted(_needed(own) - _at_hand(source, own))
+    if lacking:
+        raise InputError(f"{source.name} is not complete: model_index.json does not list {', '.join(lacking)}")
     missing = [name for name in sorted(inputs_of(own) - wanted) if _required(own, name)]
     if missing:
         raise InputError(f"{source.pipeline} needs {' and '.join(f'--{name}' for name in missing)} too")
@@ -84,6 +89,15 @@ def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: s
         return False
     if slot and control_class and control_class not in str(built[slot].annotation):
         return False
-    at_hand = set(source.index) or set(inspect.signature(own.__init__).parameters)
-    needed = {name for name, parameter in built.items() if parameter.default is inspect.Parameter.empty}
-    return needed - {"self", slot} <= at_hand
+    return _needed(pipeline) - {slot} <= _at_hand(source, own)
+
+
+def _at_hand(source: Source, own: type[Any]) -> set[str]:
+    """The components of a model; those that its class can do without count, as absent."""
+    return (set(source.index) or set(inspect.signature(own.__init__).parameters)) | set(own._optional_components)
+
+
+def _needed(pipeline: type[Any]) -> frozenset[str]:
+    """The components that the class is not built without."""
+    built = inspect.signature(pipeline.__init__).parameters
+    return frozenset(name for name, one in built.items() if one.default is inspect.Parameter.empty) - {"self"}

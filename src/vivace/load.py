@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace import builtin, checkpoint
+from vivace import builtin, checkpoint, hub
 from vivace.config import resolve
 from vivace.errors import InputError, first_line
-from vivace.family import Family, UnknownFamilyError, Variant, family_of
+from vivace.family import Family, Variant, known_family
 
 if TYPE_CHECKING:
     import torch
@@ -171,9 +171,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"no device {device!r}; use cpu, cuda or cuda:N") from error
     if found.type == "cuda" and (found.index or 0) >= cuda:
-        raise InputError(
-            f"no device {device}: this machine has {cuda} CUDA devices; use --device cpu or cuda:N below {cuda}"
-        )
+        here = f"{cuda} CUDA devices; use cuda:N below {cuda}, or cpu" if cuda else "no GPU that torch can use; use cpu"
+        raise InputError(f"no device {device}: this machine has {here}")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("no device mps on this machine; use --device cpu")
     if found.type not in ("cpu", "cuda", "mps"):
@@ -198,10 +197,13 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source:
     """What `model` names, checked as far as it can be without reading weights. Raises InputError."""
     name = os.fspath(model)
+    if not name.strip():
+        raise InputError("no model is named; give builtin, a pipeline folder, a .safetensors file or a hub id")
     path = builtin.folder() if name == "builtin" else Path(name).expanduser()
-    if path.is_dir():
+    # As os.path asks: a name too long for a file is one that no file has.
+    if os.path.isdir(path):
         return _folder(name, path)
-    if path.is_file():
+    if os.path.isfile(path):
         from vivace import single_file
 
         family, found = single_file.identify(path, variant=variant)
@@ -225,34 +227,23 @@ def _folder(name: str, path: Path) -> Source:
         raise InputError(f"{path} is not a pipeline folder: model_index.json names no pipeline class")
     components = [key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     checkpoint.check_folder(path, components=components)
-    family = _family(pipeline)
+    family = known_family(pipeline)
     variant = _variant_of(path, family)
     own = _json(path / OWN, f"{path / OWN} cannot be read") if (path / OWN).is_file() else {}
     return Source(name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, own=own)
 
 
 def _hub(name: str) -> Source:
-    from huggingface_hub import hf_hub_download
-
     try:
-        index = json.loads(Path(hf_hub_download(name, "model_index.json")).read_text("utf-8"))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(
-            f"no folder {name} here, and the hub gave none of that name ({reason}); check name and network"
-        ) from error
+        path = hub.fetch(name, "model_index.json")
+    except InputError as error:
+        raise InputError(f"no folder {name} here, and none from the hub ({error}); check name and network") from error
+    index = _json(path, f"{name} is not a pipeline on the hub: its model_index.json cannot be read")
     pipeline = index.get("_class_name", "")
-    family = _family(pipeline)
+    family = known_family(pipeline)
     variants = family.variants.values() if family else ()
     variant = next((variant for variant in variants if variant.hub_id == name), None)
     return Source(name=name, path=None, pipeline=pipeline, family=family, variant=variant, index=index)
-
-
-def _family(pipeline: str) -> Family | None:
-    try:
-        return family_of(pipeline)
-    except UnknownFamilyError:
-        return None
 
 
 def _variant_of(path: Path, family: Family | None) -> Variant | None:

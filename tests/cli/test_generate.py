@@ -1,6 +1,7 @@
 """`vivace generate` from end to end, on a random model of the built-in one's class."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ from vivace import cli
 from vivace.families import FAMILIES
 
 PROMPT = "a small red circle"
+LONG = "x" * 300  # no file system takes such a name
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "sd3"
     FAMILIES["sd3"].tiny().save_pretrained(folder)
-    (folder / "vivace.json").write_text('{"steps": 2, "guidance": 3.0, "size": [64, 64]}')
+    (folder / "vivace.json").write_text('{"steps": 2, "guidance": 3.0, "size": [64, 64], "longest": 64}')
     return folder
 
 
@@ -168,7 +170,7 @@ BAD = {
     "steps": (("--steps", "0"), "--steps is 0"),
     "cache": (("--cache", "teacahe"), "the nearest is 'teacache'"),
     "cache that cannot": (("--cache", "deepcache"), "needs a UNet"),
-    "size": (("--size", "70x64"), "multiples of 16; the nearest is 64x64"),
+    "size": (("--size", "62x64"), "multiples of 16; the nearest is 64x64"),
     "size text": (("--size", "64"), "not WxH"),
     "huge size": (("--size", "64x1000000"), "from 1 to 16384"),
     "no picture": (("--image", "../none.png"), "no picture"),
@@ -184,7 +186,20 @@ BAD = {
     "unwritable": (("-o", "/proc/out.png"), "cannot write into /proc"),
     "no such folder": (("-o", "none/out.png"), "cannot write into none"),
     "a folder": (("-o", "../folder"), "is a folder"),
-    "a jpeg": (("-o", "out.jpg"), "does not end in .png"),
+    "a jpeg": (("-o", "out.jpg"), "does not end in .png, which a picture is written as; give -o out.png"),
+    "long output": (("-o", f"{LONG}.png"), "File name too long; give another -o"),
+    "long model": (("--model", LONG), "unknown model"),
+    "long path": (("--model", f"./{LONG}"), "no model at"),
+    "long picture": (("--image", LONG), "no picture"),
+    "long lora": (("--lora", LONG), "no weight file"),
+    "long prompts": (("--prompts", LONG), "cannot be read as text"),
+    "long control model": (("--control-image", "../in.png", "--controlnet", LONG), "is not a ControlNet's folder"),
+    "no model named": (("--model", ""), "no model is named; give builtin"),
+    "too large": (("--size", "128x64"), "the longest side of"),
+    "guidance": (("--guidance", "1e30"), "--guidance is 1e+30; it has to be from 0 to 1000"),
+    "infinite guidance": (("--guidance", "inf"), "from 0 to 1000"),
+    "no number": (("--guidance", "nan"), "from 0 to 1000"),
+    "huge seed": (("--seed", 2**63), f"it has to be from 0 to {2**63 - 1}"),
     "exists": (("-o", "../in.png"), "exists; give --overwrite"),
     "empty prompts": (("--prompts", "../empty.txt"), "holds no prompt"),
     "scheduler": (("--scheduler", "eular"), "nearest are EulerDiscreteScheduler"),
@@ -196,7 +211,23 @@ BAD = {
     "lora weight": (("--lora", "../odd.safetensors:x"), "'x' is not a number"),
     "no json": (("--call-kwargs", "{eta:1}"), "not JSON"),
     "unknown argument": (("--call-kwargs", '{"guidance_scal": 1}'), "the nearest is guidance_scale"),
-    "own argument": (("--call-kwargs", '{"generator": 1}'), "cannot set generator"),
+    "decided argument": (("--call-kwargs", '{"output_type": "np"}'), "cannot set output_type: vivace decides it"),
+    **{
+        f"the flag's {name}": (("--call-kwargs", json.dumps({name: value})), f"cannot set {name}; give {flag} instead")
+        for name, value, flag in (
+            ("generator", 1, "--seed"),
+            ("num_inference_steps", 0, "--steps"),
+            ("num_images_per_prompt", 3, "--count"),
+            ("prompt", ["a", "b"], "PROMPT"),
+            ("height", "x", "--size"),
+            ("guidance_scale", None, "--guidance"),
+            ("negative_prompt", 1, "--negative"),
+        )
+    },
+    "no steps": (("--call-kwargs", '{"sigmas": []}'), "sigmas of --call-kwargs leave no step to do"),
+    "latents": (("--call-kwargs", '{"latents": [1]}'), "cannot run with latents of --call-kwargs: AttributeError"),
+    "two prompts": (("--call-kwargs", '{"prompt_2": ["a", "b"]}'), "cannot run with prompt_2 of --call-kwargs"),
+    "length": (("--call-kwargs", '{"max_sequence_length": "x"}'), "max_sequence_length of --call-kwargs: TypeError"),
     "seed": (("--seed", "-1"), "--seed is -1"),
     "count": (("--count", "0"), "--count is 0"),
 }
@@ -229,6 +260,25 @@ def test_a_pipeline_folder_with_a_cut_file(room, model, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-10])
     assert generate(PROMPT, "--model", folder) == 2
     assert "truncated" in capsys.readouterr().err
+
+
+def test_the_longest_name_is_written(room, model):
+    name = "ä" * 125 + ".png"  # 254 bytes of the 255
+    assert generate(PROMPT, "--model", model, "--steps", 1, "-o", name) == 0
+    assert [path.name for path in room.iterdir()] == [name]
+
+
+def test_a_folder_without_all_its_components(room, model, tmp_path, capsys):
+    index = json.loads((model / "model_index.json").read_text())
+    kept = {key: value for key, value in index.items() if key in ("_class_name", "vae", "scheduler")}
+    for name in ("vae", "scheduler"):
+        shutil.copytree(model / name, tmp_path / "part" / name)
+    (tmp_path / "part" / "model_index.json").write_text(json.dumps(kept))
+    assert generate(PROMPT, "--model", tmp_path / "part") == 2
+    said = capsys.readouterr().err
+    assert "is not complete: model_index.json does not list text_encoder, " in said
+    assert "transformer" in said
+    assert said.count("\n") == 1
 
 
 def test_ctrl_c_leaves_nothing_half_written(room, model, monkeypatch):

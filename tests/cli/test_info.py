@@ -25,6 +25,15 @@ def test_everything_a_picture_carries(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["settings"] == {"scheduler": "Euler"}
 
 
+def test_a_name_that_no_file_has(capsys):
+    assert info("x" * 300 + ".png") == 2
+    assert "no picture" in capsys.readouterr().err
+    assert info("x" * 300 + ".mp4") == 2
+    said = capsys.readouterr().err
+    assert "does not say how it was made" in said
+    assert said.count("\n") == 1
+
+
 def test_a_foreign_picture(tmp_path, capsys):
     Image.new("RGB", (16, 8)).save(tmp_path / "plain.png")
     assert info(tmp_path / "plain.png") == 2

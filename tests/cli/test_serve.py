@@ -57,7 +57,7 @@ def test_what_is_missing_is_named():
     code = "import sys; sys.modules['uvicorn'] = None\nfrom vivace.cli import main\nmain(['serve', 'x=/no/such/model'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "pip install 'vivace[serve]'" in done.stderr
+    assert "pip install -c constraints.txt -e '.[serve]'" in done.stderr
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(capsys):

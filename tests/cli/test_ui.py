@@ -70,4 +70,4 @@ def test_what_is_missing_is_named():
     code = "import sys; sys.modules['gradio'] = None\nfrom vivace.cli import main\nmain(['ui', 'x=/no/such/model'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
-    assert "pip install 'vivace[ui]'" in done.stderr
+    assert "pip install -c constraints.txt -e '.[ui]'" in done.stderr

@@ -31,7 +31,7 @@ def test_what_is_missing_is_named():
     code = "import sys; sys.modules['ray'] = None\nfrom vivace.cluster.connect import connect\nwith connect(): pass"
     free = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=free)
-    assert "pip install 'vivace[ray]'" in done.stderr
+    assert "pip install -c constraints.txt -e '.[ray]'" in done.stderr
 
 
 def test_the_dashboard_is_for_who_has_the_token():

@@ -35,6 +35,7 @@ def quick() -> Callable[..., Any]:
         "num_frames": 5,
         "num_inference_steps": 2,
         "strength": 0.9,
+        "layers": 1,
         "max_sequence_length": 16,
         # without these some pipelines choose a size of their own
         "use_resolution_binning": False,
@@ -46,6 +47,8 @@ def quick() -> Callable[..., Any]:
     def call(pipe: Any, **kwargs: Any) -> Any:
         named = inspect.signature(pipe.__call__).parameters
         known = {name: value for name, value in values.items() if name in named}
+        if "ControlNetUnion" in type(pipe).__name__:
+            known["control_mode"] = [3]  # which of its kinds the control picture is
         return pipe(**known | {"generator": torch.Generator().manual_seed(0)} | kwargs)
 
     return call

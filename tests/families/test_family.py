@@ -25,7 +25,7 @@ def test_tiny_pipeline_runs_and_its_split_is_exact(family, pipeline_class, seen,
     assert type(pipe).__name__ == pipeline_class
     output, calls = seen(pipe)
     pictures = output.frames if hasattr(output, "frames") else output.images
-    assert torch.isfinite(torch.as_tensor(pictures)).all()
+    assert torch.isfinite(torch.as_tensor(pictures[0])).all()
     # the first call: what a pipeline keeps from step to step may be gone by now
     denoiser, kwargs = calls[0]
     assert_split_is_forward(denoiser, kwargs, family=family)
@@ -99,6 +99,31 @@ def test_an_unknown_class_names_the_nearest_and_says_how_to_add_one():
     assert "families/__init__.py" in str(e.value)
     with pytest.raises(UnknownFamilyError, match="Linear"):
         family_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "said"),
+    [
+        ("AnimateDiffPipeline", "a UNet2DConditionModel, is that of sd and sdxl and lcm"),
+        ("StableDiffusionUpscalePipeline", "a UNet2DConditionModel, is that of sd and sdxl and lcm"),
+        ("FluxPriorReduxPipeline", r"the nearest is Flux\w+ \(flux\)"),
+        ("ZImageOmniPipeline", "a ZImageTransformer2DModel, is that of z_image;"),
+    ],
+)
+def test_an_unknown_pipeline_names_the_families_of_its_denoiser(pipeline, said):
+    for known_as in (pipeline, getattr(diffusers, pipeline)):
+        with pytest.raises(UnknownFamilyError, match=f"no family is recorded for {pipeline};.* {said}"):
+            family_of(known_as)
+
+
+def test_an_unknown_pipeline_at_hand_names_the_one_family_that_has_its_denoiser():
+    class Mine(diffusers.DiffusionPipeline):
+        def __init__(self, unet):
+            super().__init__()
+            self.register_modules(unet=unet)
+
+    with pytest.raises(UnknownFamilyError, match=r"for Mine; .* UNet2DConditionModel, is that of sdxl; .*sdxl\.py"):
+        family_of(Mine(FAMILIES["sdxl"].tiny().components["unet"]))
 
 
 def test_an_unknown_variant_and_an_unknown_component_are_named():

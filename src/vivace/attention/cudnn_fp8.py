@@ -23,7 +23,7 @@ import torch
 from vivace.attention.backend import Backend
 from vivace.attention.native import NATIVE
 from vivace.attention.packed import Operands, Packed
-from vivace.errors import InputError, first_line
+from vivace.errors import InputError, first_line, install
 from vivace.kernels.quant_heads import quant_heads
 from vivace.kernels.row import FORMATS, HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
@@ -187,7 +187,7 @@ def _backend(name: str, *, rotate: bool) -> Backend:
         exact=False,
         leaves=f"native where there is a mask or fewer than {KEYS} keys",
         package="cudnn",
-        install="pip install 'vivace[quant]'",
+        install=install("quant"),
     )
 
 

@@ -6,9 +6,11 @@ mistake of the user's is raised as InputError; it comes out as one line on stder
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -53,6 +55,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         code = _complain(str(error))
     except typer.TyperException as error:
         code = _complain(_usage(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        code = _complain(f"{Path(str(error.filename)).name[:40]}... is too long for a file's name; give a shorter one")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -187,8 +187,10 @@ def quiet() -> Iterator[None]:
     For a process that only runs this verb: the libraries' settings are theirs for the whole process.
     """
     import diffusers.utils.logging
+    import huggingface_hub.utils.logging
     import transformers.utils.logging
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

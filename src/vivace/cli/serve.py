@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vivace.errors import InputError
+from vivace.errors import InputError, install
 
 DRAIN = {False: 30.0, True: 600.0}
 """Seconds for what runs after SIGTERM, alone and on Ray, where a replica may be ended in the middle of a video."""
@@ -66,7 +66,7 @@ def serve(
             import gradio  # noqa: F401
     except ImportError as error:
         extra = "ui" if ui else "serve"
-        raise InputError(f"serving needs {error.name}; install it with: pip install 'vivace[{extra}]'") from error
+        raise InputError(f"serving needs {error.name}; install it with: {install(extra)}") from error
     only = {"address": address, "replicas": replicas, "gpus": gpus, "cpus": cpus, "dashboard": dashboard or None}
     stray = [f"--{name}" for name, value in only.items() if value is not None]
     if stray and not ray:

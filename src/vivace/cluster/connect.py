@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vivace.errors import InputError, first_line
+from vivace.errors import InputError, first_line, install
 
 LOOPBACK = "127.0.0.1"
 MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -37,7 +37,7 @@ def connect(
     try:
         import ray
     except ImportError as error:
-        raise InputError("Ray is not installed; install it with: pip install 'vivace[ray]'") from error
+        raise InputError(f"Ray is not installed; install it with: {install('ray')}") from error
     options: dict[str, Any] = {"address": address}
     if address is None:
         options = {

@@ -26,7 +26,7 @@ from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
 from vivace.distill.training import Training
 from vivace.distill.weights import state_of
-from vivace.errors import InputError
+from vivace.errors import InputError, install
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise InputError(
-            f"trackers {list(config.records.trackers)} cannot be had ({error}); pip install 'vivace[train]'"
+            f"trackers {list(config.records.trackers)} cannot be had ({error}); {install('train')}"
         ) from error
 
 

@@ -55,6 +55,8 @@ TINY: Mapping[str, Any] = {
     "axes_dims_rope": (4, 6, 6),
     "joint_attention_dim": small.WIDTH,
 }
+# Layers are told apart in a picture's positions, and whether they are opaque beside the time.
+TINY_OWN = {"QwenImageLayeredPipeline": {"use_additional_t_cond": True, "use_layer3d_rope": True}}
 
 
 def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
@@ -79,7 +81,7 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
             "text_encoder": _tiny_text_encoder,
             "tokenizer": qwen2_tokenizer,
             "processor": qwen_vl_processor,
-            "transformer": lambda: QwenImageTransformer2DModel(**TINY),
+            "transformer": lambda: QwenImageTransformer2DModel(**TINY, **TINY_OWN.get(name, {})),
             "controlnet": lambda: small.without_zeros(
                 QwenImageControlNetModel(**{**TINY, "num_layers": 1}, extra_condition_channels=extra)
             ),
@@ -270,6 +272,7 @@ QWEN_IMAGE = Family(
         "QwenImageEditPlusPipeline",
         "QwenImageControlNetPipeline",
         "QwenImageControlNetInpaintPipeline",
+        "QwenImageLayeredPipeline",
     ),
     denoisers=("transformer",),
     denoiser_class="QwenImageTransformer2DModel",

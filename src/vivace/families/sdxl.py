@@ -74,7 +74,7 @@ def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
             "scheduler": lambda: EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
             ),
-            "controlnet": lambda: small.controlnet(unet()),
+            "controlnet": lambda: (small.controlnet_union if "Union" in name else small.controlnet)(unet()),
             "adapter": lambda: small.t2i_adapter(unet(), kind="full_adapter_xl", downscale=16),
             "image_encoder": small.clip_vision,
             "feature_extractor": clip_image_processor,
@@ -98,6 +98,9 @@ SDXL = Family(
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
         "StableDiffusionXLAdapterPipeline",
         "StableDiffusionXLInstructPix2PixPipeline",
         "StableDiffusionXLPAGPipeline",

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, T2IAdapter, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        ControlNetModel,
+        ControlNetUnionModel,
+        DiffusionPipeline,
+        T2IAdapter,
+        UNet2DConditionModel,
+    )
     from transformers import (
         CLIPTextModel,
         CLIPTextModelWithProjection,
@@ -127,6 +134,39 @@ def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     from diffusers import ControlNetModel
 
     return without_zeros(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16)))
+
+
+def controlnet_union(unet: UNet2DConditionModel) -> ControlNetUnionModel:
+    """A ControlNet for any of six kinds of control picture, which fits an SDXL `unet`."""
+    from diffusers import ControlNetUnionModel
+
+    config: Any = unet.config
+    width = config.block_out_channels[0]
+    shape = {
+        name: config[name]
+        for name in (
+            "down_block_types",
+            "block_out_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+            "use_linear_projection",
+            "addition_embed_type",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        )
+    }
+    return without_zeros(
+        ControlNetUnionModel(
+            **shape,
+            conditioning_embedding_out_channels=(8, 8, 16, 16),
+            num_trans_channel=width,
+            num_trans_head=2,
+            num_proj_channel=width,
+        )
+    )
 
 
 def without_zeros(module: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vivace import hub
 from vivace.errors import InputError, first_line
 from vivace.generation import picture
 from vivace.inputs import CONTROLS, arguments, control_argument, control_slot
@@ -100,15 +102,13 @@ def control_class(job: Job) -> str | None:
     if job.controlnet is None:
         return None
     config = Path(job.controlnet).expanduser() / "config.json"
-    if not config.is_file():
-        if Path(job.controlnet).exists() or not HUB_ID.fullmatch(job.controlnet):
+    if not os.path.isfile(config):
+        if os.path.exists(job.controlnet) or not HUB_ID.fullmatch(job.controlnet):
             raise InputError(f"--controlnet {job.controlnet} is not a ControlNet's folder: it has no config.json")
-        from huggingface_hub import hf_hub_download
-
         try:
-            config = Path(hf_hub_download(job.controlnet, "config.json"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"no control model {job.controlnet}, here or on the hub ({first_line(error)})") from error
+            config = hub.fetch(job.controlnet, "config.json")
+        except InputError as error:
+            raise InputError(f"no control model {job.controlnet} here, and none from the hub ({error})") from error
     try:
         name = json.loads(config.read_text("utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
@@ -138,6 +138,11 @@ def check_adapters(job: Job, pipeline: type) -> None:
     """Check that the pipeline class can take the job's LoRAs and IP-Adapter. Raises InputError."""
     if job.loras and not hasattr(pipeline, "load_lora_weights"):
         raise InputError(f"{pipeline.__name__} takes no --lora")
+    if "ControlNetUnion" in pipeline.__name__ and "control_mode" not in job.call_kwargs:
+        raise InputError(
+            f"{pipeline.__name__} needs the kind of its --control-image, by number; "
+            "give it as --call-kwargs '{\"control_mode\": [3]}'"
+        )
     if job.ip_adapter and not (hasattr(pipeline, "load_ip_adapter") and "ip_adapter_image" in arguments(pipeline)):
         raise InputError(f"{pipeline.__name__} takes no --ip-adapter")
 

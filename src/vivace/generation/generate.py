@@ -120,8 +120,10 @@ class Opened:
         """Make and write one of the job's pictures. Raises InputError."""
         with counted(self.pipe, on_step, picture=picture, pictures=pictures) as counter:
             start = time.perf_counter()
-            frames = _call(self.pipe, self.ready.call, prompt=prompt, seed=seed)
+            frames = _call(self.pipe, self.ready, prompt=prompt, seed=seed)
             seconds = round(time.perf_counter() - start, 3)
+        if self.ready.job.call_kwargs and not counter.total:
+            raise InputError(f"{', '.join(self.ready.job.call_kwargs)} of --call-kwargs leave no step to do")
         _write(frames, path, ready=self.ready, prompt=prompt, seed=seed, applied=self.applied)
         made = Made(path=path, prompt=prompt, seed=seed, seconds=seconds)
         return Drawn(made=made, steps=counter.total, size=frames[0].size, frames=len(frames))
@@ -255,6 +257,7 @@ def _load(ready: Ready) -> DiffusionPipeline:
     longest = ready.call.get("max_sequence_length")
     if longest is None and "max_sequence_length" in accepted:
         longest = accepted["max_sequence_length"].default
+    longest = longest if isinstance(longest, int) else None  # else the pipeline will say what is wrong with it
     for prompt in job.prompts:
         for line in cut_lines(cuts(pipe, prompt, longest=longest)):
             logger.warning(line)
@@ -271,21 +274,31 @@ def _report(pipe: DiffusionPipeline) -> dict[str, Any]:
     return report(pipe).to_dict()
 
 
-def _call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, prompt: str, seed: int) -> list[Image.Image]:
-    """Run the pipeline once: one picture, or the frames of one video."""
+def _call(pipe: DiffusionPipeline, ready: Ready, *, prompt: str, seed: int) -> list[Image.Image]:
+    """Run the pipeline once: one picture, or the frames of one video. Raises InputError for what it cannot take."""
     import torch
+
+    more = ", ".join(ready.job.call_kwargs)
 
     # On the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     text = {"prompt": prompt} if prompt else {}
     run: Any = pipe
     try:
-        output = run(**text, **arguments, generator=generator, output_type="pil")
+        output = run(**text, **ready.call, generator=generator, output_type="pil")
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory for this; use --vram auto, or a smaller --size") from error
     except ValueError as error:
         raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
+    except Exception as error:  # stock pipelines check few of their arguments
+        if not more:
+            raise
+        raise InputError(f"{type(pipe).__name__} cannot run with {more} of --call-kwargs: {_said(error)}") from error
     return list(output.frames[0]) if hasattr(output, "frames") else [output.images[0]]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _cached(pipe: DiffusionPipeline) -> dict[str, Any]:

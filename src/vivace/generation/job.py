@@ -16,8 +16,41 @@ from vivace.load import Source
 
 LARGEST_SIDE = 16384  # pixels
 SEEDS = 2**63
-# Arguments of a pipeline's call that `generate` itself decides.
-RESERVED = frozenset({"generator", "output_type", "return_dict", "callback", "callback_on_step_end"})
+# Field of a Job -> the least and the most it can be.
+BOUNDS = {
+    "steps": (1, 10_000),
+    "count": (1, 1_000_000),
+    "frames": (1, 10_000),
+    "fps": (1, 1_000),
+    "guidance": (0, 1_000),
+    "true_cfg": (0, 1_000),
+    "seed": (0, SEEDS - 1),
+    "controlnet_scale": (0, 1_000),
+}
+# Argument of a pipeline's call -> the field of a Job that says the same; `--call-kwargs` is for all others.
+FIELDS = {
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "true_cfg_scale": "true_cfg",
+    "width": "size",
+    "height": "size",
+    "num_frames": "frames",
+    "fps": "fps",
+    "num_images_per_prompt": "count",
+    "num_videos_per_prompt": "count",
+    "generator": "seed",
+    "image": "images",
+    "mask_image": "mask",
+    "strength": "strength",
+    "control_image": "control_image",
+    "controlnet_conditioning_scale": "controlnet_scale",
+    "adapter_conditioning_scale": "controlnet_scale",
+    "ip_adapter_image": "ip_adapter",
+}
+# Arguments that `generate` itself decides.
+RESERVED = frozenset({"output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 # Field of a Job -> what a Family must list in `takes` for it.
 NEEDS = {
     "prompts": "prompt",
@@ -75,20 +108,10 @@ class Job:
 
 def check_values(job: Job) -> None:
     """Check a job by itself. Raises InputError for the first thing that cannot be."""
-    least = {
-        "steps": 1,
-        "count": 1,
-        "frames": 1,
-        "fps": 1,
-        "guidance": 0,
-        "true_cfg": 0,
-        "seed": 0,
-        "controlnet_scale": 0,
-    }
-    for name, bound in least.items():
+    for name, (least, most) in BOUNDS.items():
         value = getattr(job, name)
-        if value is not None and not bound <= value < SEEDS:
-            raise InputError(f"{flag(name)} is {value}; it has to be {bound} or more")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{flag(name)} is {value}; it has to be from {least} to {most}")
     if job.strength is not None and not 0 < job.strength <= 1:
         raise InputError(f"--strength is {job.strength}; it has to be above 0 and at most 1")
     if job.size is not None and not all(1 <= side <= LARGEST_SIDE for side in job.size):
@@ -107,9 +130,11 @@ def check_values(job: Job) -> None:
         raise InputError("an empty prompt; say what to draw")
     if job.few_step and job.scheduler:
         raise InputError("--few-step brings its own scheduler; leave --scheduler out")
-    taken = sorted(RESERVED & job.call_kwargs.keys())
-    if taken:
-        raise InputError(f"--call-kwargs cannot set {', '.join(taken)}: vivace decides these")
+    for name in job.call_kwargs:
+        if name in FIELDS:
+            raise InputError(f"--call-kwargs cannot set {name}; give {flag(FIELDS[name])} instead")
+        if name in RESERVED:
+            raise InputError(f"--call-kwargs cannot set {name}: vivace decides it; leave it out")
     for path in [lora.path for lora in job.loras] + [path for path in [job.ip_adapter] if path]:
         checkpoint.header(path)
 
@@ -131,12 +156,21 @@ def check_family(job: Job, source: Source) -> None:
         raise InputError(f"{family.title} does not take {flag(refused[0])}; of such inputs it takes {', '.join(flags)}")
     if "prompt" in family.takes and not job.prompts:
         raise InputError(f"{family.title} needs a prompt; say what to draw")
-    if job.size is not None and any(side % family.multiple for side in job.size):
-        width, height = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in job.size)
-        raise InputError(
-            f"--size {job.size[0]}x{job.size[1]} cannot be made: {family.title} needs multiples of {family.multiple}; "
-            f"the nearest is {width}x{height}"
-        )
+    if job.size is not None and (problem := size_problem(job.size, source)):
+        raise InputError(f"--size {problem}")
+
+
+def size_problem(size: tuple[int, int], source: Source) -> str | None:
+    """Why a model cannot make pictures of a size, width and height in pixels; None where it can, so far as is known."""
+    made = f"{size[0]}x{size[1]} cannot be made"
+    if source.longest is not None and max(size) > source.longest:
+        return f"{made}: the longest side of {source.name} is {source.longest} pixels"
+    multiple = source.family.multiple if source.family else 1
+    if any(side % multiple for side in size):
+        width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
+        title = source.family.title if source.family else source.name
+        return f"{made}: {title} needs multiples of {multiple}; the nearest is {width}x{height}"
+    return None
 
 
 def outputs(job: Job, *, media: str) -> list[Path]:
@@ -146,18 +180,19 @@ def outputs(job: Job, *, media: str) -> list[Path]:
     """
     suffix = ".mp4" if media == "video" else ".png"
     first = (job.output or Path(f"out{suffix}")).expanduser()
-    if first.is_dir():
+    if os.path.isdir(first):
         raise InputError(f"{first} is a folder; give a file, such as -o {first / f'out{suffix}'}")
     if first.suffix.lower() != suffix:
-        raise InputError(f"-o {first} does not end in {suffix}, and {suffix} is what a {media} is written as")
+        kind = "a video" if media == "video" else "a picture"
+        raise InputError(f"-o {first} does not end in {suffix}, which {kind} is written as; give -o out{suffix}")
     total = max(1, len(job.prompts)) * job.count
     width = len(str(total))
     numbered = [first.with_name(f"{first.stem}-{number:0{width}}{first.suffix}") for number in range(1, total + 1)]
     paths = [first] if total == 1 else numbered
-    for path in paths:
-        if path.exists() and not (job.overwrite and path.is_file()):
-            raise InputError(f"{path} exists; give --overwrite to replace it, or another -o")
     try:
+        for path in paths:
+            if path.exists() and not (job.overwrite and path.is_file()):
+                raise InputError(f"{path} exists; give --overwrite to replace it, or another -o")
         # Tried, not asked: permission bits say nothing of read-only file systems.
         with tempfile.TemporaryFile(dir=first.parent):
             pass

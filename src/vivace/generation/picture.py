@@ -19,13 +19,14 @@ KEYS = ("prompt", "seed", "settings")
 SMALLEST_SIDE = 8  # pixels
 LONGEST_ASPECT = 16
 MOST_PIXELS = 100_000_000
+KEPT = 40  # characters of a name
 
 
 def read(path: Path, *, mode: str = "RGB") -> Image.Image:
     """An input picture, turned upright, in `mode`. Raises InputError for what is missing, unreadable or absurd."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no picture {path}; check the path")
     try:
         with Image.open(path) as file:
@@ -47,7 +48,8 @@ def read(path: Path, *, mode: str = "RGB") -> Image.Image:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; it takes the place of `path` when the block ends, and is removed on any error."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # The end of the stem, which tells numbered pictures apart: a name may be as long as the file system takes.
+    part = path.with_name(f".{path.stem[-KEPT:]}.{os.getpid()}{path.suffix}")
     try:
         yield part
         os.replace(part, path)
@@ -80,7 +82,7 @@ def facts(path: Path) -> dict[str, Any]:
     """What `write` put into a PNG: prompt, seed and settings. Raises InputError where a picture carries none."""
     from PIL import Image
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no picture {path}; check the path")
     try:
         with Image.open(path) as file:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace.errors import InputError
+from vivace.errors import InputError, install
 from vivace.generation.picture import whole
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def require() -> Any:
     try:
         import av
     except ImportError as error:
-        raise InputError("videos need PyAV; install it with: pip install 'vivace[video]'") from error
+        raise InputError(f"videos need PyAV; install it with: {install('video')}") from error
     return av
 
 

@@ -20,7 +20,7 @@ from vivace.cache import spell
 from vivace.checkpoint import header
 from vivace.config import PRESETS, Config, preset_name, resolve
 from vivace.errors import InputError, first_line
-from vivace.family import UnknownFamilyError, family_of
+from vivace.family import known_family
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
 from vivace.passes.target import device_of, hooks_of
@@ -334,12 +334,8 @@ def _source(alias: str, spec: Spec) -> Source:
     if isinstance(spec.source, str | Path):
         return find(spec.source)
     pipe = spec.source
-    try:
-        family = family_of(pipe)
-    except UnknownFamilyError:
-        family = None
     index = dict(pipe.components)
-    return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=family, index=index)
+    return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=known_family(pipe), index=index)
 
 
 def lane_of(module: torch.nn.Module) -> Lane | None:

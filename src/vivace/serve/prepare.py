@@ -10,6 +10,7 @@ from vivace import inputs
 from vivace.errors import InputError
 from vivace.generation.conditioning import ROUND_TO
 from vivace.generation.generate import CALL
+from vivace.generation.job import size_problem
 from vivace.load import Source
 from vivace.scheduler import scheduler_class
 from vivace.serve.failures import FieldError
@@ -102,16 +103,8 @@ def check(request: Request, source: Source) -> None:
         )
     if "prompt" in family.takes and not request.prompt.strip() and "prompt_embeds" not in request.arguments:
         raise FieldError("prompt", "the prompt is empty; say what to draw")
-    if request.size is not None and source.longest is not None and max(request.size) > source.longest:
-        text = f"size {request.size[0]}x{request.size[1]} cannot be made: the longest side of {source.name} is "
-        raise FieldError("size", f"{text}{source.longest} pixels")
-    if request.size is not None and any(side % family.multiple for side in request.size):
-        width, height = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in request.size)
-        raise FieldError(
-            "size",
-            f"size {request.size[0]}x{request.size[1]} cannot be made: {family.title} needs multiples of "
-            f"{family.multiple}; the nearest is {width}x{height}",
-        )
+    if request.size is not None and (problem := size_problem(request.size, source)):
+        raise FieldError("size", f"size {problem}")
 
 
 def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
