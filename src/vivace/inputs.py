@@ -53,7 +53,7 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     if own is None:
         raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
     if "layers" in arguments(own):
-        raise InputError(f"{source.pipeline} makes several pictures of one, which go into no one file; call it in Python")
+        raise InputError(f"{source.pipeline} makes several pictures of one, too many for a file; call it in Python")
     lacking = sorted(_needed(own) - _at_hand(source, own))
     if lacking:
         raise InputError(f"{source.name} is not complete: model_index.json does not list {', '.join(lacking)}")

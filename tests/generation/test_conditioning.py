@@ -79,6 +79,21 @@ def test_a_control_model_that_is_none(make, room):
         make(controlnet=str(room / "sd" / "vae"), control_image=room / "control.png")
 
 
+def test_a_control_model_for_many_kinds_is_told_which(make, room, tmp_path):
+    pipe = FAMILIES["sdxl"].tiny("StableDiffusionXLControlNetUnionPipeline")
+    pipe.controlnet.save_pretrained(tmp_path / "union")
+    FAMILIES["sdxl"].tiny().save_pretrained(tmp_path / "sdxl")
+    union = {"controlnet": str(tmp_path / "union"), "control_image": room / "control.png"}
+    with pytest.raises(InputError, match="needs the kind of its --control-image, by number; give it as --call-kwargs"):
+        make(model=str(tmp_path / "sdxl"), **union)
+    edges, result = make(model=str(tmp_path / "sdxl"), **union, call_kwargs={"control_mode": [3]})
+    depth, _ = make(model=str(tmp_path / "sdxl"), **union, call_kwargs={"control_mode": [1]})
+    assert edges != depth
+    assert result.applied["pipeline"] == "StableDiffusionXLControlNetUnionPipeline"
+    with pytest.raises(InputError, match="must be lower than 6"):
+        make(model=str(tmp_path / "sdxl"), **union, call_kwargs={"control_mode": [99]})
+
+
 def test_an_ip_adapter_sees_the_last_image(make, room, tmp_path):
     unet = StableDiffusionPipeline.from_pretrained(room / "sd").unet
     torch.manual_seed(0)

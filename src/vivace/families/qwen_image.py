@@ -56,7 +56,9 @@ TINY: Mapping[str, Any] = {
     "joint_attention_dim": small.WIDTH,
 }
 # Layers are told apart in a picture's positions, and whether they are opaque beside the time.
-TINY_OWN = {"QwenImageLayeredPipeline": {"use_additional_t_cond": True, "use_layer3d_rope": True}}
+TINY_OWN: Mapping[str, Mapping[str, Any]] = {
+    "QwenImageLayeredPipeline": {"use_additional_t_cond": True, "use_layer3d_rope": True}
+}
 
 
 def tiny(pipeline_class: str | None = None) -> DiffusionPipeline:
