@@ -26,6 +26,7 @@ from parts import assemble, export, transformer
 from quiz import quiz
 from student import Student
 from train_transformer import weights_of
+from widen import widen
 
 from vivace.builtin.reader import Reader, load_reader
 
@@ -52,7 +53,9 @@ def publish(
     denoiser = transformer()
     denoiser.load_state_dict(student.denoiser.state_dict())
     model = to / "model"
-    export(assemble(vae.cpu(), denoiser, (student.clip.cpu(), student.least.cpu()), shift=shift), model)
+    pipe = assemble(vae.cpu(), denoiser, (student.clip.cpu(), student.least.cpu()), shift=shift)
+    widen(pipe)
+    export(pipe, model)
     defaults = {"steps": extent.steps, "guidance": guidance, "size": [256, 256], "longest": 256}
     (model / "vivace.json").write_text(json.dumps(defaults) + "\n")
     if to.resolve() != weights.resolve():
