@@ -24,8 +24,8 @@ class Rule:
 
 
 # The first two are guesses: a launch from Python costs the host 5 to 15 microseconds, and the 530 of SD 1.5 take
-# longer than the work they start. Measured on an H200: FLUX in fp8 is 74 ms of kernels and took 110 ms without a graph,
-# since the library looks for an algorithm at every scaled product.
+# longer than the work they start. Measured on an H200: FLUX in fp8 is 74 ms of kernels and took 110 ms without a graph;
+# what it takes with one is still to be measured.
 RULES: tuple[Rule, ...] = (
     Rule(parameters=1_000_000_000),
     Rule(parameters=3_000_000_000, convolutional=True),
