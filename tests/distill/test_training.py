@@ -114,3 +114,13 @@ def test_learning_rates_rise(config, tmp_path):
         training.batch()
         rates.append(training.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
+
+
+def test_learning_rates_fall(config, tmp_path):
+    stages = (Stage(batches=4, steps=4, guidance=(2.0, 2.0)),)
+    training = training_of(config, tmp_path, stages=stages, optimizer=Optimizer(lr=1e-3, decay=2))
+    rates = []
+    for _ in range(4):
+        training.batch()
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])

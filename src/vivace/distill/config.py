@@ -121,6 +121,8 @@ class Optimizer:
     """The student's learning rate."""
     warmup: int = 0
     """Optimizer steps over which the learning rates rise."""
+    decay: int = 0
+    """Optimizer steps, the last ones, over which the learning rates fall towards 0."""
     weight_decay: float = 1e-2
     """AdamW's."""
     clip: float | None = 1.0
@@ -224,7 +226,7 @@ def check(config: DistillConfig) -> None:
     optimizer, records = config.optimizer, config.records
     bounds = {
         "": (vars(config), {"batch": 1}),
-        "optimizer.": (vars(optimizer), {"accumulate": 1, "warmup": 0, "lr": 0}),
+        "optimizer.": (vars(optimizer), {"accumulate": 1, "warmup": 0, "decay": 0, "lr": 0}),
         "records.": (vars(records), {"save_every": 1, "keep": 1, "sample_every": 0}),
         "student.": (vars(config.student), {"rank": 1}),
         "discriminator.": (vars(config.discriminator), {"width": 1, "lr": 0}),

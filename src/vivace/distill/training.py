@@ -81,7 +81,7 @@ class Training:
         """
         stage = self.stage
         sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
-        self._warm_up()
+        self._set_rates()
         for part in range(self.config.optimizer.accumulate):
             generator, item = self.draw(part)
             # Only the last part's gradients have to meet those of other processes.
@@ -190,8 +190,12 @@ class Training:
             if optimizer is not None:
                 optimizer.zero_grad()
 
-    def _warm_up(self) -> None:
-        share = min(1.0, (self.done + 1) / self.config.optimizer.warmup) if self.config.optimizer.warmup else 1.0
+    def _set_rates(self) -> None:
+        """The learning rates of the next batch: they rise, stand, and fall, each linearly."""
+        warmup, decay = self.config.optimizer.warmup, self.config.optimizer.decay
+        risen = (self.done + 1) / warmup if warmup else 1.0
+        left = (self.config.batches - self.done) / decay if decay else 1.0
+        share = min(1.0, risen, left)
         for optimizer, lr in ((self.optimizer, self.config.optimizer.lr), (self.judge, self.config.discriminator.lr)):
             for group in optimizer.param_groups if optimizer is not None else ():
                 group["lr"] = share * lr
