@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,15 @@ class Recording:
     output: Any
     replay: Callable[[], None]
     nbytes: int  # of device memory that goes back when the recording is dropped
+
+    def fill(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy `tensors` into the inputs: those of one type in one launch, as a prompt's part has two for each block."""
+        kinds: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for pair in zip(self.inputs, tensors, strict=True):
+            kinds.setdefault(pair[0].dtype, []).append(pair)
+        for pairs in kinds.values():
+            static, given = zip(*pairs, strict=True)
+            torch._foreach_copy_(static, given)
 
 
 HOST = "cpu"
@@ -68,8 +77,7 @@ class Graphs:
                 recording = self._record(segment, leaves, spec)
                 self._keep(key, recording)
             self.recordings.move_to_end(key)
-            for static, tensor in zip(recording.inputs, tensors, strict=True):
-                static.copy_(tensor)
+            recording.fill(tensors)
             recording.replay()
             return tree_map_only(torch.Tensor, torch.clone, recording.output)
 

@@ -141,3 +141,10 @@ def test_the_cast_keeps_nan():
     x = torch.ones(1, 4, 2, 16, device="cuda")
     x[0, 1, 0, 3] = float("nan")
     assert torch.equal(quant_heads(x).float().isnan(), x.isnan())
+
+
+def test_rows_that_lie_apart_are_projected_as_they_are():
+    linear = torch.nn.Linear(24, 16)
+    y = torch.randn(3, 10, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(heads.projected(linear, y[:, 2:7], dtype=y.dtype), linear(y[:, 2:7]))

@@ -7,13 +7,14 @@ from vivace.passes.graphs import wins
 
 
 @pytest.mark.parametrize(
-    ("family", "expected"), [("sd", True), ("sdxl", True), ("flux", False), ("sd3", False), ("wan", False)]
+    ("family", "expected"),
+    [("sd", True), ("sdxl", True), ("svd", True), ("sd3", True), ("flux", False), ("qwen_image", False), ("wan", False)],
 )
 def test_small_denoisers_and_unets(family, expected):
-    denoiser = FAMILIES[family].full(device="meta")
-    assert wins(denoiser, sm=(9, 0), quantised=False) is expected
-    assert wins(denoiser, sm=(9, 0), quantised=True)
+    denoiser, media = FAMILIES[family].full(device="meta"), FAMILIES[family].media
+    assert wins(denoiser, media=media, sm=(9, 0), quantised=False) is expected
+    assert wins(denoiser, media=media, sm=(9, 0), quantised=True)
 
 
 def test_tiny_ones_of_every_kind():
-    assert wins(FAMILIES["sd3"].tiny().transformer, sm=(7, 5), quantised=False)
+    assert wins(FAMILIES["sd3"].tiny().transformer, media=None, sm=(7, 5), quantised=False)

@@ -107,7 +107,15 @@ def attended(
 
 def projected(out: Any, y: torch.Tensor | HeadScaled, *, dtype: torch.dtype) -> torch.Tensor:
     """The projection `out` of what attention made; e4m3 heads go in as the rows that it takes, else in `dtype`."""
-    return out(unscale_heads(y, dtype=dtype, quantize=takes(out)) if isinstance(y, HeadScaled) else y)
+    if isinstance(y, HeadScaled):
+        return out(unscale_heads(y, dtype=dtype, quantize=takes(out)))
+    if y.is_contiguous() or type(out) is not torch.nn.Linear or out.bias is None or torch.is_grad_enabled():
+        return out(y)
+    # Of rows that lie apart, as one stream's in a joint batch, torch makes a copy, and a pass of its own for the bias.
+    made = y.new_empty(*y.shape[:-1], out.out_features)
+    for sample, rows in zip(y, made, strict=True):
+        torch.addmm(out.bias, sample, out.weight.t(), out=rows)
+    return made
 
 
 def _scales(v: torch.Tensor, heads: Heads, tokens: Tokens, attend: Attend, *, keys: int) -> torch.Tensor | None:

@@ -41,9 +41,9 @@ def join_activate_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _join_activate_kernel(
-    a, a_scale, b, c, out, row_scale, tokens, a_width, width, heads,
+    a, a_scale, b, c, out, row_scale, tokens, a_width, width,
     a_batch, a_token, b_batch, b_token, c_batch, c_token,
-    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -54,8 +54,8 @@ def _join_activate_kernel(
 
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0).to(tl.float32)
     if a_scale is not None:
-        head = columns // (a_width // heads)
-        x = x * tl.load(a_scale + batch * heads + head, mask=columns < a_width, other=0.0)[None, :]
+        heads = a_width // DEPTH
+        x = x * tl.load(a_scale + batch * heads + columns // DEPTH, mask=columns < a_width, other=0.0)[None, :]
     second = mask & (first == 0)
     at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
     y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND, LIMIT > 0)
@@ -79,9 +79,11 @@ def _launch(
     made = rows_like(b, quantize, width=width)
     rows, block, warps = tile(width)
     _join_activate_kernel[(ceil_div(tokens, rows), batch)](
-        a, a_scale, b, c, made[0], made[-1], tokens, a_width, width, 1 if a_scale is None else a_scale.shape[1],
+        a, a_scale, b, c, made[0], made[-1], tokens, a_width, width,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         *((0, 0) if c is None else c.stride()[:2]),
+        # A constant, because a division by one is a shift: every thread would divide 32 times.
+        DEPTH=1 if a_scale is None else a_width // a_scale.shape[1],
         KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made

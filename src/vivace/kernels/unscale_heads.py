@@ -22,8 +22,8 @@ def unscale_heads_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _unscale_heads_kernel(
-    x, scale, out, row_scale, tokens, width, heads, depth, x_batch,
-    LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, scale, out, row_scale, tokens, width, x_batch,
+    DEPTH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -32,7 +32,7 @@ def _unscale_heads_kernel(
     mask = (rows < tokens)[:, None] & inside[None, :]
     at = x + batch * x_batch + rows.to(tl.int64)[:, None] * width + columns[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    y = y * tl.load(scale + batch * heads + columns // depth, mask=inside, other=0.0)[None, :]
+    y = y * tl.load(scale + batch * (width // DEPTH) + columns // DEPTH, mask=inside, other=0.0)[None, :]
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 
@@ -44,8 +44,8 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: 
         made.append(torch.empty(batch, tokens, FORMATS[quantize].factors, device=x.device, dtype=torch.float32))
     rows, block, warps = tile(width)
     _unscale_heads_kernel[(ceil_div(tokens, rows), batch)](
-        x, scale, made[0], made[-1], tokens, width, heads, depth, x.stride(0),
-        LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        x, scale, made[0], made[-1], tokens, width, x.stride(0),
+        DEPTH=depth, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 

@@ -19,26 +19,29 @@ class Rule:
 
     parameters: int | None = None
     sm: tuple[int, int] | None = None  # compute capability
+    media: str | None = None
     convolutional: bool | None = None
     quantised: bool | None = None
 
 
-# The first two are guesses: a launch from Python costs the host 5 to 15 microseconds, and the 530 of SD 1.5 take
-# longer than the work they start. Measured on an H200: FLUX in fp8 is 74 ms of kernels and took 110 ms without a graph;
-# what it takes with one is still to be measured.
+# Measured on an H200, kernels alone, the call without a graph and with one: FLUX in fp8 74, 110 and 85 ms (with it the
+# card is at its power limit); SD 3.5 medium, of 2.2 billion parameters, 44 and 57 ms, and 38 with one in fp8. FLUX and
+# Qwen-Image in 16 bit keep the GPU busy without one, and so do the few, long kernels of a video transformer.
 RULES: tuple[Rule, ...] = (
     Rule(parameters=1_000_000_000),
+    Rule(parameters=3_000_000_000, media="image"),
     Rule(parameters=3_000_000_000, convolutional=True),
     Rule(quantised=True),
 )
 
 
-def wins(denoiser: torch.nn.Module, *, sm: tuple[int, int], quantised: bool) -> bool:
-    """Whether a rule says that graphs win for `denoiser` on GPUs of compute capability `sm`."""
+def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int], quantised: bool) -> bool:
+    """Whether a rule says that graphs win for `denoiser` of a family of `media` on GPUs of compute capability `sm`."""
     size, convolutional = sum(p.numel() for p in denoiser.parameters()), bool(convolutions(denoiser))
     return any(
         (rule.parameters is None or size <= rule.parameters)
         and rule.sm in (None, sm)
+        and rule.media in (None, media)
         and rule.convolutional in (None, convolutional)
         and rule.quantised in (None, quantised)
         for rule in RULES
@@ -54,8 +57,8 @@ def _check(target: Target) -> str | None:
         return f"{target.placement.moves}, and a recording would keep their first place"
     if target.config.graphs == "auto":
         sm = torch.cuda.get_device_capability(target.device)
-        few_bits = quantises(target)
-        if not all(wins(denoiser, sm=sm, quantised=few_bits) for denoiser in target.denoisers.values()):
+        facts = {"media": target.family and target.family.media, "quantised": quantises(target)}
+        if not all(wins(denoiser, sm=sm, **facts) for denoiser in target.denoisers.values()):
             return "kernels take longer than launching them here; graphs='on' asks for it"
     return None
 
