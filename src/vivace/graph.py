@@ -27,7 +27,7 @@ class Recording:
     nbytes: int  # of device memory that goes back when the recording is dropped
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy `tensors` into the inputs: those of one type in one launch, as a prompt's part has two for each block."""
+        """Copy `tensors` into the inputs: those of one type in one launch."""
         kinds: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for pair in zip(self.inputs, tensors, strict=True):
             kinds.setdefault(pair[0].dtype, []).append(pair)

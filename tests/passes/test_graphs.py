@@ -8,7 +8,15 @@ from vivace.passes.graphs import wins
 
 @pytest.mark.parametrize(
     ("family", "expected"),
-    [("sd", True), ("sdxl", True), ("svd", True), ("sd3", True), ("flux", False), ("qwen_image", False), ("wan", False)],
+    [
+        ("sd", True),
+        ("sdxl", True),
+        ("svd", True),
+        ("sd3", True),
+        ("flux", False),
+        ("qwen_image", False),
+        ("wan", False),
+    ],
 )
 def test_small_denoisers_and_unets(family, expected):
     denoiser, media = FAMILIES[family].full(device="meta"), FAMILIES[family].media

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vivace.bench.table import Line, duration, rows
 
 SCALE = 2  # pixels a unit, for sharp text
-WIDTH, MARGIN, LABEL, ROW, HEADER = 960, 24, 190, 30, 56
+WIDTH, MARGIN, LABEL, ROW, HEADER = 960, 24, 190, 30, 56  # LABEL: the least that names get
 OURS, PEER, INK, FAINT, PAPER = "#d9480f", "#868e96", "#212529", "#868e96", "#ffffff"
 
 
@@ -34,19 +34,21 @@ def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]],
     text(canvas, (MARGIN, top + 22), "median; shorter is faster", size=11, fill=FAINT)
     top += HEADER
     longest = max((row["ms"] for row in found if row["ms"]), default=1.0)
-    full = WIDTH - LABEL - MARGIN - 190  # what the figures beside the bars need
+    widest = max(ImageFont.load_default(13 * SCALE).getlength(row["contestant"]) / SCALE for row in found)
+    left = max(LABEL, MARGIN + widest + 10)
+    full = WIDTH - left - MARGIN - 190  # what the figures beside the bars need
     for row in found:
         middle = top + ROW // 2
         mine = row["contestant"] in ours
-        text(canvas, (LABEL - 10, middle), row["contestant"], size=13, fill=INK, anchor="rm")
+        text(canvas, (left - 10, middle), row["contestant"], size=13, fill=INK, anchor="rm")
         if row["ms"]:
-            end = LABEL + max(2, full * row["ms"] / longest)
-            box = [edge * SCALE for edge in (LABEL, top + 5, end, top + ROW - 5)]
+            end = left + max(2, full * row["ms"] / longest)
+            box = [edge * SCALE for edge in (left, top + 5, end, top + ROW - 5)]
             canvas.rounded_rectangle(box, radius=3 * SCALE, fill=OURS if mine else PEER)
             cold = "" if row["cold s"] is None else f"   cold {row['cold s']:.1f} s"
             text(canvas, (end + 8, middle), f"{duration(row['ms'])}{cold}", size=12, fill=INK, anchor="lm")
         else:
-            text(canvas, (LABEL, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
+            text(canvas, (left, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
         top += ROW
     return top + MARGIN
 

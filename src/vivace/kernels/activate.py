@@ -46,10 +46,17 @@ def _sigmoid(x, COARSE: tl.constexpr):
 
 @jit
 def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
-    """The activation of `x` (fp32); COARSE where the result is rounded to 8 bits."""
+    """The activation of `x` (fp32); COARSE where the result is rounded to 8 bits.
+
+    Coarse, "gelu" takes one slow instruction in place of an erf, and is within 3e-4.
+    """
     if KIND == "silu":
         return x * _sigmoid(x, COARSE)
     if KIND == "gelu":
+        if COARSE and not EMULATED:
+            # ln(P(x) / P(-x)) of the normal distribution P, fitted up to 5; its tails come out within 1.3 %.
+            square = tl.minimum(x * x, 30.0)
+            return x * _sigmoid(x * (1.5957691 + square * (0.0728806398 - 0.000659531818 * square)), COARSE)
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     # 0.5 * (1 + tanh(u)) is sigmoid(2 u), and 2 * sqrt(2 / pi) is 1.5957...
     return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), COARSE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _hang(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 class Cached:
-    """Endless items out of a folder of such files, in an order of each epoch's own."""
+    """Endless items out of a folder of such files, in an order of each epoch's own; the next one is read ahead."""
 
     def __init__(self, folder: str, *, seed: int, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
         self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))[rank::world]
@@ -73,14 +74,19 @@ class Cached:
             raise InputError(f"{folder} holds no batch for process {rank}; write some with vivace distill --precache")
         self.seed, self.device = seed, device
         self.epoch, self.position = 0, 0
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[Path, Future[Item]] | None = None
 
     def __next__(self) -> Item:
-        if self.position == len(self.files):
-            self.epoch, self.position = self.epoch + 1, 0
-        order = list(range(len(self.files)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        self.position += 1
-        return read_item(self.files[order[self.position - 1]], device=self.device)
+        path = self._step()
+        item = self._ahead[1] if self._ahead and self._ahead[0] == path else self._read(path)
+        # One further, and back: the state is of what was handed out.
+        before = self.state()
+        following = self._step()
+        self.load(before)
+        found = item.result()
+        self._ahead = following, self._read(following)
+        return found
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -89,3 +95,15 @@ class Cached:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` was taken."""
         self.epoch, self.position = state["epoch"], state["position"]
+
+    def _step(self) -> Path:
+        """Go one file on; which one that is."""
+        if self.position == len(self.files):
+            self.epoch, self.position = self.epoch + 1, 0
+        order = list(range(len(self.files)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        self.position += 1
+        return self.files[order[self.position - 1]]
+
+    def _read(self, path: Path) -> Future[Item]:
+        return self._reader.submit(read_item, path, device=self.device)
