@@ -14,6 +14,7 @@ BACKENDS: dict[str, str] = {
     "cudnn_fp8": "vivace.attention.cudnn_fp8:CUDNN_FP8",
     "cudnn_fp8_rotated": "vivace.attention.cudnn_fp8:CUDNN_FP8_ROTATED",
     "efficient": "vivace.attention.native:EFFICIENT",
+    "few_keys": "vivace.attention.few_keys:FEW_KEYS",
     "flash": "vivace.attention.flash:FLASH",
     "radial": "vivace.attention.radial:RADIAL",
     "sage": "vivace.attention.sage:SAGE",

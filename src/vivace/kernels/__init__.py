@@ -7,6 +7,7 @@ from vivace.kernels import (
     blend,
     change,
     channel_norm_silu,
+    cross_attention,
     few_rows_linear,
     gate_residual,
     glu,
@@ -43,6 +44,7 @@ KERNELS: dict[str, Kernel] = {
         few_rows_linear,
         quant_heads,
         unscale_heads,
+        cross_attention,
         merge_heads,
         change,
     )

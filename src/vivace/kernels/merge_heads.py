@@ -38,8 +38,8 @@ def merge_heads_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _merge_heads_kernel(
-    places, outs, lses, signs, made, tokens, width, heads, depth,
-    PARTS: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    places, outs, lses, signs, made, tokens, width, heads,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -51,13 +51,13 @@ def _merge_heads_kernel(
     # Twice over the log-sum-exps, which are small: the largest first, so that no exponential overflows.
     most = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
     for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        at = (first + (moved if PERMUTED[i] else rows))[:, None] * heads + (columns // depth)[None, :]
+        at = (first + (moved if PERMUTED[i] else rows))[:, None] * heads + (columns // DEPTH)[None, :]
         most = tl.maximum(most, tl.load(lses[i] + at, mask=mask, other=0.0))
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     merged = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         row = first + (moved if PERMUTED[i] else rows)
-        lse = tl.load(lses[i] + row[:, None] * heads + (columns // depth)[None, :], mask=mask, other=0.0)
+        lse = tl.load(lses[i] + row[:, None] * heads + (columns // DEPTH)[None, :], mask=mask, other=0.0)
         weight = signs[i] * tl.exp(lse - most)
         x = tl.load(outs[i] + row[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         total += weight
@@ -77,8 +77,8 @@ def _launch(
     made = torch.empty_like(outs[0])
     rows, block, warps = tile(heads * depth)
     _merge_heads_kernel[(ceil_div(tokens, rows), batch)](
-        places, tuple(outs), tuple(lses), tuple(map(float, signs)), made, tokens, heads * depth, heads, depth,
-        PARTS=len(outs), PERMUTED=tuple(map(bool, permuted)), ROWS=rows, BLOCK=block, num_warps=warps,
+        places, tuple(outs), tuple(lses), tuple(map(float, signs)), made, tokens, heads * depth, heads,
+        DEPTH=depth, PARTS=len(outs), PERMUTED=tuple(map(bool, permuted)), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return [made]
 
