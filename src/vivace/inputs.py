@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vivace.errors import InputError
 from vivace.load import Source
@@ -15,14 +16,12 @@ CONTROLS = {"controlnet": "controlnet_conditioning_scale", "adapter": "adapter_c
 
 def arguments(pipeline: type) -> dict[str, inspect.Parameter]:
     """The arguments of a pipeline class's call, without self."""
-    parameters = dict(inspect.signature(pipeline.__call__).parameters)
-    parameters.pop("self", None)
-    return parameters
+    return {name: one for name, one in _parameters(pipeline.__call__).items() if name != "self"}
 
 
 def control_slot(pipeline: type) -> str | None:
     """The component that holds the class's control model, or None."""
-    return next((slot for slot in CONTROLS if slot in inspect.signature(pipeline.__init__).parameters), None)
+    return next((slot for slot in CONTROLS if slot in _parameters(pipeline.__init__)), None)
 
 
 def control_argument(pipeline: type) -> str | None:
@@ -84,7 +83,7 @@ def _required(pipeline: type, name: str) -> bool:
 def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: str | None) -> bool:
     """Whether the model and the control model at hand make up all that the class is built from."""
     slot = control_slot(pipeline)
-    built = inspect.signature(pipeline.__init__).parameters
+    built = _parameters(pipeline.__init__)
     if (slot is not None) != (control_class is not None):
         return False
     if slot and control_class and control_class not in str(built[slot].annotation):
@@ -94,10 +93,20 @@ def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: s
 
 def _at_hand(source: Source, own: type[Any]) -> set[str]:
     """The components of a model; those that its class can do without count, as absent."""
-    return (set(source.index) or set(inspect.signature(own.__init__).parameters)) | set(own._optional_components)
+    return (set(source.index) or set(_parameters(own.__init__))) | set(own._optional_components)
 
 
 def _needed(pipeline: type[Any]) -> frozenset[str]:
     """The components that the class is not built without."""
-    built = inspect.signature(pipeline.__init__).parameters
+    built = _parameters(pipeline.__init__)
     return frozenset(name for name, one in built.items() if one.default is inspect.Parameter.empty) - {"self"}
+
+
+# A server asks for each request, and to read a signature takes a tenth of a millisecond.
+_PARAMETERS: WeakKeyDictionary[Callable[..., Any], Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    if function not in _PARAMETERS:
+        _PARAMETERS[function] = inspect.signature(function).parameters
+    return _PARAMETERS[function]

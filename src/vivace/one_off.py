@@ -23,7 +23,8 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
         return (function, tuple(stock if value is one_off else value for value in arguments), *rest)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    one_off: Any = type(stock)(stock.__name__, (stock,), {**names, "__reduce_ex__": __reduce_ex__, **members})
+    members = {**names, "vivace_one_off": True, "__reduce_ex__": __reduce_ex__, **members}
+    one_off: Any = type(stock)(stock.__name__, (stock,), members)
     subject.__class__ = one_off
     # Weak: an undo that waits for its turn must not keep its subject alive.
     reference = weakref.ref(subject)
@@ -33,6 +34,16 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
             alive.__class__ = stock  # pyright: ignore[reportAttributeAccessIssue]
 
     return undo
+
+
+def stock_class(kind: type) -> type:
+    """The class below all those that `give_class` made."""
+    return next(one for one in kind.__mro__ if "vivace_one_off" not in vars(one))
+
+
+def behind(part: Any) -> Any:
+    """What a stand-in stands for, such as the server's for a module; anything else is itself."""
+    return getattr(part, "vivace_behind", part)
 
 
 def _blank(stock: type, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vivace.one_off import behind
 from vivace.watch import Watch
 
 PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
@@ -88,10 +89,11 @@ class Prompts:
         if torch.is_grad_enabled():
             raise Unkeyed
         for name, encoder in self._encoders.items():
-            if getattr(pipe, name, None) is not encoder.module or encoder.module.training:
+            if behind(getattr(pipe, name, None)) is not encoder.module or encoder.module.training:
                 raise Unkeyed
         own = {n: v for n, v in vars(pipe).items() if isinstance(v, PLAIN) and not n.startswith("_")}
-        tools = tuple(part for name, part in pipe.components.items() if "tokenizer" in name or "processor" in name)
+        parts = pipe.components.items()
+        tools = tuple(behind(part) for name, part in parts if "tokenizer" in name or "processor" in name)
         key = (
             _frozen(arguments),
             _frozen(own),

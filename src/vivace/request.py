@@ -36,6 +36,7 @@ class Request:
     scheduler: Any = None  # the pipeline's
     times: tuple[float, ...] = ()  # of every step, where there is no scheduler to tell them
     batch: int | None = None  # samples that the scheduler steps; None before its first step
+    sample: Any = None  # what its last step made
     memo: dict[Any, Any] = field(default_factory=dict)  # values that hold for the request; dropped when it ends
 
     @property
@@ -71,6 +72,7 @@ def open_request(*, scheduler: Any = None, times: Sequence[float] = ()) -> Itera
     finally:
         _CURRENT.reset(token)
         request.memo.clear()
+        request.sample = None
 
 
 @contextmanager
@@ -94,17 +96,20 @@ def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callab
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Each time, because the user may have put in another scheduler since.
         scheduler = getattr(self, "scheduler", None)
-        _count_steps(scheduler, undo)
+        count_steps(scheduler, undo)
         with open_request(scheduler=scheduler):
             return stock.__call__(self, *args, **kwargs)
 
     # At once too: what takes hold of `scheduler.step` before the first call must take the one that counts.
-    _count_steps(getattr(pipe, "scheduler", None), undo)
+    count_steps(getattr(pipe, "scheduler", None), undo)
     undo(give_class(pipe, {"__call__": __call__, **members}))
 
 
-def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> None:
-    """Let every `scheduler.step` count in the request it happens in, and know its time without asking the device."""
+def count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any] = lambda step: None) -> None:
+    """Let every `scheduler.step` count in the request it happens in, and know its time without asking the device.
+
+    What is no scheduler is left alone.
+    """
     stock = type(scheduler)
     if not hasattr(stock, "step") or getattr(stock, "vivace_counts", False):
         return
@@ -118,6 +123,7 @@ def _count_steps(scheduler: Any, undo: Callable[[Callable[[], None]], Any]) -> N
             request.step += 1
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
             request.batch = None if sample is None else len(sample)
+            request.sample = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         return result
 
     undo(give_class(scheduler, {**members, "step": step, "vivace_counts": True}))

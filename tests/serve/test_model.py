@@ -5,6 +5,7 @@ import threading
 import weakref
 
 import pytest
+import torch
 
 from vivace import Config, InputError
 from vivace.families import FAMILIES
@@ -85,11 +86,14 @@ def test_dropped_weights_are_gone_also_where_their_originals_were_not_kept(folde
     few = Config(quant="int8", keep_base="no")
     with Engine(models={"a": Spec(source=str(folder), preset=few), "b": str(folder)}) as engine:
         engine.submit(order(model="a")).result(120)
-        held = weakref.ref(engine.models["a"].pipe.transformer)
+        parts = engine.models["a"].pipe.components.items()
+        held = {name: weakref.ref(part) for name, part in parts if isinstance(part, torch.nn.Module)}
+        assert {"transformer", "text_encoder", "vae"} <= held.keys()
+        del parts
         engine.room = Room(device=1)
         engine.submit(order(model="b")).result(60)
         assert engine.models["a"].pipe is None
-        assert held() is None
+        assert [name for name, one in held.items() if one() is not None] == []
 
 
 @pytest.mark.gpu

@@ -217,8 +217,8 @@ class Engine:
             error = _public(caught, job)
         finally:
             model.leave()
-            if model.pipe is not None:
-                self._worker(model).leave(job)
+            for worker in list(self.workers.values()):
+                worker.leave(job)
             self._backlog.wake()
             with self._lock:
                 self._running.discard(job)
@@ -245,13 +245,13 @@ class Engine:
             worker.withdraw(job)
 
     def _worker(self, model: Model) -> Worker:
+        device = model.device
         with self._lock:
-            if model.device not in self.workers:
-                worker = self.workers[model.device] = Worker(
-                    model.device, most=self._batch, gather=self._gather and self._gather(), watch=self._on_batch
-                )
+            if device not in self.workers:
+                gather = self._gather and self._gather()
+                worker = self.workers[device] = Worker(device, most=self._batch, gather=gather, watch=self._on_batch)
                 worker.sizes = _sizes
-            return self.workers[model.device]
+            return self.workers[device]
 
     def _wait_estimate(self) -> float:
         """Seconds until the queue has moved, from what requests took lately."""

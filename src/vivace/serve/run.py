@@ -17,7 +17,7 @@ from vivace.generation.generate import CALL, FPS
 from vivace.inputs import arguments
 from vivace.lane import Lane
 from vivace.request import Request as Scope
-from vivace.request import open_request
+from vivace.request import count_steps, current, open_request
 from vivace.scheduler import use_scheduler
 from vivace.serve.call import Axes, Call
 from vivace.serve.job import Job, Preview, Progress, Result
@@ -49,20 +49,30 @@ class Run:
         """The result. Raises what the pipeline raised, or the job's Failure."""
         request, source = self.job.request, self.model.source
         whole = self.model.as_class(self.prepared.pipeline)
-        pipe = view(whole, send=self._send, lock=self.model.lock, told=_told(request, whole, source.family))
+        pipe = view(
+            whole,
+            send=self._send,
+            lock=self.model.lock,
+            device=self.worker.device,
+            # What was kept may have been computed in a batch.
+            remembers=not request.deterministic,
+            told=_told(request, whole, source.family),
+        )
         if request.scheduler is not None:
             use_scheduler(pipe, request.scheduler, prediction=source.prediction)
-        vars(pipe)["progress_bar"] = Counter(lambda done, total: self._tell(pipe, done, total))
+        for part in pipe.components.values():
+            count_steps(part)
+        vars(pipe)["progress_bar"] = Counter(self._tell)
         # On the CPU, so that a seed means the same noise on every device.
         generator = torch.Generator("cpu").manual_seed(self.job.seed)
         started = time.monotonic()
         with open_request(scheduler=getattr(pipe, "scheduler", None)) as scope:
             out = pipe(**self.prepared.call, generator=generator, output_type="pil")
-            hits = _hits(scope, self.model)
+            hits, sample = _hits(scope, self.model), scope.sample
         self.job.check()
         pictures = tuple(out.frames[0] if hasattr(out, "frames") else out.images[:1])
         if request.preview_every or not self.model.sketch.learned:
-            self._learn(pipe, pictures[len(pictures) // 2])
+            self._learn(sample, pictures[len(pictures) // 2])
         ended = time.monotonic()
         timings = {
             "queue_s": started - self.job.created,
@@ -119,7 +129,7 @@ class Run:
             self._decode_s += time.monotonic() - began
         return call
 
-    def _tell(self, pipe: Any, done: int, total: int) -> None:
+    def _tell(self, done: int, total: int) -> None:
         self.job.check()
         self._total = total
         spent = time.monotonic() - (self._first or time.monotonic())
@@ -127,14 +137,12 @@ class Run:
             Progress(step=done, total=total, seconds_left=round(spent / done * (total - done), 3) if done else None)
         )
         every = self.job.request.preview_every
-        sample = _sample(pipe)
-        if every and done and done % every == 0 and done < total and sample is not None:
-            picture = self.model.sketch.draw(sample, size=self.prepared.size or (1, 1))
+        if every and done and done % every == 0 and done < total and (now := current()) and now.sample is not None:
+            picture = self.model.sketch.draw(now.sample, size=self.prepared.size or (1, 1))
             if picture is not None:
                 self.job.tell(Preview(step=done, picture=picture))
 
-    def _learn(self, pipe: Any, picture: Any) -> None:
-        sample = _sample(pipe)
+    def _learn(self, sample: torch.Tensor | None, picture: Any) -> None:
         if sample is not None and hasattr(picture, "getbands"):
             self.model.sketch.learn(sample, picture)
 
@@ -211,15 +219,3 @@ def _for_vae(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     if type(module).__name__ in ("AutoencoderKL", "AutoencoderTiny"):
         found.pop("generator", None)
     return found
-
-
-def _sample(pipe: Any) -> torch.Tensor | None:
-    """The latents after the last scheduler step."""
-    return next(
-        (
-            vars(part)["vivace_sample"]
-            for part in pipe.components.values()
-            if "vivace_sample" in getattr(part, "__dict__", {})
-        ),
-        None,
-    )

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vivace import request
+from vivace.one_off import stock_class
 
 Send = Callable[[torch.nn.Module, str, dict[str, Any]], Any]
 """Has one method of a module called with these arguments, and returns what it returned."""
@@ -30,6 +31,10 @@ class Remote:
 
     def __init__(self, module: torch.nn.Module, send: Send, told: Mapping[str, Any]) -> None:
         vars(self).update(_module=module, _send=send, _told=told)
+
+    @property
+    def vivace_behind(self) -> torch.nn.Module:
+        return vars(self)["_module"]
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -90,6 +95,10 @@ class Guarded:
         self._subject, self._lock = subject, lock
 
     @property
+    def vivace_behind(self) -> Any:
+        return self._subject
+
+    @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(vars(self)["_subject"])
 
@@ -110,53 +119,57 @@ class Guarded:
 
 
 def view(
-    pipe: Any, *, send: Send, lock: threading.RLock, told: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    pipe: Any,
+    *,
+    send: Send,
+    lock: threading.RLock,
+    device: torch.device,
+    remembers: bool = False,
+    told: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Any:
     """A pipeline like `pipe` with the same weights and nothing else in common that a call changes.
 
-    `lock` keeps the requests apart that share its tokenizers. `told` has entries of components' configurations that
-    the pipeline is told otherwise.
+    `lock` keeps the requests apart that share its tokenizers. What its modules compute is on `device`. With `remembers`
+    it takes the embeddings of prompts that an accelerated `pipe` has kept. `told` has entries of components'
+    configurations that the pipeline is told otherwise.
     """
-    mine = object.__new__(_viewing(stock(type(pipe))))
-    vars(mine).update(vars(pipe))
-    for name, part in pipe.components.items():
+    stock, parts = stock_class(type(pipe)), pipe.components
+    mine = object.__new__(_viewing(stock))
+    vars(mine).update(vars(pipe), vivace_parts=tuple(parts), vivace_device=device)
+    vars(mine)["vivace_encode"] = getattr(type(pipe) if remembers else stock, "encode_prompt", None)
+    for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             vars(mine)[name] = Remote(part, send, told.get(name, {}))
         elif hasattr(part, "set_timesteps"):
-            vars(mine)[name] = _counting(stock(type(part))).from_config(part.config)
+            vars(mine)[name] = stock_class(type(part)).from_config(part.config)
         elif hasattr(part, "encode") and hasattr(part, "decode"):
             vars(mine)[name] = Guarded(part, lock)
     return mine
 
 
-def stock(kind: type) -> type:
-    """The class that `accelerate` found, where it gave an object one of its own."""
-    ours = ("vivace_acceleration", "vivace_counts")
-    return next(one for one in kind.__mro__ if not any(name in vars(one) for name in ours))
-
-
 @functools.cache
-def _viewing(pipeline: type) -> type:
-    # The hooks belong to the shared modules, and so does the VAE's type.
+def _viewing(stock: type[Any]) -> type:
+    """The class of a stock class's views: what the views know is not looked for, which takes milliseconds a picture.
+
+    It must not know of any model: it is kept for good.
+    """
+
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["vivace_encode"](self, *args, **kwargs)
+
     nothing = lambda self, *args, **kwargs: None  # noqa: E731
-    return _like(pipeline, {"maybe_free_model_hooks": nothing, "upcast_vae": nothing})
-
-
-@functools.cache
-def _counting(scheduler: type) -> type:
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = super(counting, self).step(*args, **kwargs)
-        vars(self)["vivace_sample"] = out[0]
-        if (now := request.current()) is not None:
-            now.step += 1
-            sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
-            now.batch = None if sample is None else len(sample)
-        return out
-
-    counting: Any = _like(scheduler, {"step": functools.wraps(scheduler.step)(step)})  # pyright: ignore[reportAttributeAccessIssue]
-    return counting
-
-
-def _like(stock: type, members: dict[str, Any]) -> type:
-    named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock)(stock.__name__, (stock,), {**named, **members})
+    device = property(lambda self: vars(self)["vivace_device"])
+    members: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "components": property(lambda self: {name: getattr(self, name) for name in vars(self)["vivace_parts"]}),
+        "_execution_device": device,
+        "device": device,
+        # The hooks belong to the shared modules, and so does the VAE's type.
+        "maybe_free_model_hooks": nothing,
+        "upcast_vae": nothing,
+    }
+    if hasattr(stock, "encode_prompt"):
+        members["encode_prompt"] = functools.wraps(stock.encode_prompt)(encode_prompt)
+    return type(stock)(stock.__name__, (stock,), members)

@@ -1,0 +1,50 @@
+"""A request's view of a pipeline: what it may use of the others', and what it must not keep alive."""
+
+import gc
+import weakref
+
+import pytest
+
+from vivace.accelerate import acceleration_of
+from vivace.host_times import Times
+
+
+@pytest.fixture
+def kept(engine, pipe):
+    """The counts of the pipeline's memory of prompts."""
+    return lambda: acceleration_of(pipe).target.prompts.to_dict()
+
+
+def test_a_prompt_is_encoded_once_for_all_who_ask_with_it(engine, order, kept):
+    engine.submit(order(seed=1)).result(60)
+    assert (kept()["computed"], kept()["hits"], kept()["passed"]) == (1, 0, 0)
+    again = engine.submit(order(seed=2)).result(60)
+    engine.submit(order(seed=2, prompt="a blue ring")).result(60)
+    assert (kept()["computed"], kept()["hits"], kept()["passed"]) == (2, 1, 0)
+    assert again.pictures[0].tobytes() == engine.submit(order(seed=2)).result(60).pictures[0].tobytes()
+
+
+def test_a_deterministic_request_takes_nothing_that_others_computed(engine, order, kept):
+    for _ in range(2):
+        engine.submit(order(deterministic=True)).result(60)
+    assert kept() == {"hits": 0, "computed": 0, "passed": 0, "bytes": 0}
+
+
+@pytest.mark.parametrize("scheduler", [None, "euler"])
+def test_steps_count_also_where_a_scheduler_is_named(engine, order, scheduler, monkeypatch):
+    found, stock = [], Times.find
+    monkeypatch.setattr(Times, "find", lambda times, step: found.append(stock(times, step)) or found[-1])
+    job = engine.submit(order(steps=6, scheduler=scheduler, cache="steps:compute=0-1+4", preview_every=2))
+    assert job.result(60).calls == engine.submit(order(steps=6, cache="steps:compute=0-1+4")).result(60).calls
+    assert job.result().calls["skipped"] > 0
+    # A step that asks the device where it stands would wait for everybody's calls.
+    assert found
+    assert None not in found
+
+
+def test_what_a_former_preset_kept_of_the_prompts_is_gone(engine, pipe, order):
+    engine.submit(order(quality="exact", steps=1)).result(60)
+    kept = weakref.ref(acceleration_of(pipe).target.prompts)
+    engine.submit(order(quality="balanced", steps=1)).result(60)
+    gc.collect()
+    assert kept() is None
