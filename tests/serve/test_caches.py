@@ -42,6 +42,8 @@ def test_alone_a_cached_request_gets_what_the_pipeline_gives(engine, pipe, order
     assert np.abs(pixels(found.pictures[0]) - pixels(own)).max() <= 1
     assert found.calls["computed"] + found.calls["skipped"] == 8
     assert found.calls["skipped"] > 0 or "firstblock" in cache
+    # Not its segments, of which each is a call of the worker's.
+    assert found.calls["computed"] <= found.calls["denoiser"] <= 8
 
 
 def test_the_batch_holds_only_what_computes(engine, pipe, order, gated):

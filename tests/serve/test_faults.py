@@ -56,6 +56,28 @@ def test_out_of_memory_of_a_batch_is_tried_one_by_one(engine, pipe, order, gated
     same()
 
 
+def test_a_size_that_ran_out_of_memory_is_not_tried_again(engine, pipe, order, gated, same):
+    gate = gated(pipe.transformer)
+    limit = pipe.transformer.register_forward_pre_hook(_small_batches_only, with_kwargs=True)
+    tried = []
+    for _ in range(2):
+        gate.shut()
+        gate.sizes.clear()
+        jobs = [engine.submit(order(seed=1, steps=2))]
+        assert gate.reached.wait(120)
+        jobs += [engine.submit(order(seed=seed, steps=2)) for seed in (2, 3)]
+        while engine.workers[engine.models["tiny"].device].waiting < 2:
+            time.sleep(0.01)
+        gate.open.set()
+        for job in jobs:
+            job.result(60)
+        tried.append(max(gate.sizes))
+    assert tried[0] > 2  # rows: a request has two, with guidance
+    assert tried[1] == 2
+    limit.remove()
+    same()
+
+
 def _small_batches_only(module, args, kwargs):
     if kwargs["hidden_states"].shape[0] > 2:
         raise memory_error()

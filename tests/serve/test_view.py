@@ -7,12 +7,20 @@ import pytest
 
 from vivace.accelerate import acceleration_of
 from vivace.host_times import Times
+from vivace.prompts import Prompts
 
 
 @pytest.fixture
 def kept(engine, pipe):
     """The counts of the pipeline's memory of prompts."""
-    return lambda: acceleration_of(pipe).target.prompts.to_dict()
+    return lambda: memory_of(pipe).to_dict()
+
+
+def memory_of(pipe) -> Prompts:
+    acceleration = acceleration_of(pipe)
+    assert acceleration is not None
+    assert acceleration.target.prompts is not None
+    return acceleration.target.prompts
 
 
 def test_a_prompt_is_encoded_once_for_all_who_ask_with_it(engine, order, kept):
@@ -44,7 +52,7 @@ def test_steps_count_also_where_a_scheduler_is_named(engine, order, scheduler, m
 
 def test_what_a_former_preset_kept_of_the_prompts_is_gone(engine, pipe, order):
     engine.submit(order(quality="exact", steps=1)).result(60)
-    kept = weakref.ref(acceleration_of(pipe).target.prompts)
+    kept = weakref.ref(memory_of(pipe))
     engine.submit(order(quality="balanced", steps=1)).result(60)
     gc.collect()
     assert kept() is None

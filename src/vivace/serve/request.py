@@ -45,7 +45,8 @@ class Request:
     priority: int = 0  # higher goes first
     queue_seconds: float | None = None  # the longest it may wait
     run_seconds: float | None = None  # the longest it may run
-    preview_every: int = 0  # steps between small previews; 0: none
+    preview_every: int = 0  # steps between small previews; 0: as `previews` says
+    previews: int = 0  # so many small previews, spread over the steps that are taken
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {
@@ -57,6 +58,7 @@ class Request:
             "fps": (1, 1000),
             "priority": (-8, 8),
             "preview_every": (0, 10_000),
+            "previews": (0, 10_000),
             "queue_seconds": (0, math.inf),
             "run_seconds": (0, math.inf),
         }
@@ -84,3 +86,11 @@ class Request:
             raise FieldError("arguments", f"arguments cannot set {', '.join(taken)}: the engine decides these")
         if any("scale" in (self.arguments.get(name) or {}) for name in SHARED_STATE):
             raise FieldError("arguments", "a LoRA's weight is given by lora={alias: weight}, not in attention kwargs")
+
+    def previewed(self, step: int, *, of: int) -> bool:
+        """Whether a preview is wanted after so many of all steps; the last one's is the picture itself."""
+        if not 0 < step < of:
+            return False
+        if self.preview_every:
+            return step % self.preview_every == 0
+        return step in {of * number // (self.previews + 1) for number in range(1, self.previews + 1)}

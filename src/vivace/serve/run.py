@@ -39,7 +39,8 @@ class Run:
         self.job, self.prepared, self.model, self.worker = job, prepared, model, worker
         self._denoisers = _denoisers(model)
         self._total = 0
-        self._batches: list[int] = []  # for each denoiser call: the requests that shared it
+        self._denoised = 0  # denoiser calls that were computed, if only in part
+        self._batches: list[int] = []  # of these, or of each segment that a step cache computes: who shared it
         self._decode_s = 0.0
         self._first: float | None = None  # when the first denoiser call came
         self._last = 0.0  # when the last one was answered
@@ -71,7 +72,7 @@ class Run:
             hits, sample = _hits(scope, self.model), scope.sample
         self.job.check()
         pictures = tuple(out.frames[0] if hasattr(out, "frames") else out.images[:1])
-        if request.preview_every or not self.model.sketch.learned:
+        if request.preview_every or request.previews or not self.model.sketch.learned:
             self._learn(sample, pictures[len(pictures) // 2])
         ended = time.monotonic()
         timings = {
@@ -87,7 +88,7 @@ class Run:
             pictures=pictures,
             effective=self._effective(pipe, pictures),
             timings={name: round(value, 4) for name, value in timings.items()},
-            calls={"denoiser": len(self._batches), "requests_per_call": round(shared, 2), **hits},
+            calls={"denoiser": self._denoised, "requests_per_call": round(shared, 2), **hits},
             applied=tuple(acceleration.target.notes) if acceleration else (),
         )
 
@@ -95,7 +96,11 @@ class Run:
         denoises = module in self._denoisers
         lane = lane_of(module) if denoises and method == "forward" else None
         if lane is not None and lane.cache is not None:
-            return lane.through(self._segments(lane), kwargs)
+            before = len(self._batches)
+            out = lane.through(self._segments(lane), kwargs)
+            self._denoised += len(self._batches) > before
+            return out
+        self._denoised += denoises
         if not denoises:
             kwargs = kwargs if method == "forward" else _for_vae(module, kwargs)
             return self._call(method, kwargs, module=module, form=Axes()).out
@@ -136,8 +141,7 @@ class Run:
         self.job.tell(
             Progress(step=done, total=total, seconds_left=round(spent / done * (total - done), 3) if done else None)
         )
-        every = self.job.request.preview_every
-        if every and done and done % every == 0 and done < total and (now := current()) and now.sample is not None:
+        if self.job.request.previewed(done, of=total) and (now := current()) and now.sample is not None:
             picture = self.model.sketch.draw(now.sample, size=self.prepared.size or (1, 1))
             if picture is not None:
                 self.job.tell(Preview(step=done, picture=picture))

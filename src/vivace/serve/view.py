@@ -148,7 +148,7 @@ def view(
 
 
 @functools.cache
-def _viewing(stock: type[Any]) -> type:
+def _viewing(stock: Any) -> type:
     """The class of a stock class's views: what the views know is not looked for, which takes milliseconds a picture.
 
     It must not know of any model: it is kept for good.

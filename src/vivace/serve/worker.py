@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from vivace.serve.job import Job
 
 logger = logging.getLogger(__name__)
 
+KEPT = 512  # kinds of calls that are remembered
 AHEAD = 2  # batches launched on a GPU before the oldest must be done: enough to hide the launching, no more
 TICK = 0.5  # seconds between two looks at the clock while nothing happens
 
@@ -63,6 +64,7 @@ class Worker:
         self._launched: deque[Any] = deque()
         self._waited = 0.0  # seconds that the calls computed now waited for the GPU
         self._alone: set[tuple[int, str]] = set()  # module, method: what it returns cannot be told apart
+        self._too_many: OrderedDict[Hashable, int] = OrderedDict()  # kind of call -> how many ran out of memory
         self._thread = threading.Thread(target=self._loop, name=f"vivace-{device}", daemon=True)
         self._thread.start()
 
@@ -171,7 +173,7 @@ class Worker:
         for call in self._pending:
             groups.setdefault(call if call.key is None else call.key, []).append(call)
         for key, calls in sorted(groups.items(), key=lambda item: -self._gather.urgency(*item, now=now)):
-            most = 1 if calls[0].key is None else self._gather.size(key, most=self.most)
+            most = 1 if calls[0].key is None else self._gather.size(key, most=self._most(key))
             left = self._gather.wait(key, calls, free=self._idle_since, now=now) if len(calls) < most else 0.0
             if left <= 0:
                 size = self.sizes(calls[0].module, min(most, len(calls)))
@@ -180,6 +182,10 @@ class Worker:
                 return calls[:size], 0.0
             hold = min(hold, left)
         return [], hold
+
+    def _most(self, key: Hashable) -> int:
+        """How many calls of a kind may go together: half of those that were too much for the memory."""
+        return max(1, self._too_many[key] // 2) if key in self._too_many else self.most
 
     def _run(self, calls: list[Call]) -> None:
         """Answer the calls; whatever goes wrong ends with them."""
@@ -192,6 +198,10 @@ class Worker:
             logger.critical("the device is lost: %s", error)
             self._fail(calls, Unavailable("the device is lost"))
         elif len(calls) > 1:
+            if out_of_memory(error):
+                self._too_many[calls[0].key] = len(calls)
+                if len(self._too_many) > KEPT:
+                    self._too_many.popitem(last=False)
             # One may be wrong, or all may be too much at once: each by itself fails for itself.
             told = {"facts": {"jobs": [call.job.id for call in calls]}}
             logger.warning("a batch of %d failed (%s); trying one by one", len(calls), type(error).__name__, extra=told)

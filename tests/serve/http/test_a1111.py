@@ -45,7 +45,10 @@ def test_pictures_from_text_and_from_pictures(server):
         ({"alwayson_scripts": {"x": {}}}, "alwayson_scripts"),
         ({"script_name": "x"}, "script_name"),
         ({"steps": 1000}, "steps"),
-        ({"width": 16384, "height": 16384}, "size"),
+        ({"width": 16384, "height": 16384}, "width"),
+        ({"width": 60}, "width"),
+        ({"sampler_name": "DDIM"}, "sampler_name"),
+        ({"batch_size": 11}, "batch_size"),
         ({"height": None}, "width"),
         ({"sampler_name": "best"}, "sampler_name"),
     ],
@@ -61,6 +64,17 @@ def test_pictures_come_as_base64_alone(server, image):
     answer = server.http.post("/sdapi/v1/img2img", json=ORDER | {"init_images": [image]})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_image"
+
+
+def test_pictures_may_be_as_large_as_in_a_form(server):
+    noise, file = Image.effect_noise((1024, 1024), 100), io.BytesIO()
+    noise.save(file, "PNG", compress_level=0)
+    coded = base64.b64encode(file.getvalue()).decode()
+    assert len(coded) > 1_000_000
+    with server.http as http:
+        answer = http.post("/sdapi/v1/img2img", json=ORDER | {"init_images": [coded], "denoising_strength": 0.9})
+        assert picture(answer.json()["images"][0]).size == (64, 64)
+        assert http.post("/sdapi/v1/txt2img", json=ORDER | {"init_images": [coded]}).status_code == 413
 
 
 def test_progress_and_interrupt(server, pipe, gated):

@@ -95,6 +95,25 @@ def test_stream_with_partial_images(client):
     assert events[-1].model_extra["steps"] == 6
 
 
+def test_a_stream_of_an_edit_has_as_many_partial_images(client):
+    client.images.generate(prompt="a", size="64x64", extra_body=EXTRA)
+    asked = {"steps": 8, "seed": 1, "strength": 0.5}
+    stream = client.images.edit(
+        image=("in.png", png()), prompt="a ring", size="64x64", stream=True, partial_images=2, extra_body=asked
+    )
+    assert [event.type for event in stream] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+
+
+def test_null_is_not_given(client):
+    nothing = {"steps": 1, "seed": None, "lora": None, "negative_prompt": None, "output_compression": None}
+    answer = client.images.generate(prompt="a", size="64x64", n=None, quality=None, user=None, extra_body=nothing)
+    assert len(answer.data) == 1
+    with pytest.raises(openai.BadRequestError, match="unknown field 'stepz'"):
+        client.images.generate(prompt="a", extra_body={"stepz": None})
+    with pytest.raises(openai.BadRequestError, match="'prompt' is missing"):
+        client.images.generate(prompt=None)  # pyright: ignore[reportArgumentType]
+
+
 def test_edits(client):
     answer = client.images.edit(image=("in.png", png()), prompt="a blue ring", extra_body={**EXTRA, "strength": 0.9})
     assert picture(answer.data[0].b64_json).size == (64, 64)

@@ -131,6 +131,20 @@ def test_time_and_quota(tmp_path):
     assert [one["created_at"] for one in shelf.all()] == [10, 3, 2]
 
 
+def test_a_video_that_came_after_its_record_was_deleted_goes(tmp_path):
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
+    for number in (1, 2):
+        shelf.put(record(number, status="in_progress"))
+        with shelf.whole(shelf.video(record(number)["id"])) as part:
+            part.write_bytes(b"mp4")
+            if number == 1:
+                shelf.delete(record(1)["id"])
+    (tmp_path / "video_of_somebody.json").write_text("{")
+    (tmp_path / "video_of_somebody.mp4").write_bytes(b"mp4")
+    shelf.sweep()
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {f"{record(2)['id']}.mp4", "video_of_somebody.mp4"}
+
+
 def test_a_failed_write_changes_nothing(tmp_path):
     shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
     shelf.put(record(1))

@@ -39,7 +39,7 @@ def test_a_request(server, inputs):
     assert (found.prompt, found.negative, found.seed, found.size) == ("a red circle", "blue", 7, (64, 128))
     assert (found.steps, found.guidance, found.quality, found.cache) == (3, 4.0, "exact", "none")
     assert found.strength is None
-    assert found.preview_every == 1
+    assert found.previews == 10
     assert found.queue_seconds == server.settings.queue_seconds
     assert request(server, inputs).seed is None
 

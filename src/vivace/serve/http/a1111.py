@@ -9,6 +9,8 @@ import asyncio
 import base64
 import binascii
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -16,13 +18,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from starlette.responses import JSONResponse, Response
 
+from vivace.errors import InputError
 from vivace.serve.failures import FieldError
-from vivace.serve.http.envelope import ApiError
+from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import json_body, make
 from vivace.serve.http.schema import ImageOrder, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
-from vivace.serve.job import Job, Progress
+from vivace.serve.job import Progress
 
 router = APIRouter(prefix="/sdapi/v1")
 
@@ -35,6 +38,10 @@ SAMPLERS = {
     "UniPC": "unipc",
     "Heun": "heun",
 }
+
+# An ImageOrder's field -> A1111's.
+FIELDS = {"guidance_scale": "cfg_scale", "scheduler": "sampler_name", "size": "width", "n": "batch_size"}
+FIELDS |= {"image": "init_images", "strength": "denoising_strength"}
 
 
 class Txt2Img(BaseModel):
@@ -64,7 +71,8 @@ class Txt2Img(BaseModel):
         if self.sampler_name is not None and self.sampler_name not in SAMPLERS:
             raise FieldError("sampler_name", f"no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
         # The limits are those of the OpenAI route.
-        read(ImageOrder, self.order(), settings_of(info))
+        with _in_its_words():
+            read(ImageOrder, self.order(), settings_of(info))
         return self
 
     def order(self) -> dict[str, Any]:
@@ -113,11 +121,12 @@ async def img2img(request: Request) -> Response:
 async def progress(request: Request) -> Response:
     """How far the pictures are that these routes make now."""
     jobs = [job for job in server_of(request).interruptible if not job.over]
-    shares = [_share(job) for job in jobs]
+    told = [next((one for one in reversed(job.events) if isinstance(one, Progress)), None) for job in jobs]
+    shares = [one.step / max(1, one.total) if one else 0.0 for one in told]
+    left = max((one.seconds_left or 0.0 for one in told if one), default=0.0)
     done = sum(shares) / len(shares) if shares else 0.0
-    return JSONResponse(
-        {"progress": done, "eta_relative": 0.0, "state": {"job_count": len(jobs)}, "current_image": None}
-    )
+    state = {"job_count": len(jobs)}
+    return JSONResponse({"progress": done, "eta_relative": left, "state": state, "current_image": None})
 
 
 @router.post("/interrupt")
@@ -140,10 +149,22 @@ async def samplers() -> Response:
     return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in SAMPLERS])
 
 
+@contextmanager
+def _in_its_words() -> Iterator[None]:
+    """An error names the field as A1111 does."""
+    try:
+        yield
+    except (ApiError, InputError) as error:
+        found = api_error(error)
+        found.param = FIELDS.get(found.param or "", found.param)
+        raise found from None
+
+
 async def _answer(request: Request, asked: Txt2Img, **fields: Any) -> Response:
     server = server_of(request)
     order: ImageOrder = read(ImageOrder, asked.order(), server.settings)
-    results, entries = await make(request, order, watch=server.interruptible, **fields)
+    with _in_its_words():
+        results, entries = await make(request, order, watch=server.interruptible, **fields)
     facts = dict(results[0].effective) | {"all_seeds": [one.effective["seed"] for one in results]}
     parameters = asked.model_dump(exclude={"init_images", "mask"})
     return JSONResponse(
@@ -159,8 +180,3 @@ def _decode(text: str, server: Server, field: str) -> Image.Image:
     except (binascii.Error, ValueError):
         raise ApiError(400, f"{field}: it is not base64", code="invalid_image", param=field) from None
     return decode(raw, server.settings, field=field)
-
-
-def _share(job: Job) -> float:
-    last = next((event for event in reversed(job.events) if isinstance(event, Progress)), None)
-    return last.step / max(1, last.total) if last else 0.0

@@ -81,9 +81,11 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
 
 
 async def _warm(engine: Studio, *, drawn: bool) -> None:
-    # One that cannot be loaded has said so in the log; the others are served.
-    with suppress(InputError, Failure):
+    # The others are served.
+    try:
         await asyncio.to_thread(engine.load)
+    except (InputError, Failure) as error:
+        logger.error("not all models are loaded: %s", error)
     if drawn:
         # Previews are learned from a first picture. The page's first visitor shall have them.
         with suppress(InputError, Failure):

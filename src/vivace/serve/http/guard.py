@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +19,9 @@ logger = logging.getLogger("vivace.serve.access")
 
 OPEN = ("/livez", "/readyz")
 """The routes that need no key."""
+
+PICTURES_IN_JSON = ("/sdapi/v1/img2img",)
+"""The routes whose JSON carries pictures."""
 
 
 class Guard:
@@ -91,8 +93,8 @@ class Guard:
             length = int(headers.get("content-length", "0"))
         except ValueError:
             raise ApiError(400, "the content length is not a number", code="invalid_header") from None
-        if length > self._room(kind):
-            raise self._too_large(kind)
+        if length > (most := self._room(path, kind)):
+            raise _too_large(most)
         if (refusal := self.full(scope)) is not None:
             raise refusal
 
@@ -119,26 +121,31 @@ class Guard:
         if origin is not None and _place(origin) != headers.get("host", ""):
             raise ApiError(403, "requests from pages of other sites are refused", code="wrong_origin")
 
-    def _room(self, kind: str) -> int:
-        return self.settings.most_bytes if kind == "multipart/form-data" else self.settings.most_body
-
-    def _too_large(self, kind: str) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._room(kind)} bytes", code="body_too_large")
+    def _room(self, path: str, kind: str) -> int:
+        """The bytes that a body may have."""
+        if kind == "multipart/form-data":
+            return self.settings.most_bytes
+        encoded = self.settings.a1111 and path in PICTURES_IN_JSON
+        return self.settings.most_encoded if encoded else self.settings.most_body
 
     def _counted(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, with the bytes counted as they come: a length may be missing or a lie."""
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        left: Any = self._room(kind)
+        most = left = self._room(scope["path"], kind)
 
         async def counted() -> Message:
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise self._too_large(kind)
+                raise _too_large(most)
             return message
 
         return counted
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
 
 
 def _name(host: str) -> str:

@@ -120,14 +120,13 @@ def _submit(request: Request, order: ImageOrder, **fields: Any) -> list[Job]:
     server = server_of(request)
     settings, engine = server.settings, server.engine
     alias = server.alias(order.model, media="image")
-    steps = order.steps or engine.models[alias].source.defaults.get("steps") or 28
     first = order.request(
         **fields,
         model=alias,
         quality=order.preset,
         queue_seconds=settings.queue_seconds,
         run_seconds=settings.run_seconds,
-        preview_every=-(-steps // (order.partial_images + 1)) if order.partial_images else 0,
+        previews=order.partial_images,
     )
     jobs: list[Job] = []
     try:

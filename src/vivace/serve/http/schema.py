@@ -47,6 +47,14 @@ class Order(BaseModel):
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, fields: Any) -> Any:
+        """`null` is how OpenAI's clients spell a field that is not given."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
+
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _short(cls, value: str | None, info: ValidationInfo) -> str | None:

@@ -57,6 +57,11 @@ class Settings:
         """Of a request's body with files."""
         return self.most_files * self.most_upload + self.most_body
 
+    @property
+    def most_encoded(self) -> int:
+        """Of a JSON body that has a picture and its mask in base64."""
+        return 2 * -(-self.most_upload * 4 // 3) + self.most_body
+
 
 def loopback(host: str) -> bool:
     """Whether only this machine reaches `host`."""

@@ -78,12 +78,16 @@ class Shelf:
             return True
 
     def sweep(self) -> None:
-        """Delete what is over its time, then the oldest finished ones until the quota holds."""
+        """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds."""
         now = time.time()
         with self._lock:
             for record in self.all():
                 if record.get("expires_at") and record["expires_at"] <= now:
                     self.delete(record["id"])
+            # The file may have come after its record was deleted.
+            for path in self.folder.glob("video_*.mp4"):
+                if path.stem not in self._records and not self._state(path.stem).exists():
+                    path.unlink(missing_ok=True)
             finished = [one for one in reversed(self.all()) if one["status"] in ("completed", "failed")]
             for record in finished:
                 if self.nbytes <= self._most:
@@ -92,8 +96,14 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        """Of everything in the folder."""
-        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        """Of the records and videos in the folder."""
+        with self._lock:
+            files = [file for name in self._records for file in (self._state(name), self.video(name))]
+        sizes = 0
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                sizes += file.stat().st_size
+        return sizes
 
     @property
     def expiry(self) -> int:

@@ -67,7 +67,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 def _warmed(request: Request) -> Request:
     # Of an edit's steps only the share `strength` is taken: of one step that would be none.
     strength = None if request.strength is None else 1.0
-    return replace(request, steps=1, strength=strength, seed=0, preview_every=0)
+    return replace(request, steps=1, strength=strength, seed=0, previews=0)
 
 
 def _seconds(timings: Any) -> float:

@@ -64,7 +64,7 @@ class Form:
             mask=None if edited is None else edited.mask,
             queue_seconds=server.settings.queue_seconds,
             run_seconds=server.settings.run_seconds,
-            preview_every=-(-(order.steps or STEPS) // PREVIEWS),
+            previews=PREVIEWS,
         )
 
     def plain(self, *, seed: int) -> dict[str, Any]:
