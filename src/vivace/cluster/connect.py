@@ -84,6 +84,8 @@ def prepare(*, own: bool) -> None:
             "Ray was imported before a cluster of one's own was asked for, which it has to know by then; "
             "import it later, or give the address of a cluster"
         )
+    # Serve's controller asks itself ten times a second what there is to do, which on two cores is felt.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     # Off, a cluster is one machine's, and listens on the loopback device; the name says where that is usual.
     os.environ[MANY_MACHINES] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")

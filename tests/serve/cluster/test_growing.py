@@ -20,7 +20,7 @@ def test_a_picture_whose_time_is_over_is_refused_and_its_steps_end(growing, unti
     assert answer.status_code == 504, answer.text
     assert answer.json()["error"]["code"] == "deadline_exceeded"
     until(growing.idle)
-    assert growing.outcomes("failed") == failed + 1
+    until(lambda: growing.outcomes("failed") == failed + 1)
     assert growing.facts()["retried"] == 0
 
 

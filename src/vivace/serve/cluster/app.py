@@ -28,7 +28,9 @@ HEAD = "node:__internal_head__"  # a resource that Ray gives to the machine of i
 MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
 PACE = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0, "metrics_interval_s": 5.0, "look_back_period_s": 10.0}
 """How soon there are more replicas, and fewer: a replica takes as long to come as its weights take to load."""
-LOOK = 1.0  # seconds between two looks at how many replicas run
+LOOK, SOON = 5.0, 1.0
+"""Seconds between two looks at how many replicas run, and while they are fewer than always should: for each, Ray's
+controller describes all of Serve, which takes the processor from who draws."""
 
 
 @serve.ingress()
@@ -43,7 +45,7 @@ class Door:
         self._answering = 0  # HTTP requests
         limits = {"queue": wanted.max_queue, "places": wanted.max_running}
         self.fleet = Fleet(replicas, wanted.specs, alive=lambda: self._alive, **limits)
-        self._looking = asyncio.get_running_loop().create_task(self._look())
+        self._looking = asyncio.get_running_loop().create_task(self._look(wanted.replicas))
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray calls for the application, in the replica."""
@@ -76,13 +78,13 @@ class Door:
         counts = {"queued": fleet.queued, "running": fleet.running, "unfinished": fleet.unfinished}
         return {**counts, "retried": fleet.retried, "drawing": fleet.drawing, "replicas": self._alive}
 
-    async def _look(self) -> None:
+    async def _look(self, wanted: int) -> None:
         while True:
             try:
                 self._alive = await asyncio.to_thread(running, self._replicas.deployment_name)
             except Exception as error:  # Ray's controller restarts now and then; the count stays as it was
                 logger.warning("the replicas cannot be counted: %s", type(error).__name__)
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(LOOK if self._alive >= wanted else SOON)
 
 
 def running(deployment: str = Replica.__name__, *, application: str = NAME) -> int:
