@@ -7,6 +7,7 @@ import pytest
 
 from vivace.accelerate import acceleration_of
 from vivace.host_times import Times
+from vivace.one_off import stock_class
 from vivace.prompts import Prompts
 
 
@@ -30,6 +31,18 @@ def test_a_prompt_is_encoded_once_for_all_who_ask_with_it(engine, order, kept):
     engine.submit(order(seed=2, prompt="a blue ring")).result(60)
     assert (kept()["computed"], kept()["hits"], kept()["passed"]) == (2, 1, 0)
     assert again.pictures[0].tobytes() == engine.submit(order(seed=2)).result(60).pictures[0].tobytes()
+
+
+def test_the_device_is_looked_up_once_for_a_mode(engine, pipe, order, monkeypatch):
+    """Stock looks through every module of every part for hooks, several times a picture."""
+    asked, stock = [], stock_class(type(pipe))._execution_device.fget
+    monkeypatch.setattr(stock_class(type(pipe)), "_execution_device", property(lambda p: asked.append(p) or stock(p)))
+    counts = []
+    for quality in ("exact", "exact", "balanced", "balanced"):
+        engine.submit(order(quality=quality)).result(60)
+        counts.append(len(asked))
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == counts[3] > counts[1]
 
 
 def test_a_deterministic_request_takes_nothing_that_others_computed(engine, order, kept):

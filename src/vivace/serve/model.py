@@ -73,6 +73,7 @@ class Model:
         self._mode: Mode | None = None  # of those who use it now
         self._applied = Mode(preset=None)
         self._home: torch.device | None = None  # of a parked one: where it computes
+        self._inputs_on: torch.device | None = None  # once it was asked for
         self._ours = False  # whether it is accelerated only since it is served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
@@ -187,7 +188,7 @@ class Model:
                 return False
             home = self.device
             self.pipe.to("cpu")
-            self._home = home
+            self._home, self._inputs_on = home, None
         _free()
         logger.info("parked %s", self.alias)
         return True
@@ -198,7 +199,7 @@ class Model:
             if self.active or self.pipe is None or self.pipe is self.spec.source:
                 return False
             # Not restored: that would fetch the originals of what is in few bits, to drop them.
-            self.pipe = self._home = None
+            self.pipe = self._home = self._inputs_on = None
             self._classes.clear()
             self.layouts.clear()
             self._applied = Mode(preset=None)
@@ -259,7 +260,7 @@ class Model:
         """Have a parked model where it computes."""
         if self._home:
             self.pipe.to(self._home)
-            self._home = None
+            self._home = self._inputs_on = None
 
     @property
     def _placed(self) -> bool:
@@ -271,6 +272,7 @@ class Model:
     def _apply(self, mode: Mode) -> None:
         """Bring the pipeline into a mode. A failure leaves it in none, so that the next request starts over."""
         before, self._applied = self._applied, Mode(preset=None, alone="changing")
+        self._inputs_on = None
         self.layouts.clear()
         if before.loras != mode.loras:
             self._adapt(mode)
@@ -305,6 +307,13 @@ class Model:
 
             self._weights[name] = load_file(self.spec.loras[name])
         return self._weights[name]
+
+    @property
+    def inputs_on(self) -> torch.device:
+        """Where its pipeline makes what its modules are given. Stock looks through every module for it, each time."""
+        known = self._inputs_on or self.pipe._execution_device
+        self._inputs_on = known
+        return known
 
     @property
     def device(self) -> torch.device:

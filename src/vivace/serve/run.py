@@ -54,7 +54,7 @@ class Run:
             whole,
             send=self._send,
             lock=self.model.lock,
-            device=self.worker.device,
+            device=self.model.inputs_on,
             # What was kept may have been computed in a batch.
             remembers=not request.deterministic,
             told=_told(request, whole, source.family),

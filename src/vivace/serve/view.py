@@ -129,9 +129,9 @@ def view(
 ) -> Any:
     """A pipeline like `pipe` with the same weights and nothing else in common that a call changes.
 
-    `lock` keeps the requests apart that share its tokenizers. What its modules compute is on `device`. With `remembers`
-    it takes the embeddings of prompts that an accelerated `pipe` has kept. `told` has entries of components'
-    configurations that the pipeline is told otherwise.
+    `lock` keeps the requests apart that share its tokenizers. What it gives its modules is on `device`. With
+    `remembers` it takes the embeddings of prompts that an accelerated `pipe` has kept. `told` has entries of
+    components' configurations that the pipeline is told otherwise.
     """
     stock, parts = stock_class(type(pipe)), pipe.components
     mine = object.__new__(_viewing(stock))
