@@ -29,7 +29,7 @@ def tiny():
 def contest_in(folder, pipe, **fields) -> Contest:
     call = {"height": 64, "width": 64, "guidance_scale": 4.0}
     fields = {"model": "tiny", "prediction": "flow", "prompts": PROMPTS, "steps": 8, "call": call, **fields}
-    return Contest(pipe=pipe, store=Store(folder), **fields)
+    return Contest(pipe=pipe, store=Store(folder, rank=fields.get("rank", 0)), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,11 @@ def test_two_processes_draw_their_shares(tiny, tmp_path):
     reference, _ = contestants(presets=["exact"], configs={}, steps=4)
     for rank in range(2):
         contest = contest_in(tmp_path, tiny, steps=4, rank=rank, ranks=2)
-        contest.store.rank = rank
         contest.run(reference)
     assert [record.index for record in contest.of(reference)] == [0, 1, 2]
+    alone = contest_in(tmp_path, tiny, steps=4, seed=7)
+    alone.run(reference)
+    assert [record.seed for record in alone.of(reference)] == [7, 8, 9]
 
 
 def test_controls_have_the_candidates_time(tiny, tmp_path):

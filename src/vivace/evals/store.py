@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Record:
     computed: float | None  # share of denoiser calls computed; None without a cache
     peak_bytes: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    written: float = 0.0  # seconds since 1970: of two processes' drawings the newer one is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,6 @@ class Store:
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.folder = folder
-        self.rank = rank
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,7 +63,8 @@ class Store:
                 except (ValueError, TypeError):
                     # The last line of a run that was killed while it wrote.
                     continue
-                found[record.contestant, record.index] = record
+                place = record.contestant, record.index
+                found[place] = max(record, found.get(place, record), key=lambda one: one.written)
         return found
 
     def holds(self, record: Record | None, *, key: str) -> bool:
@@ -81,7 +83,7 @@ class Store:
         Image.fromarray(middle.numpy()).save(path.with_suffix(".png"))
         with self._own.open("a", encoding="utf-8") as file:
             # The newline comes first: a run that was killed may have left half a line.
-            file.write("\n" + json.dumps(asdict(record), default=str))
+            file.write("\n" + json.dumps({**asdict(record), "written": time.time()}, default=str))
 
     def drawn(self, contestant: str, index: int) -> Drawn:
         """A drawing, with its pixels as they were rounded to 8 bits."""
