@@ -148,8 +148,34 @@ def test_spelling_round_trip():
         ("firstblock:warmup=0", "from 1 on"),
         ("steps", "no list of steps"),
         ("meancache:of50=20", "10, 17, 25, 30|30, 25, 17, 10"),
+        ("firstblock:order=3", "order is a whole number from 0 to 2, got 3"),
+        ("taylorseer:order=9", "from 0 to 2"),
+        ("steps:compute=0,order=3", "from 0 to 2"),
+        ("steps:compute=9-3", "goes from 9 to 3"),
+        ("guidance:begin=0.8,end=0.3", "no step with guidance"),
+        ("guidance:end=5", "from 0 to 1"),
+        ("dicache:retain=7", "from 0 to 1"),
+        ("planned:computed=7", "from 0 to 1"),
     ],
 )
 def test_what_cannot_be_is_said(spelled, message):
     with pytest.raises(InputError, match=message):
         vivace.Config(cache=spelled)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ("teacache", {"coefficients": "abc"}),
+        ("teacache", {"coefficients": (float("nan"),)}),
+        ("teacache", {"coefficients": ()}),
+        ("magcache", {"ratios": (1, "a")}),
+        ("steps", {"compute": [1, 2]}),
+        ("planned", {"file": 3}),
+        ("firstblock", {"threshold": True}),
+    ],
+)
+def test_what_is_no_value_is_said(policy, fields):
+    (name,) = fields
+    with pytest.raises(InputError, match=f"{policy}: {name} is "):
+        POLICIES[policy](**fields)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 
 import vivace
 from vivace import InputError
@@ -33,6 +34,7 @@ def test_plans_beat_an_even_mask_and_fewer_steps(document):
 
 
 def test_what_is_written_can_be_used(document, pipe, draw, last, tmp_path):
+    document = dict(document)
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps(document))
     exact = draw(pipe)
@@ -40,10 +42,17 @@ def test_what_is_written_can_be_used(document, pipe, draw, last, tmp_path):
     fast = draw(pipe)
     assert last(pipe)["computed"] == round(0.6 * STEPS)
     assert (fast - exact).norm() / exact.norm() < 0.05
-    for row in document.get("firstblock", ()):
+    assert document["firstblock"]
+    for row in document["firstblock"]:
         vivace.accelerate(pipe, cache=f"firstblock:threshold={row['threshold']}")
-        draw(pipe)
+        asked = draw(pipe)
         assert abs(last(pipe)["computed"] / STEPS - row["computed_percent"] / 100) < 0.25
+        vivace.accelerate(pipe, cache=f"firstblock:file={file},computed={row['computed_percent'] / 100}")
+        assert torch.equal(draw(pipe), asked)
+    del document["firstblock"]
+    file.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="has no threshold for firstblock"):
+        vivace.accelerate(pipe, cache=f"firstblock:file={file}")
 
 
 def test_the_evidence_is_in_the_document(document):
@@ -56,6 +65,32 @@ def test_the_evidence_is_in_the_document(document):
 def test_a_few_prompts_are_too_few(pipe):
     with pytest.raises(InputError, match="at least 4 different prompts"):
         calibrate(pipe, ["a", "b", "b", "a", "a"], steps=4)
+    with pytest.raises(InputError, match="got 1; give 2 steps or more"):
+        calibrate(pipe, PROMPTS, steps=1)
+
+
+def test_shares_of_few_steps_are_not_repeated(pipe):
+    found = calibrate(pipe, PROMPTS[:4], steps=4, shares=(0.25, 0.3, 0.5, 0.55), height=64, width=64)
+    counts = [len(row["compute"]) for row in found["planned"]]
+    assert counts == sorted(set(counts))
+    computed = [row["computed_percent"] for row in found["firstblock"]]
+    assert len(computed) == len(set(computed))
+
+
+def test_fewer_steps_of_heun_have_as_many_evaluations_as_the_plan(unet_pipe, monkeypatch):
+    monkeypatch.setattr(unet_pipe, "scheduler", HeunDiscreteScheduler.from_config(unet_pipe.scheduler.config))
+    found = calibrate(unet_pipe, PROMPTS[:4], steps=6, shares=(0.6,))
+    (plan,) = found["planned"]
+    assert (plan["steps"], len(plan["compute"])) == (11, 7)
+    assert "4 steps" in plan["controls"]
+
+
+def test_a_pipeline_without_prompts():
+    from vivace.families import FAMILIES
+
+    pipe = FAMILIES["svd"].tiny()
+    with pytest.raises(InputError, match="StableVideoDiffusionPipeline takes no prompt"):
+        calibrate(pipe, PROMPTS, steps=4)
 
 
 def test_a_polynomial_is_found_again():

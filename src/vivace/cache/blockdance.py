@@ -49,6 +49,7 @@ class BlockDance(Policy):
     """Share of the steps after which it ends."""
 
     least: ClassVar = {"after": 1, "group": 2}
+    most: ClassVar = {"begin": 1, "end": 1}
 
     def refuses(self, target: Target) -> str | None:
         blocks = sum(1 for _ in target.repeated_blocks()) // len(target.denoisers)

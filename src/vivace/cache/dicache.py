@@ -48,6 +48,7 @@ class DiCache(Windowed):
     """Share of the steps, at the beginning, that is always computed."""
 
     least: ClassVar = {**Windowed.least, "depth": 1}
+    most: ClassVar = {"retain": 1}
 
     def fresh(self) -> Memory:
         return Memory()

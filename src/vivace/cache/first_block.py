@@ -6,9 +6,10 @@ computed step; where it changed by less than `threshold`, the other blocks add w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vivace.cache.calibration import calibration_of
 from vivace.cache.policy import Holds
 from vivace.cache.window import Windowed
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from vivace.cache.call import Call
     from vivace.cache.trail import Trail
+    from vivace.passes.target import Target
 
 
 @dataclass(eq=False)
@@ -46,7 +48,28 @@ class FirstBlock(Windowed):
     order: int = 0
     """What the skipped blocks add: 0 as at the last computed step, 1 or 2 extrapolated from the last ones."""
 
+    file: str | None = None
+    """A calibration, from `vivace calibrate`, that says the threshold for `computed`; None: `threshold` does."""
+
+    computed: float = 0.5
+    """Share of the steps to compute, of those that the calibration has; the nearest is taken."""
+
     least: ClassVar = {**Windowed.least, "depth": 1}
+    most: ClassVar = {"order": 2, "computed": 1}
+
+    def refuses(self, target: Target) -> str | None:
+        if self.file is None:
+            return None
+        calibration = calibration_of(target, file=self.file)
+        assert calibration is not None
+        return None if calibration.firstblock else f"{self.file} has no threshold for firstblock; pass threshold="
+
+    def bind(self, target: Target) -> FirstBlock:
+        calibration = calibration_of(target, file=self.file) if self.file else None
+        if calibration is None:
+            return self
+        percent = min(calibration.firstblock, key=lambda one: abs(one - 100 * self.computed))
+        return replace(self, threshold=calibration.firstblock[percent])
 
     def fresh(self) -> Memory:
         from vivace.cache.trail import Trail

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.cache.policy import Holds, Policy
+from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from vivace.cache.call import Call
@@ -44,6 +45,15 @@ class GuidanceReuse(Policy):
     """Share of the steps after which there is no guidance."""
 
     least: ClassVar = {"every": 1, "warmup": 1}
+    most: ClassVar = {"begin": 1, "end": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.begin >= self.end:
+            raise InputError(
+                f"guidance: from begin={self.begin:g} to end={self.end:g} there is no step with guidance; "
+                "give an end above begin, or guidance scale 1"
+            )
 
     def refuses(self, target: Target) -> str | None:
         kind = target.family.guidance if target.family else "none"

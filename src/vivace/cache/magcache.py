@@ -50,6 +50,8 @@ class MagCache(Policy):
     retain: float = 0.2
     """Share of the steps, at the beginning, that is always computed."""
 
+    most: ClassVar = {"retain": 1}
+
     def refuses(self, target: Target) -> str | None:
         return None if self.ratios else "magcache needs ratios=, one a step, from a calibrated run of the model"
 

@@ -39,6 +39,8 @@ class Planned(Policy):
     plans: tuple[Plan, ...] = field(default=(), repr=False)
     """Filled in from the calibration."""
 
+    most: ClassVar = {"computed": 1}
+
     def refuses(self, target: Target) -> str | None:
         if self.plans:
             return None

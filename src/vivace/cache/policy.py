@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from vivace.cache.call import Call
     from vivace.passes.target import Target
+
+
+NUMBERS = (tuple[float, ...], tuple[float, ...] | None)
+"""Kinds of fields that take several numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,9 @@ class Policy:
 
     name: ClassVar[str]
     least: ClassVar[Mapping[str, float]] = {}
-    """Field -> its smallest value."""
+    """Field -> its smallest value; else 0."""
+    most: ClassVar[Mapping[str, float]] = {}
+    """Field -> its largest value; else there is none."""
     blocks: ClassVar[bool] = False
     """Whether it works between the denoiser's blocks, so that it needs the family's Split."""
     stacked: ClassVar[bool] = False
@@ -56,16 +63,21 @@ class Policy:
 
     def _check(self, name: str, kind: Any, value: Any) -> None:
         allowed = typing.get_args(kind) or (kind,)
-        numbers = {int, float} & set(allowed)
-        if not numbers or isinstance(value, tuple) or (value is None and type(None) in allowed):
+        if value is None and type(None) in allowed:
             return
-        least = self.least.get(name, 0)
-        right = isinstance(value, int | float if float in numbers else int) and not isinstance(value, bool)
-        if not right or value is None or not value >= least:
-            what = "a number" if float in numbers else "a whole number"
-            raise InputError(
-                f"{self.name}: {name} is {what} from {least} on, got {value!r}; for example {name}={least}"
-            )
+        if kind in NUMBERS:
+            # An empty polynomial would be 0 everywhere; what has no None says by it that nothing was given.
+            right = isinstance(value, tuple) and all(map(_is_number, value)) and (value or type(None) not in allowed)
+            what, example = "numbers", "1.0+0.5"
+        elif float in allowed or kind in (int, int | None):
+            least, most = self.least.get(name, 0), self.most.get(name, math.inf)
+            right = _is_number(value, whole=float not in allowed) and least <= float(value) <= most
+            reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            what, example = f"{'a number' if float in allowed else 'a whole number'} {reach}", least
+        else:
+            right, what, example = str not in allowed or isinstance(value, str), "text", "..."
+        if not right:
+            raise InputError(f"{self.name}: {name} is {what}, got {value!r}; for example {name}={example}")
 
     def refuses(self, target: Target) -> str | None:
         """Why this policy cannot run on `target`, or None."""
@@ -82,6 +94,10 @@ class Policy:
     def serve(self, memory: Any, call: Call) -> Any:
         """What the denoiser returns for `call`, computed or estimated."""
         raise TypeError(f"{type(self).__name__} serves nothing")
+
+
+def _is_number(value: Any, *, whole: bool = False) -> TypeGuard[float]:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def spell(policy: Policy) -> str:

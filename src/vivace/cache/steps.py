@@ -32,6 +32,8 @@ class Steps(Policy):
     order: int = 0
     """The estimate: 0 the last computed output, 1 or 2 a polynomial in time through the last two or three."""
 
+    most: ClassVar = {"order": 2}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         read_steps(self.compute)
@@ -78,6 +80,8 @@ def read_steps(text: str) -> frozenset[int]:
             raise InputError(
                 f"steps: compute={text!r} is no list of steps; write it like 0-9,12,15 or as a mask like 1110110"
             )
+        if int(last or first) < int(first):
+            raise InputError(f"steps: compute={text!r} goes from {first} to {last}; write the lower step first")
         if int(last or first) >= MOST_STEPS:
             raise InputError(
                 f"steps: compute names step {last or first}; the last that a run may have is {MOST_STEPS - 1}"

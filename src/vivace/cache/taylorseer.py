@@ -48,6 +48,7 @@ class TaylorSeer(Policy):
     """Highest derivative used; 1 is the safest."""
 
     least: ClassVar = {"interval": 1, "warmup": 1}
+    most: ClassVar = {"order": 2}
 
     def fresh(self) -> Memory:
         return Memory()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vivace.cli.command import command
+
 if TYPE_CHECKING:
     from vivace.load import Source
 
@@ -55,7 +57,7 @@ def calibrate(
             pipe, texts, steps=settings["steps"], shares=wanted, seed=seed,
             tell=tell, **call,
         )  # fmt: skip
-    document = {"command": f"vivace calibrate {model} --steps {settings['steps']}", "model": model, **found}
+    document = {"command": command(), "model": model, **found}
     output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     _show(document, output)
 
@@ -105,11 +107,12 @@ def _show(document: dict, output: Path) -> None:
         controls = ", ".join(f"{name} {error:.3g}" for name, error in row["controls"].items())
         table.add_row("planned", f"{len(row['compute'])} of {row['steps']}", f"{row['error']:.3g}", controls)
     for row in document.get("firstblock", ()):
-        said = f"firstblock:threshold={row['threshold']:.3g}"
-        table.add_row(said, f"{row['computed_percent']} %", f"{row['error']:.3g}", f"even mask {row['even_mask']:.3g}")
+        said = f"{row['computed_percent']} %, threshold {row['threshold']:.3g}"
+        table.add_row("firstblock", said, f"{row['error']:.3g}", f"even mask {row['even_mask']:.3g}")
     if "teacache" in document:
         table.add_row("teacache", "", f"R² {document['teacache']['r2']:.2f} on held-out prompts", "")
     for name, reason in document["refused"].items():
         table.add_row(name, "refused", reason, "")
     Console().print(table)
-    print(f"{output}  (use it with --cache planned:file={output})")
+    usable = [f"--cache {name}:file={output}" for name in ("planned", "firstblock", "teacache") if name in document]
+    print(f"{output}  (use it with {' or '.join(usable)})")

@@ -20,7 +20,7 @@ import torch
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
-from vivace.evals.sample import final_latents
+from vivace.evals.sample import draw, final_latents
 from vivace.evals.store import Record, Store, key_of
 from vivace.fingerprint import fingerprint
 from vivace.load import Source
@@ -152,17 +152,14 @@ class Contest:
             self.store.keep(record, latents=latents[place], frames=frames if frames.ndim == 4 else frames[None])
 
     def _draw(self, contestant: Contestant, batch: range) -> tuple[torch.Tensor, torch.Tensor, float]:
-        generators = [torch.Generator().manual_seed(self.seed + index) for index in batch]
+        prompts, seeds = [self.prompts[index] for index in batch], [self.seed + index for index in batch]
         cuda = self.pipe.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         started = time.perf_counter()
         with final_latents(self.pipe.scheduler) as latents:
-            pictures = self.pipe(
-                prompt=[self.prompts[index] for index in batch], num_inference_steps=contestant.steps,
-                generator=generators, output_type="pt", return_dict=False, **self.call,
-            )[0]  # fmt: skip
+            pictures = draw(self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
         if cuda:
             torch.cuda.synchronize()
         return latents[0].float(), pictures.float(), time.perf_counter() - started

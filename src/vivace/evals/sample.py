@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +44,30 @@ def sample(
     for start in range(0, len(order), batch or len(order)):
         chosen = order[start : start + (batch or len(order))]
         with final_latents(pipe.scheduler) as latents:
-            pictures = pipe(
-                prompt=[prompts[i] for i in chosen],
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed + i) for i in chosen],
-                output_type="pt",
-                return_dict=False,
-                **call,
-            )[0]
+            texts, seeds = [prompts[i] for i in chosen], [seed + i for i in chosen]
+            pictures = draw(pipe, texts, steps=steps, seeds=seeds, output_type="pt", **call)
         parts.append((latents[0].cpu(), pictures.cpu()))
     latents, pictures = (torch.cat(tensors)[torch.tensor(order).argsort()] for tensors in zip(*parts, strict=True))
     return Output(latents=latents, pictures=pictures.flatten(0, -4).float())
+
+
+def draw(pipe: Any, prompts: Sequence[str], *, steps: int, seeds: Sequence[int], **call: Any) -> Any:
+    """What one call of `pipe` gives for `prompts`, prompt i from the noise of seeds[i], which is drawn on the CPU.
+
+    Raises InputError for a pipeline that takes no prompt, and for what it refuses.
+    """
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise InputError(f"a {type(pipe).__name__} takes no prompt, by which its runs are compared; take another model")
+    texts, generators = list(prompts), [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Some pipelines take no lists, not even of one.
+    one = {"prompt": texts[0], "generator": generators[0]} if len(texts) == 1 else None
+    chosen = one or {"prompt": texts, "generator": generators}
+    try:
+        return pipe(**chosen, num_inference_steps=steps, return_dict=False, **call)[0]
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
 
 
 @contextmanager
