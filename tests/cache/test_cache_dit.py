@@ -33,11 +33,18 @@ def test_dbcache_is_firstblock(tmp_path):
     assert vivace.Config(cache=path).cache == policy
 
 
+def test_what_is_left_out_is_cache_dits_default(tmp_path):
+    policy = FirstBlock(threshold=0.08, depth=8, warmup=8)
+    assert parse(write(tmp_path, "cache_config: {}")) == policy
+    assert parse(write(tmp_path, "enable_taylorseer: false\ntaylorseer_order: 2")) == policy
+    assert parse(write(tmp_path, "cache_type: FBCache")) == FirstBlock(threshold=0.08, warmup=8)
+
+
 def test_a_flat_file_and_other_types(tmp_path):
-    assert parse(write(tmp_path, "residual_diff_threshold: 0.2\nFn_compute_blocks: 4")) == FirstBlock(
-        threshold=0.2, depth=4
-    )
-    assert parse(write(tmp_path, "cache_type: DiCache\nresidual_diff_threshold: 0.3")) == DiCache(threshold=0.3)
+    flat = "residual_diff_threshold: 0.2\nFn_compute_blocks: 4\nmax_warmup_steps: 0"
+    assert parse(write(tmp_path, flat)) == FirstBlock(threshold=0.2, depth=4)
+    dicache = "cache_type: DiCache\nresidual_diff_threshold: 0.3\nmax_warmup_steps: 2"
+    assert parse(write(tmp_path, dicache)) == DiCache(threshold=0.3, warmup=2)
     mask = "cache_config:\n  steps_computation_mask: [1, 1, 0, 1]\n  steps_computation_policy: static"
     assert parse(write(tmp_path, mask)) == Steps(compute="1101")
 
@@ -50,6 +57,11 @@ def test_a_flat_file_and_other_types(tmp_path):
         ("cache_config:\n  Bn_compute_blocks: 8", "Bn_compute_blocks=8 has no counterpart"),
         ("steps_computation_mask: [1, 0, 1]", "steps_computation_policy: static"),
         ("cache_config:\n  cache_type: PruneX", "DBCache, FBCache and DiCache have"),
+        ("taylorseer_order: x", "taylorseer_order is a whole number, got 'x'"),
+        ("max_warmup_steps: null", "max_warmup_steps is a whole number, got None"),
+        ("steps_computation_policy: static\nsteps_computation_mask: [1, x]", "a list of 0 and 1"),
+        ("steps_computation_policy: static\nsteps_computation_mask: 5", "a list of 0 and 1"),
+        ("Fn_compute_blocks: many", "depth is a whole number"),
         ("- 1\n- 2", "holds no mapping"),
         ("a: [", "is not YAML"),
     ],

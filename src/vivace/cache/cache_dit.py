@@ -25,6 +25,13 @@ FIELDS = {
     "max_continuous_cached_steps": "max_skips",
     "taylorseer_order": "order",
 }
+# What cache-dit takes for the keys that a section leaves out.
+DEFAULTS = {
+    "DBCACHE": {"threshold": 0.08, "depth": 8},
+    "FBCACHE": {"threshold": 0.08, "depth": 1},
+    "DICACHE": {},
+}
+WARMUP = 8
 # Keys that ask for what we do not do, with the only value that we can take.
 NEUTRAL: dict[str, Any] = {
     "Bn_compute_blocks": 0,
@@ -67,22 +74,33 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
             raise InputError(f"unknown key {key!r} in a cache-dit section; the nearest is {near!r}")
         if key in NEUTRAL and NEUTRAL[key] is not None and value not in (None, NEUTRAL[key]):
             raise InputError(f"{key}={value!r} has no counterpart here; the only value that has is {NEUTRAL[key]!r}")
-    order = int(section.get("taylorseer_order", 1)) if _calibrated(section) else 0
+    order = _whole(section, "taylorseer_order", 1) if _calibrated(section) else 0
     mask = section.get(MASK)
     if mask is not None:
         if section.get("steps_computation_policy", "dynamic") != "static":
             raise InputError(f"{MASK} has a counterpart only with steps_computation_policy: static; set that")
-        return Steps(compute=mask if isinstance(mask, str) else "".join(str(int(bit)) for bit in mask), order=order)
+        digits = "".join(map(str, mask)) if isinstance(mask, list) else str(mask)
+        if not set(digits) <= {"0", "1"}:
+            raise InputError(f"{MASK} is a list of 0 and 1, one a step, got {mask!r}")
+        return Steps(compute=digits, order=order)
     kind = str(section.get("cache_type", "DBCache"))
-    if kind.upper() not in ("DBCACHE", "FBCACHE", "DICACHE"):
+    if kind.upper() not in DEFAULTS:
         raise InputError(f"cache_type={kind!r} has no counterpart here; DBCache, FBCache and DiCache have")
-    fields = {ours: section[theirs] for theirs, ours in FIELDS.items() if theirs in section}
+    given = {ours: section[theirs] for theirs, ours in FIELDS.items() if theirs in section}
+    fields = {**DEFAULTS[kind.upper()], **given, "warmup": max(1, _whole(section, "max_warmup_steps", WARMUP))}
     fields.pop("order", None)
     if fields.get("max_skips") == -1:
         fields.pop("max_skips")
-    fields["warmup"] = max(1, int(fields.get("warmup", 1)))
     return DiCache(**fields) if kind.upper() == "DICACHE" else FirstBlock(**fields, order=order)
 
 
 def _calibrated(section: Mapping[str, Any]) -> bool:
-    return bool(section.get("enable_taylorseer") or section.get("enable_calibrator") or "taylorseer_order" in section)
+    asked = [section[key] for key in ("enable_taylorseer", "enable_calibrator") if key in section]
+    return any(asked) if asked else "taylorseer_order" in section
+
+
+def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
+    value = section.get(key, default)
+    if type(value) is not int:
+        raise InputError(f"{key} is a whole number, got {value!r}; for example {key}: {default}")
+    return value
