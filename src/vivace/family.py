@@ -100,6 +100,11 @@ class Variant:
     prediction: Literal["epsilon", "v", "flow"] | None = None  # where it differs
     teacache: tuple[float, ...] | None = None  # polynomial, highest power first (arXiv 2411.19108)
 
+    @property
+    def usual(self) -> dict[str, Any]:
+        """The arguments of `Family.inputs` for a call as the model is used."""
+        return {"size": self.size, "frames": self.frames, "text_tokens": self.text_tokens, "batch": self.batch}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -160,6 +165,11 @@ class Family:
         if name not in self.variants:
             raise InputError(f"{self.name} has no variant {name!r}; it has {', '.join(self.variants)}")
         return self.variants[name]
+
+    def nearest(self, config: Mapping[str, Any]) -> Variant:
+        """The published model that a denoiser of this configuration is, else the default one."""
+        same = (one for one in self.variants.values() if all(config.get(k) == v for k, v in one.denoiser.items()))
+        return next(same, self.variant())
 
 
 class UnknownFamilyError(InputError):

@@ -91,6 +91,33 @@ def test_a_budget_chooses_and_a_smaller_one_says_what_it_needs(on_cpu):
     assert vivace.report(pipe).config["vram"] == "24GB"
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_a_plan_counts_the_step_cache(family, on_cpu):
+    pipe = FAMILIES[family].tiny()
+    plans = {}
+    for cache in (None, "taylorseer", "pab"):
+        vivace.accelerate(pipe, vram="64GB", cache=cache)
+        plans[cache] = acceleration_of(pipe).target.placement
+    assert plans[None].kept == 0
+    assert plans["taylorseer"].kept > 0
+    assert plans["pab"].kept > 0
+    for plan in plans.values():
+        assert plan.peak - plan.kept == plans[None].peak
+    note = next(note for note in vivace.report(pipe).passes if note.name == "cache")
+    assert f"at most {plans['pab'].kept / 2**20:.0f} MiB" in note.detail
+    with pytest.raises(InputError, match="of it for its step cache"):
+        vivace.accelerate(pipe, vram="1.1GB", cache="pab")
+
+
+def test_two_calls_of_guidance_remember_apart(on_cpu):
+    family = FAMILIES["qwen_image"]
+    pipe = family.tiny()
+    vivace.accelerate(pipe, vram="64GB", cache="taylorseer")
+    arguments = family.inputs(pipe.transformer, **family.nearest(pipe.transformer.config).usual)
+    output = 4 * arguments["hidden_states"].numel()
+    assert acceleration_of(pipe).target.placement.kept == 2 * 3 * output
+
+
 def test_what_is_refused(monkeypatch, on_cpu):
     pipe = FAMILIES["sd3"].tiny()
     for text in ("lots", "12"):

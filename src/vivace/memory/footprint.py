@@ -59,22 +59,30 @@ class _Fused(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Method(torch.nn.Module):
-    """A method of a module as a forward, so that its weights can be swapped for shapes."""
+class _Calling(torch.nn.Module):
+    """A function that reads a module's weights as a forward, so that these can be swapped for shapes."""
 
-    def __init__(self, module: torch.nn.Module, method: str) -> None:
+    def __init__(self, module: torch.nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.module, self.method = module, method
+        self.module, self.function = module, function
 
     def forward(self, **kwargs: Any) -> Any:
-        return getattr(self.module, self.method)(**kwargs)
+        return self.function(**kwargs)
 
 
 def work(module: torch.nn.Module, method: str = "forward", /, **kwargs: Any) -> int | None:
     """Bytes that `module.method(**kwargs)` needs at its peak, beside weights, its results included.
 
-    Nothing is computed: weights and arguments are replaced by their shapes. None where it needs values (a mask's
-    length, a token's number).
+    None where it needs values (a mask's length, a token's number).
+    """
+    found = on_shapes(module, getattr(module, method), **kwargs)
+    return None if found is None else found[1] + WORKSPACE
+
+
+def on_shapes(module: torch.nn.Module, function: Callable[..., Any], **kwargs: Any) -> tuple[Any, int] | None:
+    """What `function(**kwargs)`, which reads `module`'s weights, gives, and the most bytes it needs beside them.
+
+    Nothing is computed: weights, arguments and results are shapes. None where it needs values.
     """
     shapes = {
         f"module.{name}": torch.empty_like(tensor, device=META)
@@ -84,10 +92,10 @@ def work(module: torch.nn.Module, method: str = "forward", /, **kwargs: Any) -> 
     live = _Live([*shapes.values(), *(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))])
     try:
         with torch.no_grad(), torch.device(META), _Fused(), live:
-            torch.func.functional_call(_Method(module, method), shapes, (), arguments)
+            result = torch.func.functional_call(_Calling(module, function), shapes, (), arguments)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
-    return live.peak + WORKSPACE
+    return result, live.peak
 
 
 def denoiser_work(denoiser: torch.nn.Module, inputs: Callable[..., Mapping[str, Any]], **size: Any) -> int | None:

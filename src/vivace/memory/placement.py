@@ -76,6 +76,7 @@ class Placement:
     placed: tuple[Placed, ...]
     strips: bool = False  # the VAE works strip by strip
     parked: bool = False  # of several denoisers one at a time is on the device
+    kept: int = 0  # bytes that a step cache holds during a request
 
     @property
     def resident(self) -> int:
@@ -87,7 +88,7 @@ class Placement:
     @property
     def peak(self) -> int:
         """The most bytes on the device at any moment, the context not counted."""
-        return self.resident + max((self._extra(one) for one in self.placed), default=0) + SPARE
+        return self.resident + max((self._extra(one) for one in self.placed), default=0) + self.kept + SPARE
 
     @property
     def moved_per_step(self) -> int:
@@ -138,6 +139,8 @@ class Placement:
             lines.append(f"{one.part.name} {size}: {where}")
         if self.strips:
             lines.append("the VAE works strip by strip")
+        if self.kept:
+            lines.append(f"the step cache holds up to {_gib(self.kept)}")
         if self.moved_per_step:
             seconds = self.moved_per_step / BANDWIDTH
             lines.append(f"a step moves {_gib(self.moved_per_step)}: {seconds:.2f} s at {BANDWIDTH / 1e9:g} GB/s")
@@ -163,21 +166,22 @@ def budget_of(vram: str, *, free: int | None = None) -> int | None:
     return int(float(found[1]) * GIB) - CONTEXT
 
 
-def place(parts: Sequence[Part], *, budget: int | None, level: str | None = None) -> Placement:
-    """The quickest placement that fits `budget` bytes, or the one that `level` names.
+def place(parts: Sequence[Part], *, budget: int | None, level: str | None = None, kept: int = 0) -> Placement:
+    """The quickest placement that fits `budget` bytes, or the one that `level` names, beside `kept` bytes of a cache.
 
     Raises InputError, with the smallest budget that would do, where none fits.
     """
-    candidates = _candidates(parts)
+    candidates = _candidates(parts, kept=kept)
     if level is not None:
         return [one for one in candidates if LEVELS.index(one.level) <= LEVELS.index(level)][-1]
     assert budget is not None
     found = next((one for one in candidates if one.peak <= budget), None)
     if found is None:
         smallest = candidates[-1].peak + CONTEXT
+        cache = f", {_gib(kept)} of it for its step cache" if kept else ""
         raise InputError(
             f"vram leaves {_gib(max(0, budget))} for this model, and the smallest plan needs "
-            f"{_gib(candidates[-1].peak)}; give at least vram='{-(-smallest * 10 // GIB) / 10:g}GB'"
+            f"{_gib(candidates[-1].peak)}{cache}; give at least vram='{-(-smallest * 10 // GIB) / 10:g}GB'"
         )
     return replace(found, budget=budget)
 
@@ -187,9 +191,9 @@ def spread(count: int, *, of: int) -> list[int]:
     return sorted({index * of // count for index in range(count)}) if count else []
 
 
-def _candidates(parts: Sequence[Part]) -> list[Placement]:
+def _candidates(parts: Sequence[Part], *, kept: int) -> list[Placement]:
     """Every placement that is worth trying, the quickest first."""
-    plan = Placement(level="resident", budget=None, placed=tuple(Placed(part=part) for part in parts))
+    plan = Placement(level="resident", budget=None, placed=tuple(Placed(part=part) for part in parts), kept=kept)
     found = [plan]
 
     def then(level: str, changes: Mapping[str, Placed] | None = None, **fields: bool) -> None:

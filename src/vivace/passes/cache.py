@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
 
-from vivace.cache import spell
+from vivace.cache import Policy, spell
 from vivace.cache.pab import attentions, broadcasting
+from vivace.memory.footprint import on_shapes
 from vivace.one_off import give_class
 from vivace.passes.target import Pass, Target
+
+if TYPE_CHECKING:
+    from vivace.family import Family
 
 
 def _check(target: Target) -> str | None:
@@ -45,27 +49,37 @@ def _forecast(target: Target) -> str:
     """The policy, and the most that it will hold for a call of the family's usual size."""
     policy = target.config.cache
     assert policy is not None
-    held = max((_held(target, denoiser) for denoiser in target.denoisers.values()), default=0)
-    return f"{spell(policy)}, at most {held / 2**20:.0f} MiB for each call of a step" if held else spell(policy)
+    # Layers that are quantised by now do not say their shapes; a budget's plan asked before.
+    kept = target.placement.kept if target.placement else 0
+    plain = all(p.is_meta for denoiser in target.denoisers.values() for p in denoiser.parameters())
+    held = kept or (held_by(target) if plain else 0)
+    return f"{spell(policy)}, at most {held / 2**20:.0f} MiB in a request of the usual size" if held else spell(policy)
 
 
-def _held(target: Target, denoiser: torch.nn.Module) -> int:
-    """Bytes, from the shapes of one call; 0 where they cannot be told."""
-    policy, family = target.config.cache, target.family
-    if policy is None or family is None or next(denoiser.parameters()).device.type != "meta":
+def held_by(target: Target) -> int:
+    """The most bytes that a request's cache holds, at the size the model is used at; 0 where that cannot be told."""
+    if target.config.cache is None or target.family is None:
         return 0
-    arguments = family.inputs(denoiser)
-    split = family.split(denoiser)
-    with torch.no_grad():
-        state = split.prologue(**arguments)
+    return sum(_held(target.config.cache, target.family, denoiser) for denoiser in target.denoisers.values())
+
+
+def _held(policy: Policy, family: Family, denoiser: Any) -> int:
+    """Bytes for one denoiser, from the shapes of one call of it."""
+    variant = family.nearest(denoiser.config)
+    arguments = family.inputs(denoiser, **variant.usual)
+    found = on_shapes(denoiser, family.split(denoiser).prologue, **arguments)
+    if found is None:
+        return 0
+    state, _ = found
     latents = next(arguments[name] for name in ("hidden_states", "sample", "x") if name in arguments)
-    output = sum(4 * t.numel() for t in (latents if isinstance(latents, list) else [latents]))
-    return policy.holds.nbytes(
-        output=output,
+    one = policy.holds.nbytes(
+        output=sum(4 * t.numel() for t in (latents if isinstance(latents, list) else [latents])),
         hidden=state.x.nbytes,
         text=0 if state.text is None else state.text.nbytes,
         modules=sum(1 for _ in attentions(denoiser)),
     )
+    # Guidance in two calls has two branches, which remember apart.
+    return one * (2 if (variant.guidance_kind or family.guidance) == "two_calls" else 1)
 
 
 CACHE = Pass(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +16,9 @@ from vivace.memory.pinned import available, gib
 from vivace.memory.placement import GIB, LEVELS, Part, Placed, budget_of, place
 from vivace.memory.stream import Stream, Turn
 from vivace.one_off import give_class
+from vivace.passes.cache import held_by
 from vivace.passes.quantize import savings
 from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
-
-if TYPE_CHECKING:
-    from vivace.family import Family, Variant
 
 LARGE = 0.1
 """The share of a module from which on a block comes in parts: two of them have to be on the device."""
@@ -45,9 +43,8 @@ def _check(target: Target) -> str | None:
     for name, module in _modules(target).items():
         if hasattr(module, "_hf_hook") or hooks_of(module):
             return f"the {name} carries offload hooks already; pipe.remove_all_hooks() takes them off"
-    target.placement = place(
-        parts_of(target), budget=_budget(target, vram, device), level=vram if vram in LEVELS else None
-    )
+    level = vram if vram in LEVELS else None
+    target.placement = place(parts_of(target), budget=_budget(target, vram, device), level=level, kept=held_by(target))
     # A plan made where there is no GPU is for another machine.
     elsewhere = device.type == "cpu" and all(p.is_meta for m in target.denoisers.values() for p in m.parameters())
     room = None if elsewhere else available()
@@ -144,26 +141,17 @@ def _vae(target: Target) -> Any:
 def _work(target: Target, kind: str, module: Any) -> tuple[int, int | None]:
     """What a component needs beside its weights, and what of it when it works in strips."""
     family = target.family
-    variant = _variant(family, module.config) if family and kind == "denoiser" else None
-    if kind == "denoiser" and family is not None and variant is not None:
-        size = {"size": variant.size, "frames": variant.frames, "text_tokens": variant.text_tokens}
-        found = denoiser_work(module, family.inputs, **size, batch=variant.batch)
-        return found or UNKNOWN, None
+    if kind == "denoiser" and family is not None:
+        return denoiser_work(module, family.inputs, **family.nearest(module.config).usual) or UNKNOWN, None
     if kind == "vae" and hasattr(module, "decode"):
         return _vae_work(target, module)
     return min(GIB // 2, _nbytes(module) // 8 + GIB // 16), None
 
 
-def _variant(family: Family, config: Mapping[str, Any]) -> Variant:
-    """The published model that a denoiser is, else the family's first: whose size a request is expected to have."""
-    same = (one for one in family.variants.values() if all(config.get(key) == v for key, v in one.denoiser.items()))
-    return next(same, family.variant())
-
-
 def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
     family = target.family
     denoiser: Any = next(iter(target.denoisers.values()))
-    variant = _variant(family, denoiser.config) if family else None
+    variant = family.nearest(denoiser.config) if family else None
     (width, height), frames = (variant.size, variant.frames) if variant else ((1024, 1024), 1)
     # In half precision SDXL's VAE overflows, so its pipeline decodes in full.
     doubled = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
