@@ -1,15 +1,16 @@
-"""`tune`: what this model does best with on this machine, measured: choices that keep the maths, then step caches."""
+"""`tune`: what this model does best with on this machine, measured: other ways to the same, presets, step caches."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf, nan
 from typing import Any, Literal
 
 from vivace.attention import BACKENDS
 from vivace.cache import parse, spell
-from vivace.config import Config
+from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 from vivace.evals.contest import Contest, Contestant, floor_of
 from vivace.evals.verdict import Verdict, judge
@@ -28,6 +29,10 @@ CACHES = (
     "guidance:every=2",
     "guidance:every=4",
 )
+
+
+CLEARLY = 1.05
+"""Times as fast, from which on a preset is a base of its own for step caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +54,23 @@ class Tuned:
 
 
 def tune(contest: Contest, target: Target, *, caches: Sequence[str] = CACHES) -> Tuned:
-    """Measures exact choices first, then every cache on top of the fastest of them; all of it can be stopped and
-    resumed, since each drawing is kept."""
+    """Measures exact choices and presets first, then every cache on top of the fastest choice, and of the fastest
+    preset where that is quicker; all of it can be stopped and resumed, since each drawing is kept."""
     refused: dict[str, str] = {}
     reference = Contestant(name="exact", role="reference", config=Config(), steps=contest.steps)
     contest.run(reference)
     floor = floor_of(reference)
     contest.run(floor)
     plain = _measured(contest, _choices(contest), refused)
+    presets = _measured(contest, _presets(contest), refused)
     best = min((reference, *plain), key=contest.seconds)
+    bases = {"": best} | {f"{p.name}, ": p for p in _quicker(contest, presets, than=best)}
     cached = [
-        Contestant(name=spelled, role="candidate", config=replace(best.config or Config(), cache=parse(spelled)),
-                   steps=contest.steps)
+        replace(base, name=f"{start}{spelled}", role="candidate", config=_with(base, spelled))
+        for start, base in bases.items()
         for spelled in caches
-    ]  # fmt: skip
-    verdicts = judge(contest, reference, [floor, *plain, *_measured(contest, cached, refused)])
+    ]
+    verdicts = judge(contest, reference, [floor, *plain, *presets, *_measured(contest, cached, refused)])
     front = frontier(verdicts)
     return Tuned(verdicts=verdicts, front=front, chosen=choose(front, target), refused=refused)
 
@@ -76,6 +83,22 @@ def _choices(contest: Contest) -> list[Contestant]:
     return [
         Contestant(name=name, role="candidate", config=config, steps=contest.steps) for name, config in configs.items()
     ]
+
+
+def _presets(contest: Contest) -> list[Contestant]:
+    """The presets beside exact, which is the reference."""
+    rows = {name: config for name, config in PRESETS.items() if name != "exact"}
+    return [Contestant(name=n, role="candidate", config=config, steps=contest.steps) for n, config in rows.items()]
+
+
+def _quicker(contest: Contest, presets: Sequence[Contestant], *, than: Contestant) -> list[Contestant]:
+    """The fastest preset, where it is faster than `than` by more than a clock's noise."""
+    limit = contest.seconds(than) / CLEARLY
+    return sorted((p for p in presets if contest.seconds(p) < limit), key=contest.seconds)[:1]
+
+
+def _with(base: Contestant, spelled: str) -> Config:
+    return replace(base.config or Config(), cache=parse(spelled))
 
 
 def _measured(contest: Contest, contestants: Sequence[Contestant], refused: dict[str, str]) -> list[Contestant]:
@@ -122,11 +145,14 @@ def read_target(*, quality: str | None, speed: str | None) -> Target:
         raise InputError("--target-quality and --target-speed were both given; give one")
     text = speed.lower().removesuffix("x") if speed else (quality or "psnr=30").lower().removeprefix("psnr=")
     try:
-        return Target(kind="speed" if speed else "psnr", value=float(text))
+        value = float(text)
     except ValueError:
+        value = nan
+    if not 0 < value < inf:
         raise InputError(
             f"the target {quality or speed!r} is not understood; write --target-quality psnr=30 or --target-speed 2x"
-        ) from None
+        )
+    return Target(kind="speed" if speed else "psnr", value=value)
 
 
 def as_code(config: Config) -> str:

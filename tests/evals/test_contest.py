@@ -89,6 +89,17 @@ def test_other_settings_are_drawn_anew(compared, tiny):
     assert other.of(reference) == []
 
 
+@pytest.mark.parametrize("name", ["planned", "teacache", "firstblock"])
+def test_with_a_calibration_made_anew_a_cache_is_another(tiny, tmp_path, name):
+    contest, file = contest_in(tmp_path, tiny), tmp_path / "calibration.json"
+    keys = []
+    for text in ("one", "two", "two"):
+        file.write_text(text)
+        cache = Config(cache=f"{name}:file={file}")
+        keys.append(contest.key(Contestant(name=name, role="candidate", config=cache, steps=8), 0))
+    assert keys[0] != keys[1] == keys[2]
+
+
 def test_stopped_and_resumed(tiny, tmp_path):
     contest = contest_in(tmp_path, tiny)
     reference, _ = contestants(presets=["exact"], configs={}, steps=8)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from vivace.errors import InputError
-from vivace.evals.contest import Contest, contestants
-from vivace.evals.spread import Order, Share, draw, worker
-from vivace.evals.store import Store
+from vivace.evals.contest import Order, contestants
+from vivace.evals.spread import Share, draw, worker
 from vivace.families import FAMILIES
 
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
@@ -67,10 +66,7 @@ def test_a_killed_worker_goes_on_where_its_records_end(cluster, order):
     assert {key for key in made if key[0] in names} == {(name, index) for name in names for index in range(6)}
     kept = [key for key in made if key[0] == "exact"]
     assert len(kept) == len(set(kept)), "something was drawn twice"
-    contest = Contest(
-        pipe=None, model=order.model, prediction="flow", prompts=order.prompts, store=Store(order.folder),
-        steps=2, seed=0, call=order.call, contents="these", place=drawn.place,
-    )  # fmt: skip
+    contest = order.contest(None, prediction="flow", place=drawn.place)
     assert [record.index for record in contest.of(drawn.reference)] == [*range(6)]
     assert draw(replace(order, ranks=1)).place == drawn.place
     assert lines(order.folder) == made

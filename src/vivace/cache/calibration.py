@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.errors import InputError
+from vivace.fingerprint import fingerprint as contents
 
 if TYPE_CHECKING:
+    from vivace.cache.policy import Policy
     from vivace.passes.target import Target
 
 SHIPPED = Path(__file__).parent / "calibrations"
@@ -98,6 +100,15 @@ def calibration_of(target: Target, *, file: str | None) -> Calibration | None:
     if found.denoiser not in own:
         raise InputError(f"{file} was calibrated for {found.denoiser}, this model is {', '.join(sorted(own))}")
     return found
+
+
+def digest_of(policy: Policy) -> str:
+    """A digest of the calibration that a policy reads; empty for one that reads none, and where it is missing."""
+    if not hasattr(policy, "file"):
+        return ""
+    named = getattr(policy, "file", None)
+    path = Path(named).expanduser() if named else SHIPPED
+    return contents(path) if path.exists() else ""
 
 
 def fingerprint(denoiser: Any) -> str:

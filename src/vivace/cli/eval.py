@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from vivace.errors import InputError
 if TYPE_CHECKING:
     from vivace.builtin.reader import Reader
     from vivace.evals.builtin import Answers, Exam
-    from vivace.evals.contest import Contest, Contestant
+    from vivace.evals.contest import Contest, Contestant, Order
     from vivace.evals.instruments import Instruments
     from vivace.load import Source
 
@@ -86,6 +87,7 @@ def eval(
     from vivace.cache import parse
     from vivace.cli.calibrate import call_of, prompts_of
     from vivace.config import PRESETS, resolve
+    from vivace.evals.contest import Order, contents_of, contestants
 
     names = (presets or "exact").split(",")
     if len(names) == 1 and not cache:
@@ -97,86 +99,53 @@ def eval(
         lpips=lpips or lpips_weights is not None, lpips_weights=lpips_weights, clip=clip, fid=fid, kid=kid,
         inception=inception, drawn=len(texts),
     )  # fmt: skip
-    compare = partial(_compare_on_ray, address=address, workers=workers) if ray else _compare
-    compare(
-        source, presets=names, configs=compared, prompts=texts, output=output, steps=settings["steps"], seed=seed,
-        call=call_of(source, settings, size), device=device, instruments=instruments,
+    order = Order(
+        model=source.name, contents=contents_of(source), folder=output.absolute() if ray else output, prompts=texts,
+        steps=settings["steps"], seed=seed, call=call_of(source, settings, size), presets=names, configs=compared,
+        device=device,
     )  # fmt: skip
+    contestants(presets=names, configs=compared, steps=order.steps)
+    compare = partial(_draw_on_ray, address=address, workers=workers) if ray else _draw
+    drawn = compare(source, order)
+    if drawn is not None:
+        _show(*drawn, instruments=instruments)
 
 
-def _compare(
-    source: Source,
-    *,
-    presets: list[str],
-    configs: dict[str, Any],
-    prompts: tuple[str, ...],
-    output: Path,
-    steps: int,
-    seed: int,
-    call: dict[str, Any],
-    device: str | None,
-    instruments: Instruments,
-) -> None:
+Drawn = tuple["Contest", "Contestant", list["Contestant"]]
+"""A comparison that is drawn: its reference, and the others."""
+
+
+def _draw(source: Source, order: Order) -> Drawn | None:
+    """Under `accelerate launch` one process a GPU, of which the first has something to show; alone, one process."""
     from accelerate import PartialState
 
     from vivace.cli.generate import quiet
     from vivace.evals.comparison import draw_all
-    from vivace.evals.contest import Contest, contents_of, contestants
-    from vivace.evals.store import Store
     from vivace.load import load_source
 
-    contestants(presets=presets, configs=configs, steps=steps)
-    # Under `accelerate launch` one process a GPU; alone, one process.
-    state = PartialState(cpu=device == "cpu")
-    store = Store(output, rank=state.process_index)
+    state = PartialState(cpu=order.device == "cpu")
+    order = replace(order, ranks=state.num_processes)
     with quiet(), status() as tell:
-        pipe = load_source(source, device=device or (str(state.device) if state.num_processes > 1 else None))
+        pipe = load_source(source, device=order.device or (str(state.device) if order.ranks > 1 else None))
         pipe.set_progress_bar_config(disable=True)
-        contest = Contest(
-            pipe=pipe, model=source.name, contents=contents_of(source), prediction=source.prediction, prompts=prompts,
-            store=store, steps=steps, seed=seed, call=call, rank=state.process_index, ranks=state.num_processes,
-            together=lambda contestant: state.wait_for_everyone(), tell=tell,
+        contest = order.contest(
+            pipe, prediction=source.prediction, rank=state.process_index, tell=tell,
+            together=lambda contestant: state.wait_for_everyone(),
         )  # fmt: skip
-        reference, others = draw_all(contest, presets=presets, configs=configs)
-    if state.is_main_process:
-        _show(contest, reference, others, instruments=instruments)
+        reference, others = draw_all(contest, presets=order.presets, configs=order.configs)
+    return (contest, reference, others) if state.is_main_process else None
 
 
-def _compare_on_ray(
-    source: Source,
-    *,
-    presets: list[str],
-    configs: dict[str, Any],
-    prompts: tuple[str, ...],
-    output: Path,
-    steps: int,
-    seed: int,
-    call: dict[str, Any],
-    device: str | None,
-    instruments: Instruments,
-    address: str | None,
-    workers: int | None,
-) -> None:
+def _draw_on_ray(source: Source, order: Order, *, address: str | None, workers: int | None) -> Drawn:
     from vivace.cli.generate import quiet
     from vivace.cluster.connect import connect
-    from vivace.evals.contest import Contest, contents_of, contestants
-    from vivace.evals.spread import Order, draw, ranks_of
-    from vivace.evals.store import Store
+    from vivace.evals.spread import draw, ranks_of
 
-    contestants(presets=presets, configs=configs, steps=steps)
-    store = Store(output.absolute())
     with quiet(), status() as tell, connect(address):
         tell("drawing")
-        ranks = ranks_of(prompts, workers=workers)
-        asked = {"presets": presets, "configs": configs, "prompts": prompts, "steps": steps, "seed": seed, "call": call}
-        contents = contents_of(source)
-        order = Order(model=source.name, contents=contents, folder=store.folder, device=device, ranks=ranks, **asked)
+        order = replace(order, ranks=ranks_of(order.prompts, workers=workers))
         drawn = draw(order)
-    contest = Contest(
-        pipe=None, model=source.name, contents=contents, prediction=source.prediction, prompts=prompts, store=store,
-        steps=steps, seed=seed, call=call, place=drawn.place,
-    )  # fmt: skip
-    _show(contest, drawn.reference, drawn.others, instruments=instruments)
+    return order.contest(None, prediction=source.prediction, place=drawn.place), drawn.reference, drawn.others
 
 
 def _show(contest: Contest, reference: Contestant, others: list[Contestant], *, instruments: Instruments) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vivace.cli.command import command
+
 
 def tune(
     model: Annotated[str, typer.Argument(help="builtin, a folder, a .safetensors file, or a hub id.")],
@@ -26,16 +28,15 @@ def tune(
     seed: Annotated[int, typer.Option(help="Draws the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
 ) -> None:
-    """Measure attention, graphs and step caches on MODEL; draw the frontier of speed and quality; print a Config.
+    """Measure presets, attention, graphs and step caches on MODEL; draw the frontier; print a Config.
 
-    Ctrl-C keeps what was measured, and the same command goes on from there.
+    The frontier is of speed and quality. Ctrl-C keeps what was measured, and the same command goes on from there.
     """
     from vivace.cache import parse
     from vivace.cli.calibrate import call_of, prompts_of
     from vivace.cli.eval import status
     from vivace.cli.generate import quiet
-    from vivace.evals.contest import Contest
-    from vivace.evals.store import Store
+    from vivace.evals.contest import Order, contents_of
     from vivace.load import find, load_source
     from vivace.tune import CACHES, read_target
     from vivace.tune import tune as run
@@ -47,14 +48,14 @@ def tune(
     settings = {"steps": 28, **source.defaults}
     settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
-    store = Store(output)
+    order = Order(
+        model=source.name, contents=contents_of(source), folder=output, prompts=texts, steps=settings["steps"],
+        seed=seed, call=call_of(source, settings, size), device=device,
+    )  # fmt: skip
     with quiet(), status() as tell:
         pipe = load_source(source, device=device)
         pipe.set_progress_bar_config(disable=True)
-        contest = Contest(
-            pipe=pipe, model=source.name, prediction=source.prediction, prompts=texts, store=store,
-            steps=settings["steps"], seed=seed, call=call_of(source, settings, size), tell=tell,
-        )  # fmt: skip
+        contest = order.contest(pipe, prediction=source.prediction, tell=tell)
         tuned = run(contest, target, caches=cache or CACHES)
     _write(tuned, contest, output)
 
@@ -88,8 +89,8 @@ def _write(tuned, contest, output: Path) -> None:
     plot.save(chart(tuned.verdicts, front=names), output / "frontier.png")
     chosen = tuned.chosen
     document = {
-        "model": contest.model, "place": contest.place, "steps": contest.steps, "prompts": len(contest.prompts),
-        "machine": machine(), "frontier": names, "refused": tuned.refused,
+        "command": command(), "model": contest.model, "place": contest.place, "steps": contest.steps,
+        "prompts": len(contest.prompts), "machine": machine(), "frontier": names, "refused": tuned.refused,
         "chosen": None if chosen is None else as_code(chosen.contestant.config),
         "verdicts": [verdict.to_dict() for verdict in tuned.verdicts],
     }  # fmt: skip

@@ -12,12 +12,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.cache.calibration import digest_of
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 from vivace.evals.sample import draw, final_latents
@@ -44,10 +47,16 @@ class Contestant:
     scheduler: str | None = None  # None: the pipeline's own
     batch: int = 1
 
+    @cached_property
+    def calibration(self) -> str:
+        """What the calibration holds that its cache reads, which the Config only names; empty where it reads none."""
+        return digest_of(self.config.cache) if self.config and self.config.cache else ""
+
     def settings(self, contest: Contest) -> dict[str, Any]:
         """Everything that decides its pictures and times, as plain values."""
         return {
-            "config": repr(self.config), "steps": self.steps, "scheduler": self.scheduler, "batch": self.batch,
+            "config": repr(self.config), "calibration": self.calibration, "steps": self.steps,
+            "scheduler": self.scheduler, "batch": self.batch,
             "model": contest.model, "contents": contest.contents, "seed": contest.seed, "call": contest.call,
             "place": contest.place,
         }  # fmt: skip
@@ -163,6 +172,31 @@ class Contest:
         if cuda:
             torch.cuda.synchronize()
         return latents[0].float(), pictures.float(), time.perf_counter() - started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be drawn, of what and into which folder: all that the processes of one comparison are told."""
+
+    model: str
+    contents: str  # fingerprint of the model's files
+    folder: Path
+    prompts: tuple[str, ...]
+    steps: int
+    seed: int
+    call: Mapping[str, Any]
+    presets: Sequence[str] = ()
+    configs: Mapping[str, Config] = field(default_factory=dict)
+    ranks: int = 1
+    device: str | None = None
+
+    def contest(self, pipe: Any, *, prediction: str, rank: int = 0, **fields: Any) -> Contest:
+        """The share of process `rank`; `pipe` is None where nothing is drawn. `fields` are further ones of Contest."""
+        return Contest(
+            pipe=pipe, model=self.model, contents=self.contents, prediction=prediction, prompts=self.prompts,
+            store=Store(self.folder, rank=rank), steps=self.steps, seed=self.seed, call=self.call,
+            rank=rank, ranks=self.ranks, **fields,
+        )  # fmt: skip
 
 
 def place_of(pipe: Any) -> str:

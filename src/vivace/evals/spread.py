@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from vivace.cluster.connect import gpus
 from vivace.cluster.crew import Crew
-from vivace.config import Config
 from vivace.errors import InputError
-from vivace.evals.contest import Contest, Contestant, contestants, controls_of, floor_of
-from vivace.evals.store import Store
+from vivace.evals.contest import Contestant, Order, contestants, controls_of, floor_of
 from vivace.load import find, load_source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What every worker is told."""
-
-    model: str
-    contents: str  # fingerprint of the model's files
-    folder: Path
-    presets: Sequence[str]
-    configs: Mapping[str, Config]
-    prompts: tuple[str, ...]
-    steps: int
-    seed: int
-    call: Mapping[str, Any]
-    ranks: int
-    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +80,8 @@ def worker(order: Order) -> Do:
     pipe.set_progress_bar_config(disable=True)
 
     def do(task: Share | Controls) -> Any:
-        contest = Contest(
-            pipe=pipe, model=source.name, contents=order.contents, prediction=source.prediction, prompts=order.prompts,
-            store=Store(order.folder, rank=task.rank if isinstance(task, Share) else 0), steps=order.steps,
-            seed=order.seed, call=order.call, rank=task.rank if isinstance(task, Share) else 0, ranks=order.ranks,
-        )  # fmt: skip
+        rank = task.rank if isinstance(task, Share) else 0
+        contest = order.contest(pipe, prediction=source.prediction, rank=rank)
         if isinstance(task, Controls):
             return controls_of(contest, task.reference, task.candidates)
         contest.run(task.contestant)
