@@ -29,12 +29,17 @@ from vivace.accelerate import acceleration_of
 from vivace.builtin.judge import judge
 from vivace.builtin.reader import FEATURES, load_reader, read
 from vivace.cache import parse
+from vivace.cache.calibration import SHIPPED
 from vivace.errors import InputError
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import Exam, draw_exam, rendered
+from vivace.evals.contest import contents_of, place_of
 from vivace.evals.fid import Moments, fid
 from vivace.evals.pairwise import psnr
 from vivace.evals.sample import sample
+from vivace.evals.store import key_of, slug
+from vivace.fingerprint import fingerprint
+from vivace.load import find
 from vivace.machine import machine
 from vivace.scheduler import use_scheduler
 
@@ -102,6 +107,13 @@ class Bench:
         self.pipe, self.exam, self.batch, self.seed, self.state = pipe, exam, batch, seed, state
         self.reader = load_reader(device=pipe.device)
         self.exact: list[torch.Tensor] = []  # 8-bit pictures, batch by batch
+        # What a row is of, beside its name: a model or a calibration made anew has none yet.
+        self.key = key_of(
+            {
+                "model": contents_of(find("builtin")), "calibrations": fingerprint(SHIPPED), "place": place_of(pipe),
+                "captions": len(exam.captions), "batch": batch, "seed": seed,
+            }
+        )  # fmt: skip
         self.real = Moments.of(rendered(draw_exam(len(exam.captions), seed=seed + 1), self.reader))
         state.mkdir(parents=True, exist_ok=True)
 
@@ -114,8 +126,8 @@ class Bench:
         steps: int = STEPS,
         solver: str | None = None,
     ) -> dict[str, Any]:
-        """One row; read back where an earlier run measured it on as many captions."""
-        file = self.state / f"{name.replace(' ', '_').replace(':', '_')}-{len(self.exam.captions)}-{self.seed}.json"
+        """One row; read back where an earlier run measured it of the same things."""
+        file = self.state / f"{slug(name)}-{self.key}.json"
         if file.is_file() and name != "exact":
             return json.loads(file.read_text())
         role = "cache" if cache else "peer" if peer else "exact" if name == "exact" else "control"
