@@ -93,6 +93,26 @@ def test_convolutions_and_biases(unet_pipe, lora_of):
         assert torch.equal(noise(vivace.restore(fast)), plain)
 
 
+@pytest.mark.parametrize("mode", ["merged", "side"])
+@pytest.mark.parametrize("quant", ["off", "int8"])
+def test_biases_on_some_layers_only(sd3_pipe, sd3_latents, lora_of, quant, mode):
+    """Wan's distilled files have them; PEFT would leave the other layers' without values."""
+    factors = lora_of(sd3_pipe.transformer, within="attn", std=0.05)
+    ups = [key for key in factors if key.endswith("lora_B.weight")]
+    shifts = {f"{key.removesuffix('weight')}bias": torch.ones(len(factors[key])) for key in ups[::2]}
+    nothing = {f"{key.removesuffix('weight')}bias": torch.zeros(len(factors[key])) for key in ups}
+    stock = copy.deepcopy(sd3_pipe)
+    stock.load_lora_weights({**factors, **nothing, **shifts})
+    wanted = sd3_latents(stock)
+    vivace.accelerate(sd3_pipe, lora=mode, quant=quant)
+    before = sd3_latents(sd3_pipe)
+    sd3_pipe.load_lora_weights({**factors, **shifts})
+    adapted = sd3_latents(sd3_pipe)
+    assert (adapted - wanted).norm() < (1e-3 if quant == "off" else 0.2) * (wanted - before).norm()
+    sd3_pipe.unload_lora_weights()
+    assert torch.equal(sd3_latents(sd3_pipe), before)
+
+
 def test_a_deep_copy_is_a_stock_pipeline_with_its_adapters(sd3_pipe, sd3_latents, lora_of):
     vivace.accelerate(sd3_pipe, lora="merged")
     sd3_pipe.load_lora_weights(lora_of(sd3_pipe.transformer), adapter_name="a")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vivace.cli.generate import read_lora
+from vivace.cli.generate import quiet, read_lora
 
 
 def merge(
@@ -22,4 +22,7 @@ def merge(
     """Write a model with LoRAs merged into its weights."""
     from vivace.lora.merge import merge
 
-    print(merge(model, [read_lora(text) for text in loras], output=output, dtype=dtype, variant=variant))
+    added = [read_lora(text) for text in loras]
+    with quiet():
+        folder = merge(model, added, output=output, dtype=dtype, variant=variant)
+    print(folder)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class Lora:
 
     path: Path
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.weight):
+            raise InputError(f"the weight of {self.path} is {self.weight}; give a finite number, such as 0.8")
 
 
 @dataclass(frozen=True, kw_only=True)

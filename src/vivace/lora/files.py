@@ -101,7 +101,9 @@ def _checking(pipe: Any, check: Callable[[Mapping[str, torch.Tensor]], None]) ->
 
     def lora_state_dict(*args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
-        check(result[0] if isinstance(result, tuple) else result)
+        state = result[0] if isinstance(result, tuple) else result
+        check(state)
+        _complete(state)
         return result
 
     pipe.lora_state_dict = lora_state_dict
@@ -134,6 +136,14 @@ def _check(pipe: Any, name: str, state: Mapping[str, torch.Tensor], left_out: li
             "%s: %d keys match nothing in a %s and are left out: %s%s",
             *(name, len(total.unmatched), type(pipe).__name__, shown, more),
         )
+
+
+def _complete(state: dict[str, torch.Tensor]) -> None:
+    """Give every layer a bias where any has one: PEFT makes all alike, and would leave the others without values."""
+    ups = {key.removesuffix("weight"): value for key, value in state.items() if key.endswith(".lora_B.weight")}
+    if any(f"{name}bias" in state for name in ups):
+        for name, up in ups.items():
+            state.setdefault(f"{name}bias", up.new_zeros(up.shape[0]))
 
 
 def _named_by_peft(part: dict[str, torch.Tensor], slot: str) -> dict[str, torch.Tensor]:

@@ -63,7 +63,8 @@ class Merged:
             if factors and place.original is not None:
                 requantised.add(self._requantise(place, factors, strength))
             elif factors:
-                kept |= self._merge(place.module, factors, strength)
+                kept.add(self._merge(place.module, factors, strength))
+            kept |= self._shift(place, factors, strength)
         self._unpack(self._requantised - requantised)
         if requantised or self._requantised:
             self._rebuilt()
@@ -93,8 +94,6 @@ class Merged:
         assert original is not None
         if layer not in self._packed:
             self._packed[layer] = {name: tensor.clone() for name, tensor in layer.packed.items()}
-        if any(factor.bias is not None for factor in factors):
-            raise InputError(f"{place.name} is quantised, and this LoRA changes its bias; use lora='side'")
         total = _sum(original().to(layer.device), factors, strength)
         layer.rewrite(layer.format.pack(total.to(layer.dtype), layer.how))
         return layer
@@ -103,23 +102,28 @@ class Merged:
         for layer in layers:
             layer.rewrite(self._packed[layer])
 
-    def _merge(self, module: torch.nn.Module, factors: list[Factor], strength: float) -> set[int]:
-        """Write the base of a module's weight plus its factors; returns the keys of the parameters written."""
+    def _merge(self, module: torch.nn.Module, factors: list[Factor], strength: float) -> int:
+        """Write the base of a module's weight plus its factors; returns the key of the weight."""
         weight = module.get_parameter("weight")
         base = self._base(weight)
         total = _sum(base.value.to(weight.device), factors, strength)
         weight.data.copy_(total.view_as(weight))
         base.changed = True
-        written = {id(weight)}
+        return id(weight)
+
+    def _shift(self, place: Place, factors: list[Factor], strength: float) -> set[int]:
+        """Write the base of a module's bias, which is in no format, plus the factors'; returns the bias's key."""
         biases = [(factor.bias, factor.scale * strength) for factor in factors if factor.bias is not None]
-        if biases:
-            bias = module.get_parameter("bias")
-            base = self._base(bias)
-            shift = sum(scale * value.to(bias.device, torch.float32) for value, scale in biases)
-            bias.data.copy_(base.value.to(bias.device, torch.float32) + shift)
-            base.changed = True
-            written.add(id(bias))
-        return written
+        bias = getattr(place.module, "bias", None)
+        if bias is None and any(value.any() for value, _ in biases):
+            raise InputError(f"{place.name} has no bias, and this LoRA changes it; use lora='side'")
+        if bias is None or not biases:
+            return set()
+        base = self._base(bias)
+        shift = sum(scale * value.to(bias.device, torch.float32) for value, scale in biases)
+        bias.data.copy_(base.value.to(bias.device, torch.float32) + shift)
+        base.changed = True
+        return {id(bias)}
 
     def _base(self, parameter: torch.Tensor) -> Base:
         base = self._bases.get(id(parameter))
