@@ -100,6 +100,15 @@ def test_with_a_calibration_made_anew_a_cache_is_another(tiny, tmp_path, name):
     assert keys[0] != keys[1] == keys[2]
 
 
+def test_a_long_name_is_a_folder_of_its_own(tiny, tmp_path):
+    contest = contest_in(tmp_path, tiny, steps=2, prompts=("a fox",))
+    names = [f"planned:file=/{'long' * 90}/{end}" for end in "ab"]
+    for name in names:
+        contest.run(Contestant(name=name, role="candidate", config=Config(), steps=2))
+    assert len({contest.store.picture(name, 0) for name in names}) == 2
+    assert all(contest.store.picture(name, 0).is_file() for name in names)
+
+
 def test_stopped_and_resumed(tiny, tmp_path):
     contest = contest_in(tmp_path, tiny)
     reference, _ = contestants(presets=["exact"], configs={}, steps=8)

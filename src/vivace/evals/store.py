@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from vivace.errors import InputError
 
+LONGEST = 100
+"""Letters of a folder's name; file systems take 255."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -99,8 +102,9 @@ class Store:
 
 
 def slug(name: str) -> str:
-    """A contestant's name as a folder's."""
-    return "".join(letter if letter.isalnum() or letter in "-_=." else "_" for letter in name)
+    """A contestant's name as a folder's; of a long one, as with a file's path in it, the beginning and a digest."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_=." else "_" for letter in name)
+    return safe if len(safe) <= LONGEST else f"{safe[:LONGEST]}-{key_of({'name': name})}"
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
