@@ -55,6 +55,14 @@ def test_a_signature_is_shapes_and_values(as_on_a_device):
     assert len(graphs.recordings) == 4
 
 
+def test_nothing_is_recorded_or_replayed_under_autocast(as_on_a_device):
+    graphs = Graphs(budget=100, record=(record := Recorder()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            run(graphs, 3)
+    assert record.recorded == []
+
+
 def test_the_least_recently_used_goes_first(as_on_a_device):
     graphs = Graphs(budget=25, record=(record := Recorder()))
     for size in (1, 1, 2, 2, 1, 3, 3):

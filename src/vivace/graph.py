@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from vivace import request
+from vivace.autocast import autocast_type
 
 SEEN = 256
 """Signatures of which it is remembered that they came once: a graph is recorded at the second call."""
@@ -61,8 +62,10 @@ class Graphs:
         """`segment(**kwargs)`, recorded or replayed where its inputs allow; the result is the caller's own."""
         leaves, spec = tree_flatten(kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path.
-        if torch.is_grad_enabled() or any(tensor.device.type == HOST for tensor in tensors):
+        # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path, and the casts of
+        # weights that autocast remembers only until its block ends.
+        frozen = torch.is_grad_enabled() or any(autocast_type(tensor.device) is not None for tensor in tensors)
+        if frozen or any(tensor.device.type == HOST for tensor in tensors):
             return segment(**kwargs)
         try:
             key = (name, request.EXACT.get(), spec, *(_describe(leaf) for leaf in leaves))

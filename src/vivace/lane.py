@@ -25,13 +25,14 @@ from vivace.attention.native import NATIVE
 from vivace.attention.packed import Packed
 from vivace.attention.route import Route
 from vivace.attention.space_time import Grid, arranged
+from vivace.autocast import autocast_type
 from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.one_off import give_class
 from vivace.passes.accumulate import narrow
-from vivace.passes.target import device_of
+from vivace.passes.target import device_of, types_of
 from vivace.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -230,6 +231,10 @@ class Lane:
             return "adapters stand beside linears whose weights its fused blocks read (lora='merged' keeps them)"
         if torch.is_grad_enabled():
             return "gradients are enabled, and fused blocks only go forward (use torch.no_grad())"
+        cast = autocast_type(torch.device(self._device_type))
+        if cast is not None and cast not in (held := types_of(self.denoiser)):
+            names = ", ".join(str(one).removeprefix("torch.") for one in held)
+            return f"its weights are in {names}, and autocast asks for {str(cast).removeprefix('torch.')}"
         return self._fused.declines(**kwargs)
 
     def _follow(self, kwargs: Mapping[str, Any]) -> None:

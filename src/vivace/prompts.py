@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vivace.autocast import autocast_type
 from vivace.one_off import behind
 from vivace.watch import Watch
 
@@ -97,8 +98,9 @@ class Prompts:
         key = (
             _frozen(arguments),
             _frozen(own),
-            str(pipe._execution_device),
+            str(device := pipe._execution_device),
             torch.is_inference_mode_enabled(),
+            autocast_type(device),
             tuple((id(tool), _size(tool)) for tool in tools),
             tuple(encoder.key() for encoder in self._encoders.values()),
         )

@@ -165,6 +165,29 @@ def test_what_a_class_keeps_in_fp32_beside_its_type_is_fused(tmp_path):
     torch.testing.assert_close(fused, stock, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_under_autocast_weights_of_another_type_stay_stock(family):
+    pipe = FAMILIES[family].tiny()
+    stock = copy.deepcopy(pipe)
+
+    def latents(pipe):
+        drawn = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+        return pipe(prompt="a frog", generator=torch.Generator().manual_seed(0), **drawn).images
+
+    vivace.accelerate(pipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(latents(pipe), latents(stock))
+    calls = vivace.report(pipe).calls["transformer"]
+    assert calls == {"its weights are in float32, and autocast asks for bfloat16": 2}
+    # What was encoded there is not what is asked for here.
+    torch.testing.assert_close(latents(pipe), latents(stock), rtol=1e-4, atol=1e-4)
+    assert vivace.report(pipe).calls["transformer"]["fused blocks"] == 2
+    pipe.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents(pipe)
+    assert vivace.report(pipe).calls["transformer"]["fused blocks"] == 4
+
+
 def test_weights_of_several_types_stay_stock():
     unet = FAMILIES["sd"].tiny().unet
     unet.conv_out.to(torch.bfloat16)
