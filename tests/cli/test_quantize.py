@@ -46,3 +46,22 @@ def test_an_output_that_exists(model, tmp_path, capsys):
     assert code_of("quantize", str(model), "-o", str(tmp_path), "--overwrite") == 2
     assert "holds no quantised model" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_model_is_never_written_over_and_a_failure_costs_nothing(model, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert code_of("quantize", str(model), "-o", str(out), "--quant", "int8") == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for source, format, said in (
+        (out, "int8", "is where the model itself lies"),
+        (out / "unet" / "..", "int8", "is where the model itself lies"),
+        (tmp_path / "nowhere", "int8", "no model at"),
+    ):
+        assert code_of("quantize", str(source), "-o", str(out), "--overwrite", "--quant", format) == 2
+        assert said in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert code_of("quantize", str(out), "-o", str(other), "--quant", "int8") == 0
+    assert code_of("quantize", str(other), "-o", str(out), "--overwrite", "--quant", "fp8") == 2
+    assert "its layers are in int8 already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert code_of("quantize", str(model), "-o", str(out), "--overwrite", "--quant", "fp8") == 0

@@ -138,10 +138,14 @@ def digests(path: Path) -> list[str]:
         return list(pool.map(digest, range(0, path.stat().st_size, PIECE)))
 
 
+def check_clearable(folder: Path) -> None:
+    """Raise InputError where `clear` would remove what no earlier `write` left."""
+    if folder.exists() and any(folder.iterdir()) and not any(map(holds, folder.iterdir())):
+        raise InputError(f"{folder} is not empty and holds no quantised model; name another folder")
+
+
 def clear(folder: Path) -> None:
     """Remove what an earlier `write` left in `folder`, and nothing else. Raises InputError for any other folder."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not any(holds(room) for room in folder.iterdir() if room.is_dir()):
-        raise InputError(f"{folder} is not empty and holds no quantised model; name another folder")
-    shutil.rmtree(folder)
+    check_clearable(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
