@@ -8,6 +8,7 @@ import torch
 import vivace
 from vivace import InputError, cli
 from vivace.families import FAMILIES
+from vivace.quant import folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,6 +39,23 @@ def test_counts_the_bytes_of_quantised_layers(fields, tmp_path):
     assert real.detail.startswith(note.detail)
     assert forecast.components["transformer"] + forecast.added_bytes == pytest.approx(done.weight_bytes, rel=0.02)
     assert (forecast.added_bytes < 0) == note.done
+
+
+@pytest.mark.parametrize("format", ["int8", "int4_weights"])
+def test_a_folder_that_is_quantised_already(format, tmp_path):
+    pipe = vivace.accelerate(FAMILIES["sd3"].tiny(), quant=format, keep_base="no")
+    folder.write(pipe, tmp_path, denoisers={"transformer": pipe.transformer})
+    forecast = vivace.plan(tmp_path, "fast", device="cpu")
+    done = vivace.report(vivace.accelerate(vivace.load(tmp_path, device="cpu"), "fast"))
+    (note,) = (note for note in forecast.passes if note.name == "quant")
+    (real,) = (note for note in done.passes if note.name == "quant")
+    assert note.done
+    assert real.detail.startswith(note.detail)
+    assert [(note.name, note.done) for note in forecast.passes] == [(note.name, note.done) for note in done.passes]
+    assert forecast.components["transformer"] == pytest.approx(done.weight_bytes, rel=0.02)
+    assert forecast.added_bytes == 0
+    with pytest.raises(InputError, match=f"its layers are in {format} already"):
+        vivace.plan(tmp_path, device="cpu", quant="fp8")
 
 
 def test_reads_no_weight_and_changes_nothing(tmp_path):

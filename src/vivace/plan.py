@@ -127,6 +127,7 @@ def source_of(model: str) -> Source:
 def _target(source: Source, config: Config, parts: dict[str, torch.nn.Module], *, place: torch.device) -> Target:
     from vivace.accelerate import DENOISER_NAMES
     from vivace.passes.target import Target
+    from vivace.quant import folder
 
     names = source.family.denoisers if source.family else DENOISER_NAMES
     denoisers = {name: parts[name] for name in names if name in parts}
@@ -135,6 +136,9 @@ def _target(source: Source, config: Config, parts: dict[str, torch.nn.Module], *
             f"the denoiser of {source.name} is not known before it is loaded; give a local folder, or a model that "
             "vivace families lists"
         )
+    for name, denoiser in denoisers.items():
+        if source.path is not None and folder.holds(source.path / name):
+            folder.put_shapes(denoiser, source.path / name)
     subject = SimpleNamespace(**parts)
     return Target(subject=subject, family=source.family, config=config, denoisers=denoisers, place=place)
 

@@ -32,11 +32,16 @@ class Component:
 def components_of(source: Source, *, dtype: torch.dtype) -> dict[str, Component]:
     """The components of a model, loaded as `dtype`, the denoiser first.
 
-    A folder's are counted in its files, whatever type they are stored in; any other model's come from the facts of its
-    family. Raises InputError where there are neither.
+    A folder's are counted in its files, whatever type they are stored in, but for layers that are in few bits; any
+    other model's come from the facts of its family. Raises InputError where there are neither.
     """
+    from vivace.quant import folder
+
+    few_bits = {}
     if source.path is not None and source.path.is_dir():
-        counts = {room: _stored(source.path / room) for room in _rooms(source)}
+        rooms = {room: source.path / room for room in _rooms(source)}
+        counts = {name: _stored(room) for name, room in rooms.items()}
+        few_bits = {name: folder.nbytes(room, dtype=dtype) for name, room in rooms.items() if folder.holds(room)}
     elif source.family is not None and source.variant is not None:
         counts = {
             name: sum(parameter.numel() for parameter in module.parameters())
@@ -47,7 +52,7 @@ def components_of(source: Source, *, dtype: torch.dtype) -> dict[str, Component]
             f"nothing is known of the sizes in {source.name}; give a local folder or a known model (vivace families)"
         )
     return {
-        name: Component(name=name, parameters=count, nbytes=count * dtype.itemsize)
+        name: Component(name=name, parameters=count, nbytes=few_bits.get(name, count * dtype.itemsize))
         for name, count in counts.items()
         if count
     }

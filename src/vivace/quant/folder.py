@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ from vivace.quant.linear import QuantLinear
 
 WEIGHTS, RECORD = "quantised.safetensors", "quantised.json"
 VERSION = 2
+STORED = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""The types in such a file, as its header names them."""
 PIECE = 64 * 2**20
 """Bytes that are hashed in one go; pieces are hashed side by side, so that checking keeps up with reading."""
 
@@ -92,24 +103,54 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         raise InputError(f"{room / RECORD} names a {record['class']}, which diffusers {diffusers.__version__} lacks")
     with init_empty_weights():
         denoiser = made.from_config(made.load_config(room))
-    written = getattr(torch, record["dtype"])
     with safe_open(path, framework="pt", device=str(device)) as opened:
-        for name, layer in record["layers"].items():
-            parts = [key for key in held if key.rpartition(".")[0] == name and key != f"{name}.bias"]
-            packed = {key.rpartition(".")[2]: opened.get_tensor(key) for key in parts}
-            linear, (parent, _, leaf) = denoiser.get_submodule(name), name.rpartition(".")
-            format, how = format_of(layer["format"]), layer["how"]
-            stand_in = QuantLinear(packed, format=format, bias=linear.bias, dtype=written, how=how)
-            denoiser.get_submodule(parent)._modules[leaf] = stand_in
-        packed_names = tuple(f"{name}." for name in record["layers"])
-        plain = [key for key in held if key.endswith(".bias") or not key.startswith(packed_names)]
-        missing, unexpected = denoiser.load_state_dict(
-            {key: opened.get_tensor(key) for key in plain}, strict=False, assign=True
-        )
+        plain = _put_layers(denoiser, record, {key: opened.get_tensor(key) for key in held})
+    missing, unexpected = denoiser.load_state_dict(plain, strict=False, assign=True)
     if missing or unexpected:
         raise InputError(f"{path} does not fit {room / 'config.json'}: {', '.join([*missing, *unexpected][:3])}")
-    denoiser.to(device, dtype or written)
+    denoiser.to(device, dtype or getattr(torch, record["dtype"]))
     return denoiser.eval()
+
+
+def put_shapes(denoiser: torch.nn.Module, room: Path) -> None:
+    """The quantised layers that `room` holds, without their values, in a `denoiser` that has shapes alone."""
+    held = checkpoint.header(room / WEIGHTS)
+    _put_layers(denoiser, _record(room), {name: _shape(tensor) for name, tensor in held.items()})
+
+
+def nbytes(room: Path, *, dtype: torch.dtype) -> int:
+    """Bytes of the denoiser in `room`, its layers of 16 bit loaded as `dtype`."""
+    layers = _record(room)["layers"]
+    held = checkpoint.header(room / WEIGHTS)
+    packed = {name for name in held if name.rpartition(".")[0] in layers and not name.endswith(".bias")}
+    sizes = {name: STORED[tensor.dtype] if name in packed else dtype for name, tensor in held.items()}
+    return sum(prod(tensor.shape) * sizes[name].itemsize for name, tensor in held.items())
+
+
+def _put_layers(
+    denoiser: torch.nn.Module, record: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The quantised layers of `record`, out of `tensors`, in the places of linears; returns the tensors of the rest."""
+    packed: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["layers"]}
+    rest = {}
+    for key, tensor in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        if owner in packed and leaf != "bias":
+            packed[owner][leaf] = tensor
+        else:
+            rest[key] = tensor
+    for name, layer in record["layers"].items():
+        linear, (parent, _, leaf) = denoiser.get_submodule(name), name.rpartition(".")
+        how, written = layer["how"], getattr(torch, record["dtype"])
+        stand_in = QuantLinear(
+            packed[name], format=format_of(layer["format"]), bias=linear.bias, dtype=written, how=how
+        )
+        denoiser.get_submodule(parent)._modules[leaf] = stand_in
+    return rest
+
+
+def _shape(tensor: checkpoint.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=STORED[tensor.dtype], device="meta")
 
 
 def _record(room: Path) -> dict[str, Any]:
