@@ -76,6 +76,22 @@ def test_norms_that_change_in_place_are_seen(here):
     assert torch.equal(called(), after)
 
 
+@pytest.mark.parametrize("fuse", ["auto", "off"])
+def test_a_mask_is_never_dropped(fuse, monkeypatch):
+    """Of backends that take none, such as flash."""
+    plain = lambda q, k, v, *, mask=None, scale=None: NATIVE.attend(q, k, v, scale=scale)  # noqa: E731
+    backend = replace(NATIVE, name="flash", attend=plain, masks=False)
+    monkeypatch.setattr(attention, "_named", lambda config: backend)
+    family = FAMILIES["qwen_image"]
+    denoiser = vivace.accelerate(family.tiny().transformer, fuse=fuse, attention="flash")
+    arguments = family.inputs(denoiser, size=(32, 32), batch=2, frames=1, text_tokens=4)
+    gaps = {"encoder_hidden_states_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}
+    with torch.no_grad():
+        assert denoiser(**arguments)[0].isfinite().all()
+        with pytest.raises(InputError, match="attention='flash' cannot do a call of this model: it asks for a mask"):
+            denoiser(**arguments | gaps)
+
+
 def test_a_bare_denoiser_has_no_ends(sd3_pipe, here):
     vivace.accelerate(sd3_pipe.transformer, "fast")
     assert "a bare denoiser has no first and last steps" in line(sd3_pipe.transformer)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from vivace.errors import InputError
 
 
 class Attend(Protocol):
@@ -58,6 +61,25 @@ class Backend:
             wanted = _listed(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it takes {wanted}, not {str(dtype).removeprefix('torch.')}; use one or attention='native'"
         return None
+
+
+def without_masks(backend: Backend) -> Attend:
+    """`backend.attend` for one that takes no mask, which says so where it is given one."""
+
+    def attend(q, k, v, *, mask=None, scale=None):
+        if mask is not None:
+            raise cannot(backend, "a mask", q.shape)
+        return backend.attend(q, k, v, scale=scale)
+
+    return attend
+
+
+def cannot(backend: Backend, what: str, shape: Sequence[int]) -> InputError:
+    """The error for a call that asks for `what`, with q of `shape`."""
+    return InputError(
+        f"attention={backend.name!r} cannot do a call of this model: it asks for {what} at {tuple(shape)}; "
+        "use attention='native'"
+    )
 
 
 def _listed(names) -> str:

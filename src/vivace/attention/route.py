@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from vivace.attention.backend import Attend, Backend
-from vivace.errors import InputError
+from vivace.attention.backend import Attend, Backend, cannot
 
 
 class Route(TorchFunctionMode):
@@ -51,9 +50,6 @@ class Route(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if found:
-            raise InputError(
-                f"attention={backend.name!r} cannot do a call of this model: it asks for {' and '.join(found)} "
-                f"at {tuple(query.shape)}; use attention='native'"
-            )
+            raise cannot(backend, " and ".join(found), query.shape)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return self.attend(q, k, v, mask=attn_mask, scale=scale).transpose(1, 2)
