@@ -1,6 +1,7 @@
 """Config takes what exists, and names the nearest of what does not."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -26,7 +27,9 @@ def test_presets_and_fields():
         (lambda: Config(attention="flsh"), "the nearest is 'flash'"),
         (lambda: Config(fuse=True), "fuse is one of auto, on, off, got True"),
         (lambda: Config(check_nan="yes"), "check_nan is True or False, got 'yes'"),
-        (lambda: Config(graph_gib=0), "graph_gib is a number above 0, got 0"),
+        (lambda: Config(graph_gib=0), "graph_gib is a finite number above 0, got 0"),
+        (lambda: Config(prompts_mib=math.inf), "prompts_mib is a finite number above 0, got inf"),
+        (lambda: resolve(3), r"a preset is a name \(exact, balanced, fast\), a Config or a mapping .* got 3"),
         (lambda: parse_fields(["fuse"]), "FIELD=VALUE, got 'fuse'"),
         (lambda: parse_fields(["fuze=on"]), "the nearest is 'fuse'"),
         (lambda: parse_fields(["graph_gib=much"]), "graph_gib is a number, got 'much'"),

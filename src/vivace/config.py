@@ -7,6 +7,7 @@ import difflib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from vivace.attention import BACKENDS
@@ -105,6 +106,10 @@ def resolve(preset: str | Config | Mapping[str, Any] | None = None, /, **fields:
     for name in fields:
         if name not in names:
             raise InputError(f"unknown Config field {name!r}; {_nearest(name, names)}")
+    if preset is not None and not isinstance(preset, Config):
+        raise InputError(
+            f"a preset is a name ({', '.join(PRESETS)}), a Config or a mapping of its fields; got {preset!r}"
+        )
     return dataclasses.replace(preset or PRESETS["exact"], **fields)
 
 
@@ -168,8 +173,8 @@ def _check(name: str, value: Any) -> None:
         raise InputError(f"{name} is True or False, got {value!r}; for example {name}=True")
     elif kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise InputError(f"{name} is a whole number of at least 0, got {value!r}; for example {name}=2")
-    elif kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-        raise InputError(f"{name} is a number above 0, got {value!r}; for example {name}=4.0")
+    elif kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf):
+        raise InputError(f"{name} is a finite number above 0, got {value!r}; for example {name}=4.0")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -40,6 +40,9 @@ def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeyp
         (("flux", "--set", "grafs=on", "--device", "cpu"), "unknown Config field 'grafs'"),
         (("flux", "--batch", "0"), "greater than or equal to 1"),
         (("--kernels", "--device", "cpu"), "the device is cpu"),
+        (("flux", "--steps", "4"), "--steps 4 says nothing about one denoiser forward; add --end-to-end"),
+        (("flux", "--device", "cpu", "--presets", "none", "--peers", "none"), "nobody to time"),
+        (("flux", "--ladder", "sdxl", "--batch", "2"), "takes no FAMILY, --batch; leave it out"),
         (("flux", "--device", "tpu"), "no device 'tpu'"),
     ],
 )
@@ -50,3 +53,10 @@ def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):
     assert caught.err.count("\n") == 1
     assert said in caught.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ladder_has_all_presets_on_top(tmp_path, capsys):
+    told = ("--ladder", "sd15", "--tiny", "--device", "cpu", "--budget-s", "0", "-o", tmp_path)
+    for presets, rungs in (((), 8), (("--presets", "fast"), 6)):
+        assert bench(*told, *presets) == 0
+        assert f"{rungs} rungs left for the next time" in capsys.readouterr().out

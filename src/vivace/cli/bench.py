@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vivace.cli.command import command
+from vivace.config import PRESETS
 from vivace.errors import InputError
 
 DEFAULT_PEERS = {True: ("eager", "compile", "compile-full"), False: ("eager",)}
@@ -26,7 +27,9 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in one forward.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, with --end-to-end.")] = None,
-    presets: Annotated[str, typer.Option(metavar="A,B", help="Ours.")] = "exact",
+    presets: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Ours: exact; with --ladder all. none leaves them out.")
+    ] = None,
     fields: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="For each of ours.")] = None,
     peers: Annotated[
         str | None, typer.Option(metavar="A,B", help="eager, compile, compile-full, torchao, cache-dit; or none.")
@@ -76,7 +79,7 @@ def bench(
                 continue
             _serve(
                 name,
-                presets=_names(presets),
+                presets=_names(presets or "exact"),
                 steps=steps,
                 concurrency=clients,
                 pictures=pictures,
@@ -88,24 +91,32 @@ def bench(
             )
         return
     if ladder:
+        given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
+        given |= {"--kernels": kernels, "--profile": profile, "--random": random}
+        if extra := [name for name, value in given.items() if value]:
+            raise InputError(f"--ladder has its own inputs and rungs, and takes no {', '.join(extra)}; leave it out")
         shape = {"size": read_size(size) if size else None, "steps": steps, "model": model, "tiny": tiny}
         times = {"limit": limit_s, "budget": budget_s, "again": again}
-        _climb(
-            ladder, presets=_names(presets), fields=fields or (), place=(device, dtype), folder=output, **shape, **times
-        )
+        presets = presets or ",".join(PRESETS)
+        options = {"presets": _names(presets), "fields": fields or (), "place": (device, dtype), "folder": output}
+        _climb(ladder, **options, **shape, **times)
         return
     if model and random:
         raise InputError("--model and --random exclude each other; give one")
     if not families and not kernels:
         raise InputError("nothing to time; name a family (vivace families lists them), or give --kernels")
+    if steps and not end_to_end:
+        raise InputError(f"--steps {steps} says nothing about one denoiser forward; add --end-to-end, or leave it out")
     shape = {"size": read_size(size) if size else None, "batch": batch, "frames": frames, "steps": steps}
     options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, **shape}
     drafts = [workload_of(name, device="", dtype="", **options) for name in families or ()]
-    contest = partial(contestants_of, presets=_names(presets), fields=fields or ())
+    contest = partial(contestants_of, presets=_names(presets or "exact"), fields=fields or ())
     contest(peers=_names(peers or ""))  # wrong names come out before the machine is asked, which takes seconds
     here = place(device=device, dtype=dtype)
     workloads = [replace(draft, device=here.device, dtype=here.dtype) for draft in drafts]
     contestants = contest(peers=DEFAULT_PEERS[here.gpu] if peers is None else _names(peers))
+    if workloads and not contestants:
+        raise InputError("nobody to time: --presets and --peers are both none; name one")
 
     def on_line(line: Mapping[str, Any]) -> None:
         print(_sentence(line), flush=True)

@@ -140,12 +140,10 @@ def _put_layers(
         else:
             rest[key] = tensor
     for name, layer in record["layers"].items():
-        linear, (parent, _, leaf) = denoiser.get_submodule(name), name.rpartition(".")
-        how, written = layer["how"], getattr(torch, record["dtype"])
-        stand_in = QuantLinear(
-            packed[name], format=format_of(layer["format"]), bias=linear.bias, dtype=written, how=how
-        )
-        denoiser.get_submodule(parent)._modules[leaf] = stand_in
+        linear: Any = denoiser.get_submodule(name)
+        parent, _, leaf = name.rpartition(".")
+        facts = {"format": format_of(layer["format"]), "how": layer["how"], "dtype": getattr(torch, record["dtype"])}
+        denoiser.get_submodule(parent)._modules[leaf] = QuantLinear(packed[name], bias=linear.bias, **facts)
     return rest
 
 
