@@ -64,8 +64,9 @@ class Graphs:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path, and the casts of
         # weights that autocast remembers only until its block ends.
-        frozen = torch.is_grad_enabled() or any(autocast_type(tensor.device) is not None for tensor in tensors)
-        if frozen or any(tensor.device.type == HOST for tensor in tensors):
+        devices = {tensor.device for tensor in tensors}
+        frozen = torch.is_grad_enabled() or any(autocast_type(device) is not None for device in devices)
+        if frozen or any(device.type == HOST for device in devices):
             return segment(**kwargs)
         try:
             key = (name, request.EXACT.get(), spec, *(_describe(leaf) for leaf in leaves))

@@ -227,8 +227,6 @@ class Lane:
             return None
         if self._unfusable:
             return self._unfusable
-        if self.adapters is not None and self.adapters.effect.beside and not self._fused.sides:
-            return "adapters stand beside linears whose weights its fused blocks read (lora='merged' keeps them)"
         if torch.is_grad_enabled():
             return "gradients are enabled, and fused blocks only go forward (use torch.no_grad())"
         cast = autocast_type(torch.device(self._device_type))

@@ -11,7 +11,7 @@ from vivace import InputError
 from vivace.attention.native import NATIVE
 from vivace.families import flux
 from vivace.fused.elementwise import KERNELS, TORCH
-from vivace.fused.flux import FLUX, fuse_with
+from vivace.fused.flux import FLUX
 from vivace.kernels.row import RowScaled
 from vivace.quant import format_of
 from vivace.quant.linear import QuantLinear
@@ -36,7 +36,7 @@ def inputs(model, *, size=(32, 48), batch=2, **extra) -> dict:
 def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return FLUX.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @FORMS

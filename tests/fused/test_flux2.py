@@ -9,7 +9,7 @@ from diffusers import Flux2Transformer2DModel
 from vivace.attention.native import NATIVE
 from vivace.families import flux2
 from vivace.fused.elementwise import KERNELS, TORCH
-from vivace.fused.flux2 import FLUX2, fuse_with
+from vivace.fused.flux2 import FLUX2
 from vivace.kernels.row import RowScaled
 from vivace.quant import format_of
 from vivace.quant.linear import QuantLinear
@@ -33,7 +33,7 @@ def inputs(model, *, size=(32, 48), batch=2, **extra) -> dict:
 def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return FLUX2.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @FORMS

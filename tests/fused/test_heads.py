@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from vivace.attention.cudnn_fp8 import CUDNN_FP8, CUDNN_FP8_ROTATED
 from vivace.attention.guard import NotFiniteError, guarded
 from vivace.attention.native import NATIVE
 from vivace.families import FAMILIES
-from vivace.fused import heads
+from vivace.fused import fused_of, heads
 from vivace.fused.elementwise import KERNELS, TORCH
 from vivace.fused.packed_norms import packed_norms
 from vivace.kernels.qk_norm_rope import qk_norm_rope_ref
@@ -47,7 +46,7 @@ def tiny(name):
 
 def forward(name, model, arguments, *, attend, form):
     with ExitStack() as undo, torch.no_grad():
-        split = import_module(f"vivace.fused.{name}").fuse_with(model, attend=attend, undo=undo, elementwise=form)
+        split = fused_of(FAMILIES[name]).fuse(model, attend=attend, undo=undo, elementwise=form)
         out = split(**arguments)[0]
         return torch.stack(out) if isinstance(out, list) else out
 

@@ -10,7 +10,7 @@ from vivace import InputError
 from vivace.attention.native import NATIVE
 from vivace.families import pixart
 from vivace.fused.elementwise import KERNELS, TORCH
-from vivace.fused.pixart import PIXART, fuse_with
+from vivace.fused.pixart import PIXART
 
 FORMS = pytest.mark.parametrize("form", [TORCH, KERNELS], ids=["torch", "kernels"])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -40,7 +40,7 @@ def inputs(model, *, size=(32, 48), mask=None, **extra) -> dict:
 def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return PIXART.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @FORMS
@@ -64,7 +64,7 @@ def test_tokens_that_do_not_count_are_left_out(mask):
 
     arguments = inputs(model, mask=mask)
     with ExitStack() as undo, torch.no_grad():
-        fused = fuse_with(model, attend=attend, undo=undo, elementwise=TORCH)(**arguments)[0]
+        fused = PIXART.fuse(model, attend=attend, undo=undo, elementwise=TORCH)(**arguments)[0]
         stock = model(**arguments)[0]
     torch.testing.assert_close(fused, stock, **CLOSE)
     assert set(masks) == {None}
@@ -75,7 +75,7 @@ def test_the_second_half_of_the_samples_alone():
     model = transformer()
     arguments = inputs(model, mask=MASKS["some"])
     with ExitStack() as undo, torch.no_grad():
-        fused = fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=TORCH)
+        fused = PIXART.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=TORCH)
         once = fused.once(**{name: arguments[name] for name in fused.once_inputs})
         half = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[1:], {**arguments, "once": once})
         torch.testing.assert_close(fused(**half)[0], model(**arguments)[0][1:], **CLOSE)
@@ -94,16 +94,6 @@ def test_is_as_near_to_fp64_as_stock(form, dtype):
     fused, stock = both(model.to(dtype), cast, form=form)
     ours, theirs = ((x.double() - exact).norm() / exact.norm() for x in (fused, stock))
     assert ours <= 1.2 * theirs
-
-
-def test_the_output_object():
-    model = transformer()
-    arguments = inputs(model, return_dict=True)
-    with ExitStack() as undo, torch.no_grad():
-        stock = model(**arguments)
-        fused = PIXART.fuse(model, attend=NATIVE.attend, undo=undo)(**arguments)
-    assert type(fused) is type(stock)
-    torch.testing.assert_close(fused.sample, stock.sample, **CLOSE)
 
 
 def test_weights_are_the_same_storage_and_come_back():

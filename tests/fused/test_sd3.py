@@ -14,7 +14,7 @@ from vivace.families import FAMILIES
 from vivace.fused import sd3
 from vivace.fused.elementwise import KERNELS, TORCH
 from vivace.fused.fold import Folded, fold_zero_tokens
-from vivace.fused.sd3 import SD3, fuse_with
+from vivace.fused.sd3 import SD3
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # the stock RMSNorm works in fp32, whatever the type
 
@@ -56,7 +56,7 @@ def inputs(*, dtype=torch.float64, zeros=16, size=8) -> dict:
 def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return SD3.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 16])
@@ -72,7 +72,7 @@ def test_kernels_equal_stock(zeros, fields):
     model, arguments = transformer(dtype=torch.float32, **fields), inputs(dtype=torch.float32, zeros=zeros)
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        fused = fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)(**arguments)[0]
+        fused = SD3.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)(**arguments)[0]
     torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-4)
 
 

@@ -10,7 +10,7 @@ from vivace.attention.native import NATIVE
 from vivace.families import sd, sdxl
 from vivace.families.unet import inputs, split
 from vivace.fused.elementwise import KERNELS, TORCH
-from vivace.fused.sd_unet import SD_UNET, fuse_with
+from vivace.fused.sd_unet import SD_UNET
 
 FORMS = pytest.mark.parametrize("form", [TORCH, KERNELS], ids=["torch", "kernels"])
 ORDERS = pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -42,7 +42,7 @@ def small(model, size=(32, 32), **extra) -> dict:
 def both(model, arguments, *, form=TORCH) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return SD_UNET.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @ORDERS
@@ -80,7 +80,7 @@ def test_control_and_adapter_residuals(order):
         given = [torch.randn(2, channels, side, side) for channels, side in shapes[:count]]
         with ExitStack() as undo, torch.no_grad():
             stock = model(**arguments, down_intrablock_additional_residuals=list(given))[0]
-            fused = fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)
+            fused = SD_UNET.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)
             ours = fused(**arguments, down_intrablock_additional_residuals=list(given))[0]
         torch.testing.assert_close(ours, stock, **CLOSE)
 

@@ -10,10 +10,9 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from vivace import InputError
 from vivace.attention.native import NATIVE
 from vivace.families import wan, wan_vace
-from vivace.fused import wan as fused_wan
-from vivace.fused import wan_vace as fused_vace
 from vivace.fused.elementwise import KERNELS, TORCH
 from vivace.fused.wan import WAN
+from vivace.fused.wan_vace import WAN_VACE
 
 FORMS = pytest.mark.parametrize("form", [TORCH, KERNELS], ids=["torch", "kernels"])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -46,10 +45,10 @@ def inputs(model, *, size=(32, 48), text_tokens=7, **extra):
     return given | {"timestep": times} | extra
 
 
-def both(model, arguments, *, form=TORCH, module=fused_wan):
+def both(model, arguments, *, form=TORCH, fused=WAN):
     with ExitStack() as undo, torch.no_grad():
         stock = model(**arguments)[0]
-        return module.fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
+        return fused.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=form)(**arguments)[0], stock
 
 
 @FORMS
@@ -81,7 +80,7 @@ def test_a_picture_is_what_stock_takes_for_one(tokens):
 def test_hints(form, scales):
     model = vace()
     given = wan_vace.inputs(model, size=(32, 48), batch=2, frames=5, text_tokens=7)
-    fused, stock = both(model, given | {"control_hidden_states_scale": scales}, form=form, module=fused_vace)
+    fused, stock = both(model, given | {"control_hidden_states_scale": scales}, form=form, fused=WAN_VACE)
     torch.testing.assert_close(fused, stock, **CLOSE)
 
 
@@ -89,7 +88,7 @@ def test_a_scale_for_every_control_layer():
     model = vace()
     given = wan_vace.inputs(model, size=(32, 48), batch=2, frames=5, text_tokens=7)
     with ExitStack() as undo, torch.no_grad():
-        fused = fused_vace.fuse_with(model, attend=NATIVE.attend, undo=undo, elementwise=TORCH)
+        fused = WAN_VACE.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=TORCH)
         with pytest.raises(InputError, match="2 control layers, got 3 scales"):
             fused(**given, control_hidden_states_scale=torch.ones(3))
 
@@ -145,16 +144,6 @@ def test_what_holds_for_a_prompt_is_computed_once_for_each():
         for _ in range(3):
             torch.testing.assert_close(fused(**arguments, once=once)[0], model(**arguments)[0], **CLOSE)
     assert len(calls) == 1 + 3  # stock's
-
-
-def test_the_output_object():
-    model = transformer()
-    arguments = inputs(model, return_dict=True)
-    with ExitStack() as undo, torch.no_grad():
-        stock = model(**arguments)
-        fused = WAN.fuse(model, attend=NATIVE.attend, undo=undo)(**arguments)
-    assert type(fused) is type(stock)
-    torch.testing.assert_close(fused.sample, stock.sample, **CLOSE)
 
 
 def test_weights_are_the_same_storage_and_come_back():

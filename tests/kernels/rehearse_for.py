@@ -3,7 +3,6 @@
 One line a family: kernels that the rehearsal meets, and how many more other resolutions and batches need.
 """
 
-import importlib
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -72,7 +71,6 @@ def main():
             return without_values(family.inputs(stand_in, size=size, batch=batch, frames=1, text_tokens=tokens, seed=0))
 
         fused = fused_of(family)
-        importlib.import_module(fused.fuse.__module__)
         counts = [0]
         for sizes in ([((side, side), 2) for side in SIDES], [(size, batch) for size in OTHERS for batch in (1, 3)]):
             for attend in (PLAIN, PACKED) if fp8 else (PLAIN,):

@@ -10,7 +10,7 @@ import vivace
 from vivace import InputError
 from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
-from vivace.fused import FUSED, fused_of
+from vivace.fused import FUSED
 from vivace.lora.side import side_of
 
 
@@ -104,6 +104,4 @@ def test_every_family_with_fused_blocks(family, mode, lora_of):
             outputs.append(tree_leaves(getattr(one, name)(**arguments))[0])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(outputs[0], plain, atol=1e-2)
-    served = set(vivace.report(pipe).calls[name])
-    fused = fused_of(known)
-    assert (served == {"fused blocks"}) == (mode == "merged" or fused.sides)
+    assert set(vivace.report(pipe).calls[name]) == {"fused blocks"}

@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from contextlib import ExitStack
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import vivace
 from vivace.attention.native import NATIVE
 from vivace.families import FAMILIES
+from vivace.fused import fused_of
 from vivace.fused.elementwise import KERNELS
 from vivace.quant.linear import QuantLinear
 
@@ -143,8 +143,7 @@ def test_kernels_hand_quantised_rows_to_the_layers_that_take_them(family, monkey
         vivace.accelerate(denoiser, quant="fp8", fuse="off")
         stock = drawn(denoiser, arguments)
         taken.clear()
-        module = import_module(f"vivace.fused.{family}")
-        call = module.fuse_with(denoiser, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
+        call = fused_of(FAMILIES[family]).fuse(denoiser, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
         fused = drawn(call, arguments)
     assert taken["RowScaled"] >= taken["Tensor"]
     assert (fused - stock).norm() < 0.05 * stock.norm()

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from vivace.family import State
-from vivace.fused.joint import Ahead, Mlp, Parts, ahead_for
+from vivace.fused.joint import Ahead, Mlp, ahead_for
+from vivace.fused.parts import Parts
 from vivace.fused.stack import takes
 from vivace.kernels.row import Sum
 

@@ -7,36 +7,29 @@ block's last pass (gate, residual) already normalises and modulates for the next
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from vivace.attention.backend import Attend
 from vivace.errors import InputError
 from vivace.families.flux import spread
 from vivace.family import Split, State
-from vivace.fused.contract import Fused, brings, foreign_attention
-from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.heads import Heads, Tokens
-from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.contract import Fused, brings
+from vivace.fused.double_single import blocks_of, foreign, positions
+from vivace.fused.heads import Heads
+from vivace.fused.joint import JointBlock, Mlp, epilogue, streams_of
 from vivace.fused.modulation import Modulation
+from vivace.fused.parts import Parts
 from vivace.fused.single import SingleBlock, TwoProducts
 from vivace.fused.stack import Stack
 
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    attentions = (
-        (f"{name}.{index}", block.attn)
-        for name in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(denoiser, name))
-    )
-    return foreign_attention(attentions, known=(FluxAttnProcessor,))
+    return foreign(denoiser, known=(FluxAttnProcessor,))
 
 
 def declines(*, joint_attention_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> str | None:
@@ -44,25 +37,17 @@ def declines(*, joint_attention_kwargs: Mapping[str, Any] | None = None, **kwarg
     return brings(joint_attention_kwargs)
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a FluxTransformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    modulation = Modulation(_norms(denoiser), undo=undo)
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
-    blocks, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
-    double = [_double(block, i, modulation.spans, parts) for i, block in enumerate(blocks)]
-    single = [_single(block, i, len(double), modulation.spans, parts) for i, block in enumerate(singles)]
+    modulation = Modulation(_norms(denoiser), undo=parts.undo)
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
-        blocks=(
-            *chained("transformer_blocks", blocks, double),
-            *chained("single_transformer_blocks", singles, single),
+        blocks=blocks_of(
+            denoiser,
+            double=partial(_double, spans=modulation.spans, parts=parts),
+            single=partial(_single, spans=modulation.spans, parts=parts),
         ),
-        epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
+        epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
     )
@@ -77,7 +62,7 @@ def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
     yield "out", denoiser.norm_out.linear
 
 
-def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
     image, text = streams_of(
         block.attn,
         spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
@@ -88,7 +73,7 @@ def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) ->
     return JointBlock(image, text, index=index, parts=parts)
 
 
-def _single(block: Any, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
+def _single(block: Any, *, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
     attention = block.attn
     qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
     return SingleBlock(
@@ -110,13 +95,10 @@ def _once(
     img_ids: torch.Tensor,  # [S, 3]
 ) -> Mapping[str, Any]:
     """What holds for all steps of a prompt at one size."""
-    # Positions once had a batch dimension.
-    ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
-    cos, sin = denoiser.pos_embed(ids)  # [T + S, head size], each angle twice
     return {
         "text": denoiser.context_embedder(encoder_hidden_states),
         "pooled": denoiser.time_text_embed.text_embedder(pooled_projections),
-        "tokens": Tokens(cos=cos[:, ::2].contiguous(), sin=sin[:, ::2].contiguous()),
+        "tokens": positions(denoiser, txt_ids, img_ids),
     }
 
 
@@ -155,19 +137,10 @@ def _prologue(
     return State(x=x, text=once["text"], context=context)
 
 
-def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise, state: State) -> Any:
-    scale, shift = state.context["modulation"][span]
-    x = denoiser.proj_out(elementwise.norm(state.x, shift=shift, scale=scale))
-    return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
-
-
 FLUX = Fused(
     summary="modulation of all blocks in one GEMM, q k v in one, text and rotary tables once per prompt, "
     "a block's residual with the next one's norm",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

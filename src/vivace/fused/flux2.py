@@ -7,7 +7,6 @@ normalises and modulates for the next block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,13 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2Transformer2DModelOutput,
 )
 
-from vivace.attention.backend import Attend
 from vivace.family import Split, State
-from vivace.fused.contract import Fused, brings, foreign_attention
-from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.heads import Heads, Tokens
-from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.contract import Fused, brings
+from vivace.fused.double_single import blocks_of, foreign, positions
+from vivace.fused.heads import Heads
+from vivace.fused.joint import JointBlock, Mlp, epilogue, streams_of
 from vivace.fused.modulation import Modulation
+from vivace.fused.parts import Parts
 from vivace.fused.single import OneProduct, SingleBlock
 
 # Those that keep keys and values compute what the others do in calls that ask for nothing to be kept.
@@ -41,12 +40,7 @@ PROCESSORS = (
 
 def check(denoiser: Any) -> str | None:
     """Why these blocks cannot be fused, or None."""
-    attentions = (
-        (f"{name}.{index}", block.attn)
-        for name in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(denoiser, name))
-    )
-    return foreign_attention(attentions, known=PROCESSORS)
+    return foreign(denoiser, known=PROCESSORS)
 
 
 def declines(
@@ -58,25 +52,17 @@ def declines(
     return brings(joint_attention_kwargs)
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a Flux2Transformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    modulation = Modulation(_norms(denoiser), undo=undo)
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
-    blocks, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
-    double = [_double(block, i, modulation.spans, parts) for i, block in enumerate(blocks)]
-    single = [_single(block, i, len(double), modulation.spans, parts) for i, block in enumerate(singles)]
+    modulation = Modulation(_norms(denoiser), undo=parts.undo)
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
-        blocks=(
-            *chained("transformer_blocks", blocks, double),
-            *chained("single_transformer_blocks", singles, single),
+        blocks=blocks_of(
+            denoiser,
+            double=partial(_double, spans=modulation.spans, parts=parts),
+            single=partial(_single, spans=modulation.spans, parts=parts),
         ),
-        epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
+        epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts, output=Flux2Transformer2DModelOutput),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "txt_ids", "img_ids"),
     )
@@ -89,7 +75,7 @@ def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
     yield "out", denoiser.norm_out.linear
 
 
-def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
     image, text = streams_of(
         block.attn,
         spans=(spans["image"], spans["text"]),
@@ -103,7 +89,7 @@ def _double(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) ->
     return JointBlock(image, text, index=index, parts=parts)
 
 
-def _single(block: Any, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
+def _single(block: Any, *, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
     attention = block.attn
     return SingleBlock(
         OneProduct(linear=attention.to_qkv_mlp_proj, width=attention.inner_dim, elementwise=parts.elementwise),
@@ -123,11 +109,9 @@ def _once(
     img_ids: torch.Tensor,  # [S, 4]
 ) -> Mapping[str, Any]:
     """What holds for all steps of a prompt at one size."""
-    ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
-    cos, sin = denoiser.pos_embed(ids)  # [T + S, head size], each angle twice
     return {
         "text": denoiser.context_embedder(encoder_hidden_states),
-        "tokens": Tokens(cos=cos[:, ::2].contiguous(), sin=sin[:, ::2].contiguous()),
+        "tokens": positions(denoiser, txt_ids, img_ids),
     }
 
 
@@ -156,19 +140,10 @@ def _prologue(
     return State(x=denoiser.x_embedder(hidden_states), text=once["text"], context=context)
 
 
-def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise, state: State) -> Any:
-    scale, shift = state.context["modulation"][span]
-    x = denoiser.proj_out(elementwise.norm(state.x, shift=shift, scale=scale))
-    return Flux2Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
-
-
 FLUX2 = Fused(
     summary="modulation of all blocks in one GEMM, q k v in one, text and rotary tables once per prompt, "
     "a block's residual with the next one's norm",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from vivace.attention.backend import Attend
 from vivace.family import Block, State
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly, heads_for, projected
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 from vivace.kernels.row import HeadScaled
 
@@ -41,15 +41,6 @@ def ahead_for(state: State, reader: int) -> Ahead | None:
 def clipped(x: torch.Tensor) -> torch.Tensor:
     """`x`, in float16 without infinities, as the stock blocks keep it."""
     return x.clamp_(-HALF, HALF) if x.dtype == torch.float16 else x
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What every block is built with."""
-
-    attend: Attend
-    elementwise: Elementwise
-    undo: ExitStack
 
 
 def chained(name: str, modules: Iterable[torch.nn.Module], forwards: Sequence[Any]) -> tuple[Block, ...]:
@@ -237,3 +228,12 @@ class JointBlock:
         normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
         y = attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise)
         return projected(out, y, dtype=x.dtype)
+
+
+def epilogue(
+    denoiser: Any, span: slice, parts: Parts, state: State, *, output: type[Any] = Transformer2DModelOutput
+) -> Any:
+    """The picture's tokens through the last norm, modulated by what lies at `span`, and the last projection."""
+    scale, shift = state.context["modulation"][span]
+    x = denoiser.proj_out(parts.elementwise.norm(state.x, shift=shift, scale=scale))
+    return output(sample=x) if state.context["return_dict"] else (x,)

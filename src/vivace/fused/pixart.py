@@ -7,7 +7,6 @@ weighs nothing in the softmax (its logits are 10,000 lower), and attention witho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -16,17 +15,15 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from vivace.attention.backend import Attend
 from vivace.errors import InputError
 from vivace.families.pixart import picture_of
 from vivace.family import Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.cross_blocks import CrossBlock, sums
-from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.heads import attended, projected
-from vivace.fused.joint import Parts, chained
-from vivace.fused.stack import Stack
-from vivace.fused.unet_blocks import odd_attention
+from vivace.fused.elementwise import Elementwise
+from vivace.fused.joint import chained
+from vivace.fused.parts import Parts
+from vivace.fused.unet_blocks import SelfAttention, odd_attention
 
 PLAIN: Mapping[str, Any] = {
     "norm_type": "ada_norm_single",
@@ -73,19 +70,13 @@ def declines(
     return f"the call brings {', '.join(sorted(brings))}" if brings else None
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a PixArtTransformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
     blocks = [_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.transformer_blocks)]
     return Split(
         prologue=partial(_prologue, denoiser),
         blocks=chained("transformer_blocks", denoiser.transformer_blocks, blocks),
-        epilogue=partial(_epilogue, denoiser, elementwise),
+        epilogue=partial(_epilogue, denoiser, parts.elementwise),
         once=partial(_prompt, denoiser),
         once_inputs=("encoder_hidden_states", "encoder_attention_mask"),
     )
@@ -104,16 +95,11 @@ def _block(block: Any, *, index: int, parts: Parts) -> CrossBlock:
     )
 
 
-class PictureAttention:
-    """The attention of a picture [B, S, D] to itself."""
-
-    def __init__(self, attention: Any, *, parts: Parts) -> None:
-        self.attention, self.attend = attention, parts.attend
-        self.reader = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+class PictureAttention(SelfAttention):
+    """The attention of a picture [B, S, D] to itself, for which nothing else counts."""
 
     def __call__(self, normed: Any, context: Mapping[str, Any]) -> torch.Tensor:
-        q, k, v = self.reader(normed).unflatten(-1, (3, self.attention.heads, -1)).unbind(2)
-        return projected(self.attention.to_out[0], attended(self.attend, q, k, v), dtype=q.dtype)
+        return super().__call__(normed)
 
 
 class TextAttention:
@@ -203,10 +189,7 @@ def _epilogue(denoiser: Any, elementwise: Elementwise, state: State) -> Any:
 PIXART = Fused(
     summary="keys and values once per prompt, of the text that counts alone, q k v in one, "
     "residuals with the norms that follow",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -7,7 +7,6 @@ prompts of a batch differ in length each attends to its own words without a mask
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -15,17 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from vivace.attention.backend import Attend
 from vivace.families.qwen_image import spread
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
-from vivace.fused.elementwise import Elementwise, elementwise_for
 from vivace.fused.heads import Tokens
-from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.joint import JointBlock, Mlp, chained, epilogue, streams_of
 from vivace.fused.modulation import Modulation
+from vivace.fused.parts import Parts
 
 
 def check(denoiser: Any) -> str | None:
@@ -47,21 +44,15 @@ def declines(
     return brings(attention_kwargs) or (None if guidance is None else "the call brings a guidance embedding")
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a QwenImageTransformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    modulation = Modulation(_norms(denoiser), undo=undo)
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    modulation = Modulation(_norms(denoiser), undo=parts.undo)
     modules = denoiser.transformer_blocks
     joint = [_joint(block, i, modulation, parts) for i, block in enumerate(modules)]
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
         blocks=chained("transformer_blocks", modules, joint),
-        epilogue=partial(_epilogue, denoiser, modulation.spans["out"], elementwise),
+        epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"),
     )
@@ -156,19 +147,10 @@ def _prologue(
     return State(x=x, text=once["text"], context=context)
 
 
-def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise, state: State) -> Any:
-    scale, shift = state.context["modulation"][span]
-    x = denoiser.proj_out(elementwise.norm(state.x, shift=shift, scale=scale))
-    return Transformer2DModelOutput(sample=x) if state.context["return_dict"] else (x,)
-
-
 QWEN_IMAGE = Fused(
     summary="modulation of all blocks in one GEMM, q k v in one, text and rotary tables once per prompt, "
     "a block's residual with the next one's norm",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

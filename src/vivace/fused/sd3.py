@@ -7,7 +7,6 @@ once per prompt, and the identical zero tokens that stand for an absent T5 encod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,15 +16,15 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from vivace.attention.backend import Attend
 from vivace.families.sd3 import spread
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
-from vivace.fused.elementwise import TORCH, Elementwise, elementwise_for
+from vivace.fused.elementwise import TORCH, Elementwise
 from vivace.fused.fold import fold_zero_tokens
 from vivace.fused.heads import Heads, Tokens, heads_for
-from vivace.fused.joint import JointBlock, Mlp, Parts, chained, streams_of
+from vivace.fused.joint import JointBlock, Mlp, chained, streams_of
 from vivace.fused.modulation import Modulation
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack
 
 
@@ -75,15 +74,9 @@ def _skippable(forward: Callable[[State], State], index: int, state: State) -> S
     return state if residual is None else replace(state, x=state.x + residual)
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of an SD3Transformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    modulation = Modulation(_norms(denoiser), undo=undo)
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
+    modulation = Modulation(_norms(denoiser), undo=parts.undo)
     modules = denoiser.transformer_blocks
     joint = chained(
         "transformer_blocks", modules, [_joint(block, i, modulation.spans, parts) for i, block in enumerate(modules)]
@@ -92,7 +85,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
 
     def once(encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor) -> Mapping[str, Any]:
         # On GPUs attention takes its fastest kernels only without a bias.
-        folded = fold_zero_tokens(encoder_hidden_states, repeat=elementwise is not TORCH)
+        folded = fold_zero_tokens(encoder_hidden_states, repeat=parts.elementwise is not TORCH)
         return {
             "text": denoiser.context_embedder(folded.text),
             "bias": folded.bias,
@@ -103,7 +96,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     return Split(
         prologue=_prologue(denoiser, modulation),
         blocks=blocks,
-        epilogue=_epilogue(denoiser, modulation.spans["out"], elementwise),
+        epilogue=_epilogue(denoiser, modulation.spans["out"], parts.elementwise),
         once=once,
         once_inputs=("encoder_hidden_states", "pooled_projections"),
     )
@@ -156,10 +149,7 @@ def _epilogue(denoiser: Any, span: slice, elementwise: Elementwise) -> Callable[
 SD3 = Fused(
     summary="modulation of all blocks in one GEMM, q k v in one, text projected once per prompt, zero tokens folded, "
     "a block's residual with the next one's norm",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -7,7 +7,6 @@ and so are the keys and values of an IP-Adapter's pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,14 +30,13 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.torch_utils import apply_freeu
 
-from vivace.attention.backend import Attend
 from vivace.families.unet import join_control, split
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
-from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, join
 from vivace.fused.unet_blocks import (
-    Parts,
+    PictureParts,
     PixelTransformer,
     ResidualBlock,
     TransformerBlock,
@@ -130,21 +128,16 @@ def declines(
     return f"the call brings {', '.join(sorted(brings))}" if brings else None
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a UNet2DConditionModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, layout=layout_of(denoiser), undo=undo)
-    build = Builder(denoiser, parts)
-    levels = [(name, block, build.level(block)) for name, block in levels_of(denoiser)]
+    pictures = PictureParts(**vars(parts), layout=layout_of(denoiser))
+    builder = Builder(denoiser, pictures)
+    levels = [(name, block, builder.level(block)) for name, block in levels_of(denoiser)]
     return Split(
-        prologue=partial(_prologue, split(denoiser).prologue, build.time(), build.pictures()),
+        prologue=partial(_prologue, split(denoiser).prologue, builder.time(), builder.pictures()),
         blocks=tuple(step_of(name, block, level, denoiser) for name, block, level in levels),
-        epilogue=partial(_epilogue, denoiser, parts),
-        once=build.once(),
+        epilogue=partial(_epilogue, denoiser, pictures),
+        once=builder.once(),
         once_inputs=("encoder_hidden_states",),
     )
 
@@ -187,7 +180,7 @@ Level = list[tuple[Callable[..., torch.Tensor], PixelTransformer | None]]
 class Builder:
     """Builds the levels of a UNet, and gathers what all of them share: time embeddings, and keys and values of text."""
 
-    def __init__(self, denoiser: Any, parts: Parts) -> None:
+    def __init__(self, denoiser: Any, parts: PictureParts) -> None:
         self.parts = parts
         self._residuals: list[Any] = []
         self._times = self._texts = 0  # columns so far
@@ -318,7 +311,7 @@ def _prologue(
     return replace(state, context=context)
 
 
-def _epilogue(denoiser: Any, parts: Parts, state: State) -> Any:
+def _epilogue(denoiser: Any, parts: PictureParts, state: State) -> Any:
     x = state.x
     if denoiser.conv_norm_out is not None:
         silu = isinstance(denoiser.conv_act, torch.nn.SiLU)
@@ -331,10 +324,7 @@ def _epilogue(denoiser: Any, parts: Parts, state: State) -> Any:
 SD_UNET = Fused(
     summary="text keys and values once per prompt, time embeddings of all blocks in one GEMM, q k v in one, "
     "residuals with the norms that follow",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from vivace.family import State
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, attend_alone, heads_for
-from vivace.fused.joint import Ahead, Parts, ahead_for, clipped
+from vivace.fused.joint import Ahead, ahead_for, clipped
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 from vivace.kernels.row import HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads

@@ -9,7 +9,6 @@ what works on rows works on them in any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,15 +23,14 @@ from diffusers.models.unets.unet_3d_blocks import (
 )
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
 
-from vivace.attention.backend import Attend
 from vivace.families.svd import split
 from vivace.family import Split, State
 from vivace.fused.contract import Fused
-from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.parts import Parts
 from vivace.fused.sd_unet import Builder, layout_of, levels_of, step_of
 from vivace.fused.stack import join
 from vivace.fused.unet_blocks import (
-    Parts,
+    PictureParts,
     PixelTransformer,
     ResidualBlock,
     SelfAttention,
@@ -80,21 +78,16 @@ def declines(*, encoder_hidden_states: torch.Tensor | None = None, **kwargs: Any
     return None if tokens == 1 else f"the call brings {tokens} tokens for the picture, not one"
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a UNetSpatioTemporalConditionModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, layout=layout_of(denoiser), undo=undo)
-    build = VideoBuilder(denoiser, parts)
-    levels = [(name, block, build.level(block)) for name, block in levels_of(denoiser)]
+    pictures = PictureParts(**vars(parts), layout=layout_of(denoiser))
+    builder = VideoBuilder(denoiser, pictures)
+    levels = [(name, block, builder.level(block)) for name, block in levels_of(denoiser)]
     return Split(
-        prologue=partial(_prologue, split(denoiser).prologue, build.time(), build.frames()),
+        prologue=partial(_prologue, split(denoiser).prologue, builder.time(), builder.frames()),
         blocks=tuple(step_of(name, block, level, denoiser) for name, block, level in levels),
-        epilogue=partial(_epilogue, denoiser, parts),
-        once=partial(_picture, build.crossings),
+        epilogue=partial(_epilogue, denoiser, pictures),
+        once=partial(_picture, builder.crossings),
         once_inputs=("encoder_hidden_states",),
     )
 
@@ -119,7 +112,7 @@ class Frames(NamedTuple):
 class VideoBuilder(Builder):
     """Builds the levels of a video UNet, and gathers what all of them share."""
 
-    def __init__(self, denoiser: Any, parts: Parts) -> None:
+    def __init__(self, denoiser: Any, parts: PictureParts) -> None:
         super().__init__(denoiser, parts)
         self.crossings: list[Any] = []  # cross attentions
         self._places: list[Any] = []  # transformers, each with an embedding of a frame's place
@@ -157,7 +150,7 @@ class VideoBuilder(Builder):
 class VideoResidualBlock:
     """A residual block on every frame, and one over the frames of which a share is added."""
 
-    def __init__(self, frame: ResidualBlock, video: ResidualBlock, *, mixer: int, parts: Parts) -> None:
+    def __init__(self, frame: ResidualBlock, video: ResidualBlock, *, mixer: int, parts: PictureParts) -> None:
         self.frame, self.video, self.mixer, self.parts = frame, video, mixer, parts
 
     def __call__(self, x: torch.Tensor, times: Times) -> torch.Tensor:
@@ -175,7 +168,7 @@ class VideoResidualBlock:
 class VideoLayer:
     """Attention and MLP over the pixels of every frame; from there a second path over the frames of every pixel."""
 
-    def __init__(self, pixels: Any, frames: Any, *, crossing: int, place: int, mixer: int, parts: Parts) -> None:
+    def __init__(self, pixels: Any, frames: Any, *, crossing: int, place: int, mixer: int, parts: PictureParts) -> None:
         self.pixels, self.frames, self.parts = pixels, frames, parts
         self.crossing, self.place, self.mixer = crossing, place, mixer
         self.over_pixels = SelfAttention(pixels.attn1, parts=parts)
@@ -259,7 +252,7 @@ def _prologue(
     return State(x=state.x, skips=state.skips, context=context)
 
 
-def _epilogue(denoiser: Any, parts: Parts, state: State) -> Any:
+def _epilogue(denoiser: Any, parts: PictureParts, state: State) -> Any:
     context = state.context
     x = denoiser.conv_out(parts.norm(denoiser.conv_norm_out, state.x, silu=True)).unflatten(0, context["shape"])
     return UNetSpatioTemporalConditionOutput(sample=x) if context["return_dict"] else (x,)
@@ -268,10 +261,7 @@ def _epilogue(denoiser: Any, parts: Parts, state: State) -> Any:
 SVD = Fused(
     summary="cross attention to the one picture as a vector once per request, time embeddings of all blocks in one "
     "GEMM, q k v in one, residuals with the norms that follow, frames mixed where they lie",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from vivace.attention.backend import Attend
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import attended, projected
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 
 ATTENTION: Mapping[str, Any] = {
@@ -39,13 +38,10 @@ def odd_attention(attention: Any, *, also: tuple[type, ...] = ()) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What every block is built with."""
+class PictureParts(Parts):
+    """What blocks of pictures are built with."""
 
-    attend: Attend
-    elementwise: Elementwise
     layout: torch.memory_format  # of pictures between blocks
-    undo: ExitStack
 
     def norm(self, norm: Any, x: torch.Tensor, *, silu: bool, add: torch.Tensor | None = None) -> torch.Tensor:
         """A GroupNorm module's work on `x` [B, C, H, W] (plus `add` [B, C])."""
@@ -62,7 +58,7 @@ class ResidualBlock:
     [B, C, F, H W].
     """
 
-    def __init__(self, block: Any, *, span: slice | None = None, parts: Parts) -> None:
+    def __init__(self, block: Any, *, span: slice | None = None, parts: PictureParts) -> None:
         self.block, self.span, self.parts = block, span, parts
 
     def __call__(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,7 +85,7 @@ class ResidualBlock:
 
 
 def _convolved(
-    convolution: Any, x: torch.Tensor, parts: Parts, *, late: bool = True
+    convolution: Any, x: torch.Tensor, parts: PictureParts, *, late: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The convolution of `x`, and the bias that is left to be added when that may come `late`."""
     over_frames = type(convolution) is torch.nn.Conv3d and convolution.kernel_size[1:] == (1, 1)
@@ -119,7 +115,7 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 class PixelTransformer:
     """Norm, projection, `layers` over the pixels [B, H W, D], projection, and the sum with the input."""
 
-    def __init__(self, block: Any, *, layers: Callable[[torch.Tensor, Any], torch.Tensor], parts: Parts) -> None:
+    def __init__(self, block: Any, *, layers: Callable[[torch.Tensor, Any], torch.Tensor], parts: PictureParts) -> None:
         self.block, self.layers, self.parts = block, layers, parts
 
     def __call__(self, x: torch.Tensor, text: Any) -> torch.Tensor:
@@ -145,7 +141,7 @@ class PixelTransformer:
 class TransformerBlocks:
     """Blocks one after the other, each of which computes the norm that the next one starts with."""
 
-    def __init__(self, blocks: Sequence[TransformerBlock], *, parts: Parts) -> None:
+    def __init__(self, blocks: Sequence[TransformerBlock], *, parts: PictureParts) -> None:
         self.blocks, self.parts = blocks, parts
 
     def __call__(self, tokens: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -162,7 +158,7 @@ class TransformerBlock:
     `span` is the place of its text keys and values.
     """
 
-    def __init__(self, block: Any, *, span: slice, parts: Parts) -> None:
+    def __init__(self, block: Any, *, span: slice, parts: PictureParts) -> None:
         self.block, self.span, self.parts = block, span, parts
         self.attention = SelfAttention(block.attn1, parts=parts)
 

@@ -21,7 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 
 from vivace.attention.native import NATIVE
 from vivace.fused.elementwise import TORCH, Elementwise
-from vivace.fused.unet_blocks import Parts, ResidualBlock
+from vivace.fused.unet_blocks import PictureParts, ResidualBlock
 from vivace.one_off import give_class
 from vivace.watch import hooked
 
@@ -64,7 +64,7 @@ def fuse(vae: torch.nn.Module, *, elementwise: Elementwise, undo: ExitStack) -> 
 
 def _forwards(vae: torch.nn.Module, *, elementwise: Elementwise) -> Iterator[tuple[str, torch.nn.Module, Forward]]:
     """What is fused, of which kind, and its new forward."""
-    parts = Parts(attend=NATIVE.attend, elementwise=elementwise, layout=_layout(vae), undo=ExitStack())
+    parts = PictureParts(attend=NATIVE.attend, elementwise=elementwise, layout=_layout(vae), undo=ExitStack())
     for module in vae.modules():
         if type(module) is ResnetBlock2D and _plain(module):
             yield "residual blocks", module, _residual(module, parts)
@@ -117,7 +117,7 @@ def _known(norm: Any) -> bool:
     return type(norm) in CHANNEL_NORMS and norm.channel_first and not isinstance(norm.bias, torch.Tensor)
 
 
-def _residual(block: Any, parts: Parts) -> Forward:
+def _residual(block: Any, parts: PictureParts) -> Forward:
     fused, stock = ResidualBlock(block, parts=parts), type(block).forward
     inner = [block.norm1, block.conv1, block.norm2, block.conv2, block.conv_shortcut]
 
@@ -130,7 +130,7 @@ def _residual(block: Any, parts: Parts) -> Forward:
     return forward
 
 
-def _normed(parts: Parts) -> Forward:
+def _normed(parts: PictureParts) -> Forward:
     def forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
         if isinstance(norm, torch.nn.GroupNorm):
             return parts.norm(norm, x, silu=True)

@@ -7,7 +7,6 @@ next; queries and keys are normalised across their heads and rotated in one pass
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial, reduce
 from typing import Any
 
@@ -16,14 +15,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from vivace.attention.backend import Attend
 from vivace.families.wan import grid, video_of
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.cross_blocks import CrossBlock, sums
-from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
-from vivace.fused.joint import Parts, chained
+from vivace.fused.joint import chained
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack
 
 ENCODED_TOKENS = 512
@@ -48,19 +47,13 @@ def declines(*, attention_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     return brings(attention_kwargs)
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a WanTransformer3DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
     blocks = [video_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.blocks)]
     return Split(
         prologue=partial(prologue, denoiser),
         blocks=chained("blocks", denoiser.blocks, blocks),
-        epilogue=partial(epilogue, denoiser, elementwise),
+        epilogue=partial(epilogue, denoiser, parts.elementwise),
         once=partial(prompt, denoiser, denoiser.blocks),
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_image"),
     )
@@ -180,10 +173,7 @@ def epilogue(denoiser: Any, elementwise: Elementwise, state: State) -> Any:
 WAN = Fused(
     summary="text keys and values once per prompt, q k v in one, their norm across heads with the rotation, "
     "residuals with the norms that follow",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

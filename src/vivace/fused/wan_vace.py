@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from vivace.attention.backend import Attend
 from vivace.errors import InputError
 from vivace.family import Block, Split, State
 from vivace.fused import wan
 from vivace.fused.contract import Fused
 from vivace.fused.cross_blocks import CrossBlock
-from vivace.fused.elementwise import Elementwise, elementwise_for
-from vivace.fused.joint import Parts, chained
+from vivace.fused.joint import chained
+from vivace.fused.parts import Parts
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a WanVACETransformer3DModel; `State.text` is the control stream, `State.skips` the hints."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
     hints = {layer: hint for hint, layer in enumerate(denoiser.config["vace_layers"])}
     control = [wan.video_block(module, index=i, parts=parts) for i, module in enumerate(denoiser.vace_blocks)]
     main = [
@@ -48,7 +40,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
                 for i, block in enumerate(blocks)
             ),
         ),
-        epilogue=partial(wan.epilogue, denoiser, elementwise),
+        epilogue=partial(wan.epilogue, denoiser, parts.elementwise),
         once=partial(wan.prompt, denoiser, (*denoiser.vace_blocks, *denoiser.blocks)),
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_image"),
     )
@@ -92,10 +84,7 @@ def _hinted(block: CrossBlock, hint: int, state: State) -> State:
 
 WAN_VACE = Fused(
     summary=wan.WAN.summary,
-    devices=wan.WAN.devices,
     check=wan.check,
     declines=wan.declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -8,7 +8,6 @@ length, each sample attends to its own tokens without a mask.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -18,13 +17,13 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 
-from vivace.attention.backend import Attend
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, foreign_attention
-from vivace.fused.elementwise import Elementwise, elementwise_for
+from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
-from vivace.fused.joint import Ahead, Parts, ahead_for, chained
+from vivace.fused.joint import Ahead, ahead_for, chained
 from vivace.fused.modulation import Modulation
+from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 
 
@@ -103,17 +102,11 @@ def _refined(blocks: Sequence[SandwichBlock], x: torch.Tensor, modulation: Any, 
     return x
 
 
-def fuse(denoiser: Any, *, attend: Attend, undo: ExitStack) -> Split:
+def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a ZImageTransformer2DModel."""
-    return fuse_with(denoiser, attend=attend, undo=undo, elementwise=elementwise_for(denoiser.device))
-
-
-def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise) -> Split:
-    """`fuse`, with a form of the arithmetic of one's own choice."""
-    parts = Parts(attend=attend, elementwise=elementwise, undo=undo)
     modulated = [*denoiser.noise_refiner, *denoiser.layers]
     norms = ((str(i), block.adaLN_modulation[0]) for i, block in enumerate(modulated))
-    modulation = Modulation(norms, undo=undo, width=denoiser.dim)
+    modulation = Modulation(norms, undo=parts.undo, width=denoiser.dim)
 
     def fused(modules: Sequence[Any], first: int | None) -> list[SandwichBlock]:
         spans = [None if first is None else modulation.spans[str(first + i)] for i in range(len(modules))]
@@ -124,7 +117,7 @@ def fuse_with(denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: El
     return Split(
         prologue=partial(_prologue, denoiser, modulation, refiner),
         blocks=chained("layers", denoiser.layers, fused(denoiser.layers, len(refiner))),
-        epilogue=partial(_epilogue, denoiser, elementwise),
+        epilogue=partial(_epilogue, denoiser, parts.elementwise),
         once=partial(_once, denoiser, fused(denoiser.context_refiner, None)),
         once_inputs=("cap_feats", "patch_size", "f_patch_size"),
         once_shapes=("x",),
@@ -249,10 +242,7 @@ def _epilogue(denoiser: Any, elementwise: Elementwise, state: State) -> Any:
 Z_IMAGE = Fused(
     summary="modulation of all blocks in one GEMM, q k v in one, captions refined once per prompt, "
     "a branch's norm and residual with the next one's norm",
-    devices=frozenset({"cpu", "cuda"}),
     check=check,
     declines=declines,
-    fuse=fuse,
-    quantised=True,
-    sides=True,
+    build=build,
 )

@@ -15,7 +15,6 @@ from vivace.fused import Fused, fused_of
 from vivace.kernels.language import triton
 from vivace.kernels.rehearsal import rehearse, skeleton, without_values
 from vivace.kernels.row import HeadScaled
-from vivace.passes.quantize import quantises
 from vivace.passes.target import Pass, Target, types_of
 from vivace.quant.linear import QuantLinear
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("cpu", "cuda")
 SIDES = (256, 2048)
 """Pixels a side at which a model is rehearsed: between them lies every choice of kernel that depends on the size."""
 
@@ -37,7 +37,7 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
     replaced forward, or a wrapper (an adapter, a parametrisation). Linears that we quantised are called, never read.
     """
     for name, module in denoiser.named_modules():
-        if isinstance(module, QuantLinear) and fused.quantised:
+        if isinstance(module, QuantLinear):
             continue
         if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
@@ -68,12 +68,10 @@ def check_fuse(target: Target) -> str | None:
     fused = fused_of(target.family)
     if fused is None:
         return f"no fused blocks for {target.family.name if target.family else 'an unknown family'}"
-    if target.device.type not in fused.devices:
-        return f"its fused blocks are for {' and '.join(sorted(fused.devices))}, this is {target.device.type}"
+    if target.device.type not in DEVICES:
+        return f"fused blocks are for {' and '.join(DEVICES)}, this is {target.device.type}"
     if target.device.type == "cuda" and triton is None:
         return "its kernels need Triton, which is not installed; pip install triton"
-    if not fused.quantised and quantises(target):
-        return "its fused blocks take no quantised layers"
     planned = target.place is not None
     reasons = (unfusable(denoiser, fused, planned=planned) for denoiser in target.denoisers.values())
     return next(filter(None, reasons), None)
