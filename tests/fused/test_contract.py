@@ -11,14 +11,25 @@ from vivace.families import FAMILIES
 from vivace.fused import FUSED, fused_of
 
 
+def called(name, **options):
+    """A tiny denoiser of the family, and the arguments of a call."""
+    family = FAMILIES[name]
+    denoiser = getattr(family.tiny(), family.denoisers[0]).eval()
+    sizes = {"size": (64, 64), "batch": 2, "frames": 1, "text_tokens": min(7, family.variant().text_tokens)}
+    return denoiser, family.inputs(denoiser, **sizes, seed=0) | options
+
+
+def check_alike(ours, theirs):
+    for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert (one - other).norm() < 1e-3 * other.norm()
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_a_state_can_be_recorded_and_compared_with_what_comes_after(name):
     """Graphs flatten a state into tensors and hashable values; caches keep it, so no block may write into it."""
-    family = FAMILIES[name]
-    denoiser = getattr(family.tiny(), family.denoisers[0]).eval()
-    arguments = family.inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=7, seed=0)
+    denoiser, arguments = called(name)
     with ExitStack() as undo, torch.no_grad():
-        split = fused_of(family).fuse(denoiser, attend=NATIVE.attend, undo=undo)
+        split = fused_of(FAMILIES[name]).fuse(denoiser, attend=NATIVE.attend, undo=undo)
         state = split.prologue(**arguments, once=split.prepare(arguments))
         for block in split.blocks:
             leaves, spec = tree_flatten(vars(state))
@@ -32,13 +43,23 @@ def test_a_state_can_be_recorded_and_compared_with_what_comes_after(name):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_call_gets_the_object_that_stock_gives(name):
-    family = FAMILIES[name]
-    denoiser = getattr(family.tiny(), family.denoisers[0]).eval()
-    tokens = min(7, family.variant().text_tokens)
-    arguments = family.inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=tokens, seed=0)
+    denoiser, arguments = called(name, return_dict=True)
     with ExitStack() as undo, torch.no_grad():
-        stock = denoiser(**arguments | {"return_dict": True})
-        fused = fused_of(family).fuse(denoiser, attend=NATIVE.attend, undo=undo)(**arguments | {"return_dict": True})
+        stock = denoiser(**arguments)
+        fused = fused_of(FAMILIES[name]).fuse(denoiser, attend=NATIVE.attend, undo=undo)(**arguments)
     assert type(fused) is type(stock)
-    for ours, theirs in zip(tree_leaves(fused.sample), tree_leaves(stock.sample), strict=True):
-        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    check_alike(fused.sample, stock.sample)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_weights_stay_the_denoisers_own_and_come_back(name):
+    denoiser, arguments = called(name)
+    with ExitStack() as undo, torch.no_grad():
+        fused = fused_of(FAMILIES[name]).fuse(denoiser, attend=NATIVE.attend, undo=undo)
+        for parameter in denoiser.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        edited = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+        check_alike(fused(**arguments)[0], denoiser(**arguments)[0])
+    for key, tensor in denoiser.state_dict().items():
+        assert torch.equal(tensor, edited[key])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, key

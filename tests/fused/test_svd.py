@@ -99,25 +99,6 @@ def test_is_as_near_to_fp64_as_stock(last, dtype):
     assert ours <= 1.2 * theirs
 
 
-def test_weights_are_the_same_storage_and_come_back():
-    model = unet()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with ExitStack() as undo, torch.no_grad():
-        fused = SVD.fuse(model, attend=NATIVE.attend, undo=undo)
-        residual, attention = model.mid_block.resnets[0], model.mid_block.attentions[0]
-        for weight in (
-            residual.temporal_res_block.conv1.bias,
-            residual.time_mixer.mix_factor,
-            attention.temporal_transformer_blocks[0].attn2.to_v.weight,
-        ):
-            weight.mul_(3)
-            torch.testing.assert_close(fused(**inputs(model))[0], model(**inputs(model))[0], **CLOSE)
-            weight.div_(3)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-6)
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-
-
 def test_says_what_it_cannot_fuse():
     model = unet()
     assert SVD.check(model) is None

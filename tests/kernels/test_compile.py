@@ -9,7 +9,7 @@ import pytest
 
 from vivace.kernels import KERNELS
 
-REHEARSED = ("flux", "flux:fp8", "flux2", "qwen_image", "z_image", "pixart", "wan", "wan_vace", "sd", "sdxl", "svd")
+REHEARSED = ("flux", "flux:fp8", "flux2", "qwen_image", "z_image", "pixart", "wan", "sd", "sdxl", "svd")
 
 
 def run_for(script, tmp_path, *arguments):
