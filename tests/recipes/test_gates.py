@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "builtin"
-
 
 @pytest.fixture(scope="module")
-def gates() -> ModuleType:
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import gates
-    finally:
-        sys.path.remove(str(RECIPE))
-    return gates
+def gates(recipe) -> ModuleType:
+    return recipe("gates")
 
 
 def test_a_gate_takes_what_reaches_its_bars_and_names_what_does_not(gates: ModuleType) -> None:

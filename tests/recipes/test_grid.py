@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +16,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "builtin"
 
 
 @pytest.fixture(scope="module")
-def grid() -> ModuleType:
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import grid
-    finally:
-        sys.path.remove(str(RECIPE))
-    return grid
+def grid(recipe) -> ModuleType:
+    return recipe("grid")
 
 
 def test_the_grid_keeps_verdicts_by_eye_only_for_the_same_weights(grid: ModuleType, tmp_path: Path) -> None:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "builtin"
-
 
 @pytest.fixture(scope="module")
-def recipe() -> tuple[ModuleType, ModuleType]:
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import parts
-        import widen
-    finally:
-        sys.path.remove(str(RECIPE))
-    return parts, widen
+def modules(recipe) -> tuple[ModuleType, ModuleType]:
+    return recipe("parts"), recipe("widen")
 
 
 @torch.no_grad()
-def test_a_widened_transformer_predicts_the_same(recipe):
-    parts, widen = recipe
+def test_a_widened_transformer_predicts_the_same(modules):
+    parts, widen = modules
     torch.manual_seed(0)
     narrow = parts.transformer().eval()
     wide = widen.widened_transformer(narrow, 16)
@@ -43,8 +33,8 @@ def test_a_widened_transformer_predicts_the_same(recipe):
 
 
 @torch.no_grad()
-def test_a_widened_autoencoder_writes_and_reads_the_same(recipe):
-    parts, widen = recipe
+def test_a_widened_autoencoder_writes_and_reads_the_same(modules):
+    parts, widen = modules
     torch.manual_seed(0)
     narrow = parts.autoencoder().eval().half()
     wide = widen.widened_autoencoder(narrow, 16)

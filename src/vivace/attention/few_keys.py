@@ -27,6 +27,7 @@ def _few_keys(q, k, v, *, mask=None, scale=None):
 FEW_KEYS = Backend(
     name="few_keys",
     attend=_few_keys,
+    since=(8, 0),
     masks=True,
     leaves=f"native with a mask, over {KEYS} keys or for as few queries",
 )
