@@ -142,8 +142,12 @@ def test_the_cast_keeps_nan():
     assert torch.equal(quant_heads(x).float().isnan(), x.isnan())
 
 
-def test_rows_that_lie_apart_are_projected_as_they_are():
-    linear = torch.nn.Linear(24, 16)
-    y = torch.randn(3, 10, 24)
+@pytest.mark.parametrize("samples", [3, heads.SEVERAL + 1])
+def test_rows_that_lie_apart_are_projected_as_they_are(samples, monkeypatch):
+    linear, products = torch.nn.Linear(24, 16), []
+    monkeypatch.setattr(torch, "addmm", lambda *given, addmm=torch.addmm, **more: products.append(addmm(*given, **more)))
+    y = torch.randn(samples, 10, 24)
     with torch.no_grad():
         torch.testing.assert_close(heads.projected(linear, y[:, 2:7], dtype=y.dtype), linear(y[:, 2:7]))
+    # A training's batch would be hundreds of small products.
+    assert len(products) == (samples if samples <= heads.SEVERAL else 0)

@@ -25,6 +25,10 @@ SMALLEST = 1e-14
 """The scale of a head of v that is all zeros."""
 
 
+SEVERAL = 8
+"""Samples up to which a product for each costs less than a copy of their rows."""
+
+
 class Tokens(NamedTuple):
     """What attention has to know of a sequence's tokens: where they are, and which count as keys."""
 
@@ -109,7 +113,8 @@ def projected(out: Any, y: torch.Tensor | HeadScaled, *, dtype: torch.dtype) -> 
     """The projection `out` of what attention made; e4m3 heads go in as the rows that it takes, else in `dtype`."""
     if isinstance(y, HeadScaled):
         return out(unscale_heads(y, dtype=dtype, quantize=takes(out)))
-    if y.is_contiguous() or type(out) is not torch.nn.Linear or out.bias is None or torch.is_grad_enabled():
+    plain = type(out) is torch.nn.Linear and out.bias is not None and not torch.is_grad_enabled()
+    if y.is_contiguous() or not plain or len(y) > SEVERAL:
         return out(y)
     # Of rows that lie apart, as one stream's in a joint batch, torch makes a copy, and a pass of its own for the bias.
     made = y.new_empty(*y.shape[:-1], out.out_features)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import EMULATED, ceil_div, jit, tl
 from vivace.kernels.row import (
+    E4M3_LIMIT,
     Quantize,
     RowScaled,
     limit_of,
@@ -37,7 +38,7 @@ def activate_ref(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch
 
 @jit
 def _sigmoid(x, COARSE: tl.constexpr):
-    """With COARSE to 11 bits, by one instruction instead of two slow ones: enough for a value that keeps 4."""
+    """With COARSE to 11 bits, by one instruction instead of two slow ones: enough for e4m3, which keeps 4."""
     if COARSE and not EMULATED:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, True, 1)
         return 0.5 * half + 0.5  # pyright: ignore[reportOperatorIssue]
@@ -46,7 +47,7 @@ def _sigmoid(x, COARSE: tl.constexpr):
 
 @jit
 def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
-    """The activation of `x` (fp32); COARSE where the result is rounded to 8 bits.
+    """The activation of `x` (fp32); COARSE where the result is rounded to e4m3.
 
     Coarse, "gelu" takes one slow instruction in place of an erf, and is within 3e-4.
     """
@@ -74,7 +75,7 @@ def _activate_kernel(
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
 
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
-    y = activation(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), KIND, LIMIT > 0)
+    y = activation(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), KIND, LIMIT == E4M3_LIMIT)
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 

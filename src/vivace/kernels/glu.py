@@ -11,6 +11,7 @@ from vivace.kernels.gate_residual import pair_of
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
 from vivace.kernels.row import (
+    E4M3_LIMIT,
     Quantize,
     RowScaled,
     limit_of,
@@ -43,7 +44,7 @@ def _glu_kernel(
 
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(b + batch * b_batch + far * b_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = x * activation(gate, KIND, LIMIT > 0)
+    y = x * activation(gate, KIND, LIMIT == E4M3_LIMIT)
     store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
 
 

@@ -8,16 +8,20 @@ import torch
 
 from vivace.kernels.activate import Activation, activation, activation_ref
 from vivace.kernels.kernel import Case, Draw, Kernel, register
-from vivace.kernels.language import ceil_div, jit, tl
+from vivace.kernels.language import ceil_div, jit, power_of_two, tl
 from vivace.kernels.row import (
+    E4M3_LIMIT,
     HeadScaled,
     Quantize,
     RowScaled,
+    extremes,
+    factors,
     limit_of,
     rows_like,
     rows_ref,
+    scaled,
     shaped,
-    store_rows,
+    store_factors,
     tile,
     tokens_of,
 )
@@ -41,29 +45,44 @@ def join_activate_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _join_activate_kernel(
-    a, a_scale, b, c, out, row_scale, tokens, a_width, width,
+    a, a_scale, b, c, out, row_scale, tokens, a_width, b_width,
     a_batch, a_token, b_batch, b_token, c_batch, c_token,
-    DEPTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
+    A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
-    first = (columns < a_width)[None, :]
-    far = rows.to(tl.int64)[:, None]
+    there, far = (rows < tokens)[:, None], rows.to(tl.int64)[:, None]
 
-    x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask & first, other=0.0).to(tl.float32)
+    # Each half has a tile of its own: in one over both, every thread would load for either half, and mask one away.
+    columns = tl.arange(0, A_BLOCK)
+    a_mask = there & (columns < a_width)[None, :]
+    x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=a_mask, other=0.0).to(tl.float32)
     if a_scale is not None:
-        heads = a_width // DEPTH
-        x = x * tl.load(a_scale + batch * heads + columns // DEPTH, mask=columns < a_width, other=0.0)[None, :]
-    second = mask & (first == 0)
-    at = b + batch * b_batch + far * b_token + (columns - a_width)[None, :]
-    y = activation(tl.load(at, mask=second, other=0.0).to(tl.float32), KIND, LIMIT > 0)
+        scales = a_scale + batch * (a_width // DEPTH) + columns // DEPTH
+        x = x * tl.load(scales, mask=columns < a_width, other=0.0)[None, :]
+    x_out = columns[None, :]
+
+    columns = tl.arange(0, B_BLOCK)
+    b_mask = there & (columns < b_width)[None, :]
+    y = tl.load(b + batch * b_batch + far * b_token + columns[None, :], mask=b_mask, other=0.0).to(tl.float32)
+    y = activation(y, KIND, LIMIT == E4M3_LIMIT)
     if c is not None:
-        at = c + batch * c_batch + far * c_token + (columns - a_width)[None, :]
-        y = y * tl.load(at, mask=second, other=0.0).to(tl.float32)
-    y = tl.where(first, x, y)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+        at = c + batch * c_batch + far * c_token + columns[None, :]
+        y = y * tl.load(at, mask=b_mask, other=0.0).to(tl.float32)
+    y_out = a_width + columns[None, :]
+
+    kind: tl.constexpr = out.dtype.element_ty
+    first = batch * tokens
+    if LIMIT > 0:
+        x_low, x_high = extremes(x, a_mask, kind)
+        y_low, y_high = extremes(y, b_mask, kind)
+        scale, offset = factors(tl.minimum(x_low, y_low), tl.maximum(x_high, y_high), kind, LIMIT)
+        store_factors(row_scale, first, rows, scale, offset, tokens, kind)
+        x, y = scaled(x, a_mask, scale, offset, kind), scaled(y, b_mask, scale, offset, kind)
+    out += (first + rows)[:, None] * (a_width + b_width)
+    tl.store(out + x_out, x.to(kind), mask=a_mask)
+    tl.store(out + y_out, y.to(kind), mask=b_mask)
 
 
 def _launch(
@@ -75,16 +94,17 @@ def _launch(
     quantize: str | None,
 ) -> list[torch.Tensor]:
     batch, tokens, a_width = a.shape
-    width = a_width + b.shape[-1]
-    made = rows_like(b, quantize, width=width)
-    rows, block, warps = tile(width)
+    b_width = b.shape[-1]
+    made = rows_like(b, quantize, width=a_width + b_width)
+    rows, _, warps = tile(a_width + b_width)
     _join_activate_kernel[(ceil_div(tokens, rows), batch)](
-        a, a_scale, b, c, made[0], made[-1], tokens, a_width, width,
+        a, a_scale, b, c, made[0], made[-1], tokens, a_width, b_width,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         *((0, 0) if c is None else c.stride()[:2]),
-        # A constant, because a division by one is a shift: every thread would divide 32 times.
+        # A constant, because a division by one is a shift.
         DEPTH=1 if a_scale is None else a_width // a_scale.shape[1],
-        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, num_warps=warps,
+        A_BLOCK=power_of_two(a_width), B_BLOCK=power_of_two(b_width),
     )  # fmt: skip
     return made
 
