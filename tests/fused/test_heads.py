@@ -144,8 +144,8 @@ def test_the_cast_keeps_nan():
 
 @pytest.mark.parametrize("samples", [3, heads.SEVERAL + 1])
 def test_rows_that_lie_apart_are_projected_as_they_are(samples, monkeypatch):
-    linear, products = torch.nn.Linear(24, 16), []
-    monkeypatch.setattr(torch, "addmm", lambda *given, addmm=torch.addmm, **more: products.append(addmm(*given, **more)))
+    linear, products, addmm = torch.nn.Linear(24, 16), [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *given, **more: products.append(addmm(*given, **more)))
     y = torch.randn(samples, 10, 24)
     with torch.no_grad():
         torch.testing.assert_close(heads.projected(linear, y[:, 2:7], dtype=y.dtype), linear(y[:, 2:7]))

@@ -113,10 +113,10 @@ def projected(out: Any, y: torch.Tensor | HeadScaled, *, dtype: torch.dtype) -> 
     """The projection `out` of what attention made; e4m3 heads go in as the rows that it takes, else in `dtype`."""
     if isinstance(y, HeadScaled):
         return out(unscale_heads(y, dtype=dtype, quantize=takes(out)))
-    plain = type(out) is torch.nn.Linear and out.bias is not None and not torch.is_grad_enabled()
-    if y.is_contiguous() or not plain or len(y) > SEVERAL:
+    several = len(y) <= SEVERAL and not y.is_contiguous()
+    if not several or type(out) is not torch.nn.Linear or out.bias is None or torch.is_grad_enabled():
         return out(y)
-    # Of rows that lie apart, as one stream's in a joint batch, torch makes a copy, and a pass of its own for the bias.
+    # Of rows that lie apart, as one stream's in a joint batch, torch makes a copy, and adds the bias in a second pass.
     made = y.new_empty(*y.shape[:-1], out.out_features)
     for sample, rows in zip(y, made, strict=True):
         torch.addmm(out.bias, sample, out.weight.t(), out=rows)

@@ -238,27 +238,27 @@ def within_e4m3(y):
 
 
 @jit
-def extremes(y, mask, KIND: tl.constexpr):
-    """The lowest and the highest of each row of `y` [R, C] (fp32), as `factors` takes them; for e4m3 only magnitudes."""
-    if KIND == tl.int8:
+def extremes(y, mask, kind: tl.constexpr):
+    """The lowest and the highest of each row of `y` [R, C] (fp32); for e4m3 the largest magnitude alone, twice."""
+    if kind == tl.int8:
         return tl.min(tl.where(mask, y, 1e30), 1), tl.max(tl.where(mask, y, -1e30), 1)
     largest = tl.max(tl.abs(tl.where(mask, y, 0.0)), 1)
     return largest, largest
 
 
 @jit
-def factors(low, high, KIND: tl.constexpr, LIMIT: tl.constexpr):
+def factors(low, high, kind: tl.constexpr, LIMIT: tl.constexpr):
     """Scale and offset of rows between `low` and `high`; e4m3 has no offset."""
-    if KIND == tl.int8:
+    if kind == tl.int8:
         scale = tl.maximum(high - low, 1e-12) / 255.0  # pyright: ignore[reportOperatorIssue]
         return scale, low + 128.0 * scale
     return tl.maximum(high, 1e-12) / LIMIT, tl.zeros_like(high)
 
 
 @jit
-def store_factors(row_scale, first, rows, scale, offset, tokens, KIND: tl.constexpr):
+def store_factors(row_scale, first, rows, scale, offset, tokens, kind: tl.constexpr):
     """Stores what `factors` made for rows `first + rows`."""
-    if KIND == tl.int8:
+    if kind == tl.int8:
         tl.store(row_scale + (first + rows) * 2, scale, mask=rows < tokens)
         tl.store(row_scale + (first + rows) * 2 + 1, offset, mask=rows < tokens)
     else:
@@ -266,9 +266,9 @@ def store_factors(row_scale, first, rows, scale, offset, tokens, KIND: tl.conste
 
 
 @jit
-def scaled(y, mask, scale, offset, KIND: tl.constexpr):
-    """`y` [R, C] (fp32) over its rows' factors, ready for the cast to KIND."""
-    if KIND == tl.int8:
+def scaled(y, mask, scale, offset, kind: tl.constexpr):
+    """`y` [R, C] (fp32) over its rows' factors, ready for the cast to `kind`."""
+    if kind == tl.int8:
         y = tl.where(mask, y - offset[:, None], 0.0) * (1.0 / scale)[:, None]
         # Adding 1.5 * 2**23 leaves no fraction bits: rounds to nearest even, as torch does.
         return tl.minimum(tl.maximum((y + 12582912.0) - 12582912.0, -128.0), 127.0)
