@@ -51,4 +51,19 @@ def test_a_folder_needs_every_component_whole(tmp_path, good):
     with pytest.raises(InputError, match="pickle"):
         checkpoint.check_folder(tmp_path, components=["unet"])
     (tmp_path / "unet" / "model.safetensors").write_bytes(good.read_bytes())
+    with pytest.raises(InputError, match=r"unet is not complete: it has no config\.json"):
+        checkpoint.check_folder(tmp_path, components=["unet"])
+    (tmp_path / "unet" / "config.json").write_text("{}")
     checkpoint.check_folder(tmp_path, components=["unet"])
+
+
+def test_a_tokenizer_needs_its_settings_and_its_words(tmp_path):
+    room = tmp_path / "tokenizer_2"
+    room.mkdir()
+    with pytest.raises(InputError, match=r"has no tokenizer_config\.json"):
+        checkpoint.check_folder(tmp_path, components=["tokenizer_2"])
+    (room / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has no tokenizer\.json or vocab\.json or "):
+        checkpoint.check_folder(tmp_path, components=["tokenizer_2"])
+    (room / "spiece.model").write_bytes(b"")
+    checkpoint.check_folder(tmp_path, components=["tokenizer_2"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import vivace
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.few_step import FACTS, WEIGHTS, facts, fold, use_few_step
@@ -87,3 +88,20 @@ def test_a_folder_that_holds_none(tmp_path):
     (tmp_path / FACTS).write_text('{"steps": "many"}')
     with pytest.raises(InputError, match="holds no few-step student"):
         facts(tmp_path)
+    (tmp_path / FACTS).write_text('{"steps": 4, "guidance": 1}')
+    with pytest.raises(InputError, match="holds no whole few-step student"):
+        facts(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    assert facts(tmp_path) == {"steps": 4, "guidance": 1.0}
+    with pytest.raises(InputError, match="holds no student of this SD3Transformer2DModel: "):
+        use_few_step(FAMILIES["sd3"].tiny(), tmp_path)
+    (tmp_path / FACTS).write_text('{"steps": 0, "guidance": 1}')
+    with pytest.raises(InputError, match="holds no whole few-step student"):
+        facts(tmp_path)
+
+
+def test_quantised_weights_are_refused(student):
+    folder, _ = student
+    pipe = vivace.accelerate(FAMILIES["sd3"].tiny(), quant="int8")
+    with pytest.raises(InputError, match="cannot be added to quantised weights"):
+        use_few_step(pipe, folder)

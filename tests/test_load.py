@@ -1,6 +1,7 @@
 """`load`: a stock pipeline from a folder, and what is known of it before its weights are read."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,9 +38,7 @@ def test_a_folder_says_what_it_was_made_for(folder):
 
 def test_a_published_model_is_told_by_its_denoiser(folder, tmp_path):
     family = FAMILIES["sd3"]
-    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        (tmp_path / place.relative_to(folder)).mkdir(exist_ok=True)
-    (tmp_path / "model_index.json").write_bytes((folder / "model_index.json").read_bytes())
+    shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     for name, variant in family.variants.items():
         (tmp_path / "transformer" / "config.json").write_text(json.dumps(dict(variant.denoiser)))
         source = find(tmp_path)
@@ -59,3 +58,40 @@ def test_a_class_that_diffusers_lacks(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "NewestPipeline"}')
     with pytest.raises(InputError, match=r"is a NewestPipeline, which this diffusers \(.*\) lacks"):
         vivace.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "utils", "ModularPipeline"])
+def test_a_class_that_is_no_pipeline(tmp_path, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(InputError, match=f"names {name} as its pipeline, which is none"):
+        vivace.load(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"longest": "x"}, {"steps": 0}, {"steps": 2.5}, {"size": [256]}, {"guidance": -1}])
+def test_a_models_own_file_with_odd_values(folder, values):
+    own = folder / "vivace.json"
+    own.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"vivace.json: {next(iter(values))} is .*; it has to be "):
+        find(folder)
+    own.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("transformer/config.json", '{"num_layers": "many"}'),  # TypeError
+        ("text_encoder/config.json", '{"hidden_size": 7}'),  # an error of transformers' own
+        ("text_encoder/config.json", "{}"),  # RuntimeError
+        ("tokenizer/tokenizer.json", "{}"),  # KeyError
+    ],
+)
+def test_whatever_the_libraries_raise_is_one_line(folder, file, text):
+    path = folder / file
+    before = path.read_bytes()
+    path.write_text(text)
+    try:
+        with pytest.raises(InputError, match=r"cannot be loaded as StableDiffusion3Pipeline: .") as error:
+            vivace.load(folder, device="cpu")
+        assert len(str(error.value).splitlines()) == 1
+    finally:
+        path.write_bytes(before)

@@ -13,6 +13,9 @@ from vivace.errors import InputError
 PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
 # A zip archive (torch.save since 1.6) or a bare pickle stream, whatever the file is called.
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# What a tokenizer is made of: one file of each.
+SETTINGS = ("tokenizer_config.json",)
+WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 # The format's own limit on the length of a header.
 HEADER_LIMIT = 100_000_000
 
@@ -61,15 +64,26 @@ def header(path: Path) -> dict[str, Tensor]:
 
 
 def check_folder(folder: Path, *, components: Iterable[str]) -> None:
-    """Check every safetensors file of a pipeline folder's components.
+    """Check every safetensors file of a pipeline folder's components, and that they and the tokenizers are described.
 
-    Raises InputError for a component that is missing, that comes only as a pickle, or whose file is truncated.
+    Raises InputError for a component that is missing, that comes only as a pickle, or whose file is truncated; and for
+    one without its configuration or its words, in place of which transformers takes others, and says nothing.
     """
     for component in components:
         room = folder / component
         if not room.is_dir():
             raise InputError(f"{folder} is not complete: model_index.json lists {component!r}, which is missing")
         weights = sorted(room.glob("*.safetensors"))
+        if component.startswith("tokenizer"):
+            _check_files(room, SETTINGS, WORDS)
+        elif weights:
+            _check_files(room, ("config.json",))
         pickles = [file for file in sorted(room.iterdir()) if file.suffix.lower() in PICKLES]
         for file in weights or pickles:
             header(file)
+
+
+def _check_files(room: Path, *kinds: tuple[str, ...]) -> None:
+    for names in kinds:
+        if not any(file for name in names for file in room.glob(name)):
+            raise InputError(f"{room} is not complete: it has no {' or '.join(names)}; fetch or export it again")

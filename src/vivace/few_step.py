@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace import checkpoint
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.load import Source
 
 if TYPE_CHECKING:
@@ -30,9 +30,13 @@ def facts(folder: Path) -> dict[str, Any]:
     """The steps and guidance that the student in `folder` was made for. Raises InputError where there is none."""
     try:
         found = json.loads((folder / FACTS).read_text("utf-8"))
-        return {"steps": int(found["steps"]), "guidance": float(found["guidance"])}
+        steps, guidance = int(found["steps"]), float(found["guidance"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no few-step student; make one with vivace distill") from error
+    held = any((folder / name).exists() for name in (WEIGHTS, *ENDS))
+    if not held or steps < 1 or not guidance >= 0:
+        raise InputError(f"{folder} holds no whole few-step student; make one with vivace distill")
+    return {"steps": steps, "guidance": guidance}
 
 
 def source_of(source: Source) -> Source:
@@ -60,9 +64,12 @@ def use_few_step(pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeli
     if (folder / WEIGHTS).is_file():
         fold(getattr(pipe, name), folder / WEIGHTS, slot=name)
     else:
-        denoiser: Any = type(getattr(pipe, name))
         old = getattr(pipe, name)
-        new = denoiser.from_pretrained(folder, subfolder=name, torch_dtype=old.dtype, use_safetensors=True)
+        denoiser: Any = type(old)
+        try:
+            new = denoiser.from_pretrained(folder, subfolder=name, torch_dtype=old.dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no student of this {denoiser.__name__}: {first_line(error)}") from error
         pipe.register_modules(**{name: new.to(old.device)})
     pipe.register_modules(scheduler=few_step_scheduler(pipe.components["scheduler"]))
     return pipe
@@ -73,6 +80,8 @@ def fold(denoiser: torch.nn.Module, path: Path, *, slot: str) -> None:
     import torch
     from safetensors.torch import load_file
 
+    from vivace.quant.linear import QuantLinear
+
     checkpoint.header(path)
     weights: Mapping[str, torch.Tensor] = load_file(path)
     modules = {key(name, slot=slot): module for name, module in denoiser.named_modules()}
@@ -80,6 +89,10 @@ def fold(denoiser: torch.nn.Module, path: Path, *, slot: str) -> None:
     layers = [name.removesuffix(down_end) for name in weights if name.endswith(down_end)]
     for layer in layers:
         module: Any = modules.get(layer)
+        if isinstance(module, QuantLinear):
+            raise InputError(
+                f"{path} cannot be added to quantised weights; take the model as it was, and --set quant=..."
+            )
         shape = (weights[layer + up_end].shape[0], weights[layer + down_end].shape[1])
         if module is None or module.weight.shape[:2] != shape:
             raise InputError(f"{path} does not fit this {type(denoiser).__name__}: it has no {layer} of shape {shape}")

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vivace.errors import InputError
-from vivace.load import Source
+from vivace.load import Source, pipeline_class
 
 # Components that hold a control model -> the argument that scales it.
 CONTROLS = {"controlnet": "controlnet_conditioning_scale", "adapter": "adapter_conditioning_scale"}
@@ -48,9 +48,7 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     """
     import diffusers
 
-    own = getattr(diffusers, source.pipeline, None)
-    if own is None:
-        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    own = pipeline_class(source)
     if "layers" in arguments(own):
         raise InputError(f"{source.pipeline} makes several pictures of one, too many for a file; call it in Python")
     lacking = sorted(_needed(own) - _at_hand(source, own))

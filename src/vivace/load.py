@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,13 +114,9 @@ def load_source(
 
     Raises InputError for a device or dtype this machine lacks, and for weights that do not fit together.
     """
-    import diffusers
-
     place = resolve_device(device)
     number = resolve_dtype(dtype, place)
-    chosen = pipeline or getattr(diffusers, source.pipeline, None)
-    if chosen is None:
-        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    chosen = pipeline or pipeline_class(source)
     try:
         if source.path is not None and source.path.is_file():
             from vivace import single_file
@@ -145,9 +141,24 @@ def load_source(
             )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    # Of parts that do not fit each other, or hold what nobody expects, the libraries raise nearly anything.
+    except Exception as error:
         raise InputError(f"{source.name} cannot be loaded as {chosen.__name__}: {first_line(error)}") from error
     return pipe.to(place)
+
+
+def pipeline_class(source: Source) -> type[Any]:
+    """The diffusers class that a source names. Raises InputError where there is none, or it is no pipeline."""
+    import diffusers
+
+    found = getattr(diffusers, source.pipeline, None)
+    if found is None:
+        raise InputError(f"{source.name} is a {source.pipeline}, which this diffusers ({diffusers.__version__}) lacks")
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise InputError(
+            f"{source.name} names {source.pipeline} as its pipeline, which is none; check model_index.json"
+        )
+    return found
 
 
 def _quantised(source: Source, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -229,8 +240,33 @@ def _folder(name: str, path: Path) -> Source:
     checkpoint.check_folder(path, components=components)
     family = known_family(pipeline)
     variant = _variant_of(path, family)
-    own = _json(path / OWN, f"{path / OWN} cannot be read") if (path / OWN).is_file() else {}
+    own = _own(path / OWN) if (path / OWN).is_file() else {}
     return Source(name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, own=own)
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """What a model's own file says it was made for. Raises InputError for a value of another kind."""
+    own = _json(path, f"{path} cannot be read")
+    for name, (fits, kind) in KINDS.items():
+        if name in own and not fits(own[name]):
+            raise InputError(f"{path}: {name} is {own[name]!r}; it has to be {kind}")
+    return own
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+# Key of a model's own file -> whether a value is one for it, and what such values are.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "steps": (_whole, "a whole number from 1 on"),
+    "longest": (_whole, "a whole number from 1 on"),
+    "size": (
+        lambda one: isinstance(one, list) and len(one) == 2 and all(map(_whole, one)),
+        "[width, height] in pixels",
+    ),
+    "guidance": (lambda one: isinstance(one, int | float) and one >= 0, "a number from 0 on"),
+}
 
 
 def _hub(name: str) -> Source:

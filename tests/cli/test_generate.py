@@ -1,6 +1,7 @@
 """`vivace generate` from end to end, on a random model of the built-in one's class."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vivace import cli
+from vivace.cli.generate import quiet
 from vivace.families import FAMILIES
 
 PROMPT = "a small red circle"
@@ -210,7 +212,10 @@ BAD = {
     "foreign lora": (("--lora", "../odd.safetensors:0.5"), "does not fit"),
     "lora weight": (("--lora", "../odd.safetensors:x"), "'x' is not a number"),
     "no json": (("--call-kwargs", "{eta:1}"), "not JSON"),
-    "unknown argument": (("--call-kwargs", '{"guidance_scal": 1}'), "the nearest is guidance_scale"),
+    "unknown argument": (
+        ("--call-kwargs", '{"guidance_scal": 1}'),
+        "the nearest is guidance_scale (which is --guidance)",
+    ),
     "decided argument": (("--call-kwargs", '{"output_type": "np"}'), "cannot set output_type: vivace decides it"),
     **{
         f"the flag's {name}": (("--call-kwargs", json.dumps({name: value})), f"cannot set {name}; give {flag} instead")
@@ -289,3 +294,10 @@ def test_ctrl_c_leaves_nothing_half_written(room, model, monkeypatch):
     )
     assert generate(PROMPT, "--model", model) == 130
     assert list(room.iterdir()) == []
+
+
+def test_what_a_library_logs_is_not_shown_beside_our_line():
+    with quiet():
+        for name in ("diffusers.models", "transformers.modeling_utils", "huggingface_hub.file_download"):
+            assert not logging.getLogger(name).isEnabledFor(logging.ERROR)
+        assert logging.getLogger("vivace").isEnabledFor(logging.WARNING)

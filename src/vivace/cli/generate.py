@@ -126,7 +126,7 @@ def generate(
     for made in result.made:
         if show:
             preview.show(made.path)
-        print(f"{made.path}  (seed {made.seed}, {result.steps} steps, {made.seconds:.1f} s)")
+        print(f"{made.path}  (seed {made.seed}, {result.steps} step{'s' * (result.steps > 1)}, {made.seconds:.1f} s)")
 
 
 def _on_ray(job: Job, address: str | None, *, workers: int | None, on_step: Callable[[Step], None] | None) -> Result:
@@ -190,9 +190,10 @@ def quiet() -> Iterator[None]:
     import huggingface_hub.utils.logging
     import transformers.utils.logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in (diffusers.utils.logging, huggingface_hub.utils.logging, transformers.utils.logging):
+        # Their errors too: what is raised beside them is told once, by us.
+        library.set_verbosity(logging.CRITICAL)
     for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
         library.disable_progress_bar()
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)

@@ -16,7 +16,7 @@ from vivace.config import Config, preset_name
 from vivace.errors import InputError, first_line
 from vivace.fingerprint import fingerprint
 from vivace.generation import conditioning, picture, video
-from vivace.generation.job import SEEDS, Job, check_family, check_values, flag, outputs
+from vivace.generation.job import FIELDS, RESERVED, SEEDS, Job, check_family, check_values, flag, outputs
 from vivace.generation.prompt import cut_lines, cuts
 from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
 from vivace.scheduler import scheduler_class, use_scheduler
@@ -235,7 +235,8 @@ def _arguments(job: Job, source: Source, pipeline: type[Any]) -> dict[str, Any]:
         found["fps"] = job.fps
     for name in job.call_kwargs:
         if name not in accepted:
-            near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(name, sorted(accepted.keys() - RESERVED), n=1, cutoff=0.0)[0]
+            near += f" (which is {flag(FIELDS[near])})" if near in FIELDS else ""
             raise InputError(f"{pipeline.__name__} has no argument {name!r} for --call-kwargs; the nearest is {near}")
     return found
 
