@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from vivace.config import PRESETS, Config
+from vivace.distill import Stage
 from vivace.distill.actors import make_actors
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -46,6 +48,19 @@ def test_a_transformers_controlnet_is_refused(config):
     conditioner = Conditioner(join="argument", argument="control_image", source="edges")
     with pytest.raises(InputError, match="ControlNet is not one of a UNet"):
         make_actors(config(conditioners=(conditioner,)), FAMILIES["sd3"].tiny("StableDiffusion3ControlNetPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "asks"), [({}, "the adversarial loss"), ({"distance": "features"}, "distance: features")]
+)
+def test_no_gradient_is_asked_of_a_quantised_teacher(config, monkeypatch, fields, asks):
+    """What `balanced` does on a GPU: a gradient through rounded activations is wrong, and nothing would say so."""
+    monkeypatch.setitem(PRESETS, "balanced", Config(quant="int8"))
+    plain = (Stage(batches=1, steps=4, guidance=(2.0, 3.0), matching=0.5),)
+    own = {"accelerate": "balanced"} | ({"stages": plain} | fields if fields else {})
+    with pytest.raises(InputError, match=f"the teacher is quantised, and {asks} needs its gradient"):
+        make_actors(config(**own), FAMILIES["sd3"].tiny())
+    make_actors(config(accelerate="balanced", stages=plain), FAMILIES["sd3"].tiny())
 
 
 def test_sizes_are_the_familys(config):

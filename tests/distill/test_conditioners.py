@@ -121,6 +121,10 @@ def test_cross_attended_masks_and_places_grow_too(config, batch, monkeypatch):
         ({"join": "cross_attended", "source": "nothing"}, "no source 'nothing'; it is one of random_mask"),
         ({"join": "cross_attended", "source": "no_module:x"}, "cannot be imported"),
         ({"join": "cross_attended", "source": "pixels"}, r"of shape \[2, 3, 64, 64\] cannot join text as \[B, T, 64\]"),
+        (
+            {"join": "concatenated", "source": "low_resolution", "options": {"scale": 2}},
+            "the source low_resolution does not take these options: .*'scale'",
+        ),
         ({"join": "vector", "source": "pixels"}, "no pooled text of shape"),
         ({"join": "vector", "source": "embedding"}, "has no image encoder"),
     ],

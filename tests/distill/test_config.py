@@ -2,7 +2,7 @@
 
 import pytest
 
-from vivace.distill import Conditioner, Data, DistillConfig, Records, Stage
+from vivace.distill import Conditioner, Data, Discriminator, DistillConfig, Optimizer, Records, Stage
 from vivace.errors import InputError
 
 GOOD = {"output": "out", "stages": (Stage(batches=1),), "data": Data(kind="builtin")}
@@ -43,6 +43,14 @@ def test_steps_need_not_divide_where_modes_are_not_used():
             r"conditioners\[0\]: join: argument and argument",
         ),
         ({"accelerate": "exakt"}, "unknown preset 'exakt'; the nearest is 'exact'"),
+        (
+            {"stages": (Stage(batches=1, distillation=float("nan")),)},
+            r"stages\[0\]\.distillation is nan; it takes a fin",
+        ),
+        ({"stages": (Stage(batches=1, modes=(0, 0, 0, float("nan"))),)}, r"stages\[0\]\.modes\[3\] is nan"),
+        ({"optimizer": Optimizer(lr=float("inf"))}, r"optimizer\.lr is inf; it takes a finite number"),
+        ({"discriminator": Discriminator(times=())}, r"discriminator\.times is \[\]; it takes noise levels from 0"),
+        ({"discriminator": Discriminator(times=(10, 2000))}, r"discriminator\.times is \[10, 2000\]"),
         ({"batch": 0}, "batch is 0; it has to be 1 or more"),
         ({"size": (0, 64)}, "size is"),
         ({"distance": "lpips"}, "lpips_weights go together"),

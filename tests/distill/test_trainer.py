@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,55 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_pat
     assert all(value.isfinite().all() for value in weights(tmp_path, 2).values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(config, tmp_path, monkeypatch):
+    """A loss can be fine where its gradient is not; the next loss would tell, after the save."""
+    from vivace.distill import losses
+
+    def steep(a, b):
+        return (a - b).square().mean() + (0 * (a - b)).square().sum().sqrt()
+
+    monkeypatch.setitem(losses.DISTANCES, "l2", steep)
+    chosen = config(tmp_path, records=Records(save_every=1, **QUIET))
+    with pytest.raises(InputError, match=r"after batch 1 the values of student are not finite; no checkpoint was writ"):
+        train(chosen, pipe=teacher())
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+def test_a_stop_after_a_save_does_not_save_again(config, tmp_path):
+    """To write it anew would be to remove it first: with keep=1 a kill in between would leave none."""
+    chosen = config(tmp_path, records=Records(save_every=2, keep=1, **QUIET))
+    saved = []
+
+    def stop(progress):
+        if progress.done == 2:
+            saved.append((tmp_path / "step-00000002").stat().st_ino)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(chosen, pipe=teacher(), on_batch=stop)
+    assert (result.done, result.checkpoint) == (2, tmp_path / "step-00000002")
+    assert [result.checkpoint.stat().st_ino] == saved
+
+
+def test_what_cannot_be_written_is_one_line(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file cannot be made a folder \(File exists\)"):
+        train(config(tmp_path / "file"), pipe=teacher())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "samples").touch()  # a full disk refuses a folder too
+    records = Records(trackers=(), sample_every=1, prompts=("a red ring",), steps=(1,))
+    with pytest.raises(InputError, match=r"samples/00000001\.png cannot be written .*; make room and start again"):
+        train(config(run, records=records), pipe=teacher())
+
+
+def test_checkpoints_that_are_all_broken_are_not_trained_over(ten, tmp_path):
+    shutil.copytree(ten[1], tmp_path, dirs_exist_ok=True)
+    for path in checkpoint.checkpoints(tmp_path):
+        (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(InputError, match="holds no checkpoint that is whole; mend one, or give another output"):
+        train(dataclasses.replace(ten[0], output=str(tmp_path)), pipe=teacher())
+
+
 def test_a_result_and_a_log_are_written(config, tmp_path):
     pytest.importorskip("tensorboard")
     stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0)),)
@@ -178,7 +228,7 @@ def test_bfloat16_keeps_the_learnt_weights_in_float32(config, tmp_path, kind):
 
 def test_an_accelerated_teacher_teaches_the_same(config, tmp_path):
     """The fast lane's rollout, through the fused blocks of this family, moves the student as the stock one does."""
-    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0)),)
+    stages = (Stage(batches=2, steps=4, guidance=(2.0, 3.0), matching=0.5, adversarial=0.3),)
     results = []
     for name, preset in (("stock", None), ("fast", "exact")):
         pipe = teacher()

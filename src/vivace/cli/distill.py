@@ -28,7 +28,7 @@ def distill(
     precache: Annotated[
         Path | None, typer.Option(help="Only write latents and prompt embeddings of the data to this folder.")
     ] = None,
-    batches: Annotated[int, typer.Option(help="With --precache: how many batches.")] = 1000,
+    batches: Annotated[int, typer.Option(min=1, help="With --precache: how many batches.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Distil a model to a few steps. A stopped training goes on when it is started again."""
@@ -69,7 +69,10 @@ def _train(config: Any, *, as_json: bool) -> None:
         print(json.dumps({**vars(result), "folder": str(result.folder or ""), "checkpoint": str(result.checkpoint)}))
         return
     if result.skipped:
-        print("left out: " + ", ".join(f"{count} with {reason}" for reason, count in result.skipped.items()))
+        print(
+            "left out, in all epochs: "
+            + ", ".join(f"{count} with {reason}" for reason, count in result.skipped.items())
+        )
     if result.stopped:
         print(f"stopped after {result.done} of {config.batches} batches; {result.checkpoint} goes on from there")
     else:

@@ -23,6 +23,7 @@ from vivace.distill.student import make_student
 from vivace.distill.view import View
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
+from vivace.quant.linear import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     _check_item(config, probe, teacher)
     if config.accelerate is not None:
         accelerate(pipe, config.accelerate)
+    _check_gradients(config, teacher)
     if any(stage.adversarial for stage in config.stages):
         return Actors(pipe, family, recorder, objective, student, _discriminator(objective, probe), config)
     return actors
@@ -133,6 +135,22 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
     if given != teacher.config.in_channels:
         raise InputError(
             f"the denoiser takes {teacher.config.in_channels} channels and gets {given}; check conditioners"
+        )
+
+
+def _check_gradients(config: DistillConfig, teacher: nn.Module) -> None:
+    """Raise InputError where a loss needs a gradient through the teacher, and quantised linears would give a wrong one.
+
+    What comes after rounding has none, so that it would be smaller without a word.
+    """
+    asking = [name for name, asks in (
+        ("the adversarial loss", any(stage.adversarial for stage in config.stages)),
+        ("distance: features", config.distance == "features"),
+    ) if asks]  # fmt: skip
+    if asking and any(isinstance(module, QuantLinear) for module in teacher.modules()):
+        raise InputError(
+            f"the teacher is quantised, and {asking[0]} needs its gradient, which rounding takes away; "
+            "set accelerate: exact, or give a teacher in 16 bit"
         )
 
 

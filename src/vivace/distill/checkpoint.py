@@ -33,7 +33,7 @@ def save(
     Until the rename nothing of it is seen; a disk that is full, or a kill at any moment, leaves the older ones as they
     are. Raises InputError where it cannot be written.
     """
-    target = folder / f"{PREFIX}{number:08d}"
+    target = path_of(folder, number)
     temporary = folder / f".{target.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
@@ -49,7 +49,7 @@ def save(
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
-        if target.exists():
+        if target.exists():  # a broken one
             shutil.rmtree(target)
         os.replace(temporary, target)
         _flush(folder)
@@ -63,6 +63,11 @@ def save(
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Where checkpoint `number` lies."""
+    return folder / f"{PREFIX}{number:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

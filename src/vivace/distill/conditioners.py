@@ -123,8 +123,17 @@ def picture_key(one: Conditioner) -> str | None:
 
 def inputs_of(conditioners: Sequence[Conditioner], batch: Batch, setting: Setting) -> dict[str, torch.Tensor]:
     """The arguments of the pipeline's call that conditioners give."""
-    chosen = [one for one in conditioners if one.argument is not None]
-    return {one.argument: source_of(one.source)(batch, setting, **one.options) for one in chosen if one.argument}
+    return {one.argument: _made(one, batch, setting) for one in conditioners if one.argument is not None}
+
+
+def _made(one: Conditioner, batch: Batch, setting: Setting) -> torch.Tensor:
+    """What a conditioner's source makes of a batch. Raises InputError for options that the source has not."""
+    source = source_of(one.source)
+    try:
+        inspect.signature(source).bind(batch, setting, **one.options)
+    except TypeError as error:
+        raise InputError(f"the source {one.source} does not take these options: {error}; check conditioners") from error
+    return source(batch, setting, **one.options)
 
 
 def join(call: Call, conditioners: Sequence[Conditioner], batch: Batch, setting: Setting) -> Call:
@@ -134,8 +143,7 @@ def join(call: Call, conditioners: Sequence[Conditioner], batch: Batch, setting:
         call = replace(call, beside=None)
     for one in conditioners:
         if one.join != "argument":
-            value = source_of(one.source)(batch, setting, **one.options)
-            call = JOINS[one.join](call, _both(call, value, one))
+            call = JOINS[one.join](call, _both(call, _made(one, batch, setting), one))
     return call
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from vivace.config import resolve
@@ -196,7 +197,8 @@ class DistillConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicas of the student, or FSDP2 shards of it."""
     accelerate: str | None = "exact"
-    """Preset of `vivace.accelerate` for the teacher; None leaves it stock."""
+    """Preset of `vivace.accelerate` for the teacher; None leaves it stock. One that quantises goes with no loss that
+    needs the teacher's gradient: the adversarial one, and distance: features."""
     seed: int = 0
     """Draws everything that is random."""
 
@@ -219,6 +221,7 @@ class DistillConfig:
 
 def check(config: DistillConfig) -> None:
     """Raise InputError for the first value that cannot be, before any model is read."""
+    _check_numbers(config.to_dict())
     if not config.stages:
         raise InputError("stages is empty; give at least one, such as - {batches: 1000}")
     for index, stage in enumerate(config.stages):
@@ -240,6 +243,11 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
     if config.accelerate is not None:
         resolve(config.accelerate)
+    times = config.discriminator.times
+    if not times or not 0 <= min(times) <= max(times) <= 1000:
+        raise InputError(
+            f"discriminator.times is {list(times)}; it takes noise levels from 0 to 1000, such as [10, 500]"
+        )
     if config.student.ema is not None and not 0 < config.student.ema < 1:
         raise InputError(f"student.ema is {config.student.ema}; it is a decay between 0 and 1, such as 0.999")
     if optimizer.clip is not None and optimizer.clip <= 0:
@@ -277,6 +285,18 @@ def _check_stage(stage: Stage, *, where: str, modes: bool) -> None:
         raise InputError(
             f"{where}.steps is {stage.steps}, which does not divide into {count} modes; the nearest that does is {near}"
         )
+
+
+def _check_numbers(value: Any, *, where: str = "") -> None:
+    """Refuse NaN and infinity, which would pass for a bound or two."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _check_numbers(one, where=f"{where}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            _check_numbers(one, where=f"{where}[{index}]")
+    elif isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{where} is {value}; it takes a finite number")
 
 
 def _plain(value: Any) -> Any:

@@ -103,7 +103,7 @@ class Objective:
         """The distillation loss."""
         kind = self.config.distance
         if kind == "features":
-            levels = torch.full((len(student),), self.view.levels.at(10.0), dtype=torch.float64)
+            levels = self.levels_at([10.0] * len(student), student)
             seen = [self.seen(picture, levels, self.told(item, start.guidance)) for picture in (student, teacher)]
             return feature_distance(seen[0], seen[1].detach())
         if kind == "lpips":

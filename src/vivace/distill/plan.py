@@ -59,7 +59,9 @@ def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> P
     """
     accelerator = make_accelerator(config, Path(config.output))
     cuda = accelerator.device.type == "cuda"
-    measured = config if cuda else replace(config, batch=min(config.batch, CPU_BATCH))
+    # Batches that lie ready have a size of their own.
+    whole = cuda or config.data.kind == "cached"
+    measured = config if whole else replace(config, batch=min(config.batch, CPU_BATCH))
     training = make_training(measured, accelerator, pipe=pipe)
     parts = config.batch / measured.batch
     stages = tuple(

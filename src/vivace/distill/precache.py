@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vivace.distill.config import DistillConfig, Records
 from vivace.distill.data.cached import write_item
-from vivace.distill.trainer import make_accelerator, make_training
+from vivace.distill.objective import Item
+from vivace.distill.trainer import make_accelerator, make_folder, make_training
 from vivace.errors import InputError
 
 
@@ -28,7 +32,7 @@ def write_cache(
     """
     if config.data.kind == "cached":
         raise InputError("data.kind is cached already; give the shards or the folder that it is to be made of")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = dataclasses.replace(config, accelerate=None, records=Records(trackers=()))
     accelerator = make_accelerator(config, folder)
     training = make_training(config, accelerator, pipe=pipe)
@@ -39,10 +43,22 @@ def write_cache(
         item = training.draw()[1]
         training.done += 1
         if not path.exists():
-            temporary = path.with_suffix(".part")
-            write_item(item, temporary)
-            os.replace(temporary, path)
+            _write(item, path)
         if on_batch is not None:
             on_batch(number + 1)
     accelerator.wait_for_everyone()
     return len(list(folder.glob("*.safetensors")))
+
+
+def _write(item: Item, path: Path) -> None:
+    """A batch's file, whole or not there."""
+    temporary = path.with_suffix(".part")
+    try:
+        write_item(item, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(
+            f"{path} cannot be written ({error}); make room and start again, what is there stays"
+        ) from error

@@ -75,12 +75,13 @@ def train(
     accelerator = make_accelerator(config, output)
     found = checkpoint.latest(output) if resume else None
     if found is None and checkpoint.checkpoints(output):
-        raise InputError(f"{output} holds checkpoints of another run; resume it, or give another output")
+        held = "no checkpoint that is whole; mend one" if resume else "checkpoints of another run; resume it"
+        raise InputError(f"{output} holds {held}, or give another output")
     training = make_training(config, accelerator, pipe=pipe)
     if found is not None:
         _resume(training, found)
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         checkpoint.sweep(output)
     accelerator.init_trackers("logs")
     try:
@@ -88,6 +89,14 @@ def train(
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
         accelerator.end_training()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it. Raises InputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made a folder ({error.strerror}); give another one") from error
 
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
@@ -123,7 +132,6 @@ def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any 
 def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
     config, accelerator = training.config, training.accelerator
     losses: Mapping[str, float] = {}
-    saved = output / f"{checkpoint.PREFIX}{training.done:08d}"
     while training.done < config.batches and not _stopping(training, stop):
         number, start = training.stage_number, time.perf_counter()
         losses = training.batch()
@@ -133,12 +141,14 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
             _draw(training, output / "samples" / f"{training.done:08d}.png")
         if training.done % config.records.save_every == 0 or training.done == config.batches:
-            saved = _save(training, output)
+            _save(training, output)
         if on_batch is not None:
             on_batch(Progress(done=training.done, batches=config.batches, stage=number, losses=losses, seconds=seconds))
     stopped = training.done < config.batches
-    if stopped:
-        saved = _save(training, output)
+    saved = checkpoint.path_of(output, training.done)
+    # One that is whole is this very one: to write it again would be to remove it first.
+    if stopped and checkpoint.broken(saved):
+        _save(training, output)
     folder = None if stopped else _finish(training, output)
     skipped = getattr(training.supply, "skipped", {})
     return Result(
@@ -149,11 +159,15 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
 def _check_finite(losses: Mapping[str, float], done: int, output: Path) -> None:
     wrong = [name for name, value in losses.items() if not math.isfinite(value)]
     if wrong:
-        good = checkpoint.latest(output)
-        left = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
         raise InputError(
-            f"the {wrong[0]} loss of batch {done + 1} is {losses[wrong[0]]}; {left}; lower lr or its weight"
+            f"the {wrong[0]} loss of batch {done + 1} is {losses[wrong[0]]}; {_left(output)}; lower lr or its weight"
         )
+
+
+def _left(output: Path) -> str:
+    """What there is to go on from."""
+    good = checkpoint.latest(output)
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
 
 
 def _stopping(training: Training, stop: list[int]) -> bool:
@@ -165,12 +179,17 @@ def _stopping(training: Training, stop: list[int]) -> bool:
     return bool(told.item())
 
 
-def _save(training: Training, output: Path) -> Path:
-    """A checkpoint, written by the first process."""
+def _save(training: Training, output: Path) -> None:
+    """A checkpoint, written by the first process. Raises InputError for what is no longer finite."""
     accelerator = training.accelerator
     tensors = training.tensors()
+    # The losses are of the weights before the step: what it made of them nothing has seen yet.
+    for name, entries in tensors.items():
+        if not all(bool(value.isfinite().all()) for value in entries.values()):
+            raise InputError(
+                f"after batch {training.done} the values of {name} are not finite; {_left(output)}; lower lr"
+            )
     data = gather_object([training.supply.state()])
-    target = output / f"{checkpoint.PREFIX}{training.done:08d}"
     if accelerator.is_main_process:
         state = {
             "done": training.done,
@@ -181,7 +200,6 @@ def _save(training: Training, output: Path) -> Path:
         }
         checkpoint.save(output, training.done, tensors=tensors, state=state, keep=training.config.records.keep)
     accelerator.wait_for_everyone()
-    return target
 
 
 def _resume(training: Training, path: Path) -> None:
@@ -216,8 +234,11 @@ def _draw(training: Training, path: Path) -> None:
     with training.mean.inside(training.plain) if training.mean else nullcontext():
         sheet = draw_grid(actors.pipe, training.plain, training.config, slot=actors.family.denoisers[0])
     if training.accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error}); make room and start again") from error
 
 
 def _finish(training: Training, output: Path) -> Path:
@@ -230,9 +251,8 @@ def _finish(training: Training, output: Path) -> Path:
         try:
             write_result(student, weights, actors.pipe, training.config, output / "result", slot=slot)
         except (OSError, SafetensorError) as error:
-            good = checkpoint.latest(output)
             raise InputError(
-                f"the result cannot be written ({error}); make room and start again from {good}"
+                f"the result cannot be written ({error}); {_left(output)}; make room and start again"
             ) from error
     training.accelerator.wait_for_everyone()
     return output / "result"

@@ -40,7 +40,7 @@ def test_what_is_no_item_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a batch that `vivace distill --precache` wrote"):
         read_item(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="holds no batch for process 0"):
-        Cached(str(tmp_path / "none"), seed=0)
+        Cached(str(tmp_path / "none"), batch=2, seed=0)
 
 
 def test_a_training_on_a_cache(config, tmp_path):
@@ -52,15 +52,27 @@ def test_a_training_on_a_cache(config, tmp_path):
     result = train(cached, pipe=FAMILIES["sd3"].tiny())
     assert result.done == 10
     assert result.losses["distillation"] > 0
+    with pytest.raises(InputError, match="holds batches of 2, and batch is 3; set batch: 2"):
+        train(dataclasses.replace(cached, batch=3, output=str(tmp_path / "other")), pipe=FAMILIES["sd3"].tiny())
+
+
+def test_what_cannot_be_written_is_said_and_the_rest_stays(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be made a folder"):
+        write_cache(config(), tmp_path / "file", batches=1, pipe=FAMILIES["sd3"].tiny())
+    (tmp_path / "cache" / "00000001.part" / "x").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"00000001\.safetensors cannot be written .*; make room and start again"):
+        write_cache(config(), tmp_path / "cache", batches=2, pipe=FAMILIES["sd3"].tiny())
+    assert len(read_item(tmp_path / "cache" / "00000000.safetensors").z) == 2
 
 
 def test_epochs_have_every_file_once_and_resume(config, actors_of, batch, tmp_path):
     item = actors_of("sd3").prepare(batch)
     for number in range(4):
         write_item(dataclasses.replace(item, z=item.z * 0 + number), tmp_path / f"{number}.safetensors")
-    cached = Cached(str(tmp_path), seed=3)
+    cached = Cached(str(tmp_path), batch=2, seed=3)
     drawn = [int(next(cached).z.flatten()[0]) for _ in range(8)]
     assert sorted(drawn[:4]) == sorted(drawn[4:]) == [0, 1, 2, 3]
-    again = Cached(str(tmp_path), seed=3)
+    again = Cached(str(tmp_path), batch=2, seed=3)
     again.load({"epoch": 0, "position": 3})
     assert [int(next(again).z.flatten()[0]) for _ in range(5)] == drawn[3:]

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from vivace.distill.data.sample import Refused
 from vivace.distill.data.shards import Shards, expand
 from vivace.errors import InputError
 
@@ -75,12 +76,31 @@ def test_missing_and_other_files(tmp_path):
     with pytest.raises(InputError, match=r"no shard .*1\.tar \(1 of 2 are missing\)"):
         Shards(str(tmp_path / "{0..1}.tar"), cache=tmp_path)
     (tmp_path / "text.tar").write_text("not a tar file")
-    with pytest.raises(InputError, match="not an uncompressed tar"):
-        Shards(str(tmp_path / "text.tar"), cache=tmp_path).places(str(tmp_path / "text.tar"))
+    source = Shards(str(tmp_path), cache=tmp_path)
+    assert [len(source.places(shard)) for shard in source.shards()] == [1, 0]
+    assert list(map(source.problem, source.shards())) == [None, "a shard that is no uncompressed tar file"]
 
 
-def test_a_shard_that_is_cut_gives_what_it_has(tmp_path):
+# Where a shard of three small files ends, in blocks: after y's header, in the middle of it, in y's text
+@pytest.mark.parametrize(("blocks", "whole"), [(3, 1), (2.5, 1), (3.001, 1), (4, 2)])
+def test_a_shard_that_is_cut_gives_what_it_has(tmp_path, blocks, whole):
     path = write(tmp_path / "a.tar", ["x.txt", "y.txt", "z.txt"])
-    path.write_bytes(path.read_bytes()[: 3 * 512])  # x, and y's header
+    path.write_bytes(path.read_bytes()[: int(blocks * 512)])
     source = Shards(str(path), cache=tmp_path)
-    assert source.read(source.places(str(path))[0]) == {"txt": b"abc"}
+    places = source.places(str(path))
+    assert [source.read(place) for place in places[:whole]] == [{"txt": b"abc"}] * whole
+    for place in places[whole:]:
+        with pytest.raises(Refused, match="a file that is cut short"):
+            source.read(place)
+    # A cut between two files is no other than an end.
+    assert source.problem(str(path)) == (None if blocks == 4 else "a shard that is cut short")
+
+
+def test_a_header_that_is_broken_is_not_taken_for_the_end(tmp_path):
+    path = write(tmp_path / "a.tar", ["x.txt", "y.txt", "z.txt"])
+    raw = bytearray(path.read_bytes())
+    raw[1024:1536] = b"?" * 512
+    path.write_bytes(raw)
+    source = Shards(str(path), cache=tmp_path)
+    assert [place.name for place in source.places(str(path))] == ["x"]
+    assert source.problem(str(path)) == "a shard that is cut short"

@@ -185,3 +185,50 @@ def test_a_folder_of_pictures(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no pictures"):
         Folder(str(tmp_path / "empty"))
+
+
+def test_broken_shards_are_left_out_counted_once_and_named(shards, caplog):
+    (shards.parent / "01.tar").write_text("not a tar file")
+    cut = shards.parent / "03.tar"
+    cut.write_bytes(cut.read_bytes()[: 4 * 1024 + 100])
+    found = stream(shards, batch=1)
+    seen = captions(found, 60)
+    assert not set(seen) & {str(n) for n in range(6, 12)}
+    assert "18" in seen
+    assert found.skipped["a shard that is no uncompressed tar file"] == 1
+    assert found.skipped["a shard that is cut short"] == 1
+    assert f"{shards.parent / '01.tar'}: a shard that is no uncompressed tar file" in caplog.text
+    again = stream(shards, batch=1)
+    again.load(found.state())
+    assert captions(again, 30) == captions(found, 30)
+    assert again.skipped["a shard that is no uncompressed tar file"] == 1
+
+
+def test_a_sample_that_is_gone_at_resumption_is_skipped(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / f"{n}.txt").write_text(str(n))
+
+    def folder():
+        data = Data(kind="folder", path=str(tmp_path), workers=1)
+        return Stream(Folder(str(tmp_path)), data, sizes=[(16, 16), (32, 8)], batch=2, seed=0)
+
+    first = captions(folder(), 1)[0]
+    (tmp_path / f"{first}.png").write_bytes(picture(0, (64, 16)))  # alone in its bucket
+    found = folder()
+    captions(found, 1)
+    state = found.state()
+    assert [name for _, name in state["pending"]] == [first]
+    (tmp_path / f"{first}.txt").unlink()
+    again = folder()
+    again.load(state)
+    assert again.pending == {}
+    assert again.skipped == {"no caption": 1}
+
+
+def test_json_of_any_depth_is_no_end(tmp_path):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    write_shard(tmp_path / "a.tar", {"a": {"png": picture(1), "json": deep}, "b": {"png": picture(2), "txt": b"b"}})
+    found = stream(tmp_path / "a.tar", batch=1)
+    assert captions(found, 2) == ["b", "b"]
+    assert found.skipped["JSON that cannot be read"] >= 1

@@ -1,8 +1,11 @@
 """The built-in model's world as data."""
 
+import pytest
 import torch
 
+from vivace.distill.data import supply_of
 from vivace.distill.data.world import World
+from vivace.errors import InputError
 
 
 def test_batches_are_rendered_described_and_resumable():
@@ -24,3 +27,8 @@ def test_batches_are_rendered_described_and_resumable():
 def test_processes_and_seeds_draw_their_own():
     drawn = [next(World(batch=2, seed=seed, rank=rank, side=32)).captions for seed in (0, 1) for rank in (0, 1)]
     assert len(set(drawn)) == 4
+
+
+def test_a_size_that_is_no_square_is_refused(config):
+    with pytest.raises(InputError, match=r"size is \[64, 32\]; data of kind builtin are squares"):
+        supply_of(config(size=(64, 32)), multiple=16)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
     from vivace.distill.config import DistillConfig
     from vivace.distill.data.sample import Batch
@@ -29,11 +31,13 @@ def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int
     if data.kind == "builtin":
         from vivace.distill.data.world import World
 
+        if config.size[0] != config.size[1]:
+            raise InputError(f"size is {list(config.size)}; data of kind builtin are squares, such as [256, 256]")
         return World(batch=config.batch, seed=config.seed, rank=rank, side=config.size[0], device=device)
     if data.kind == "cached":
         from vivace.distill.data.cached import Cached
 
-        return Cached(path, seed=config.seed, rank=rank, world=world, device=device)
+        return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device)
     from vivace.distill.data.folder import Folder
     from vivace.distill.data.sample import bucket_sizes
     from vivace.distill.data.shards import Shards

@@ -68,10 +68,15 @@ def _hang(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 class Cached:
     """Endless items out of a folder of such files, in an order of each epoch's own; the next one is read ahead."""
 
-    def __init__(self, folder: str, *, seed: int, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: str, *, batch: int, seed: int, rank: int = 0, world: int = 1, device: str = "cpu"
+    ) -> None:
         self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))[rank::world]
         if not self.files:
             raise InputError(f"{folder} holds no batch for process {rank}; write some with vivace distill --precache")
+        held = len(read_item(self.files[0]).z)
+        if held != batch:
+            raise InputError(f"{folder} holds batches of {held}, and batch is {batch}; set batch: {held}")
         self.seed, self.device = seed, device
         self.epoch, self.position = 0, 0
         self._reader = ThreadPoolExecutor(1)

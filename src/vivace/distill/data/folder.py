@@ -33,6 +33,10 @@ class Folder:
         """The pictures of a folder."""
         return self.found[shard]
 
+    def problem(self, shard: str) -> str | None:
+        """What is wrong with a folder as a whole: nothing, once it was listed."""
+        return None
+
     def read(self, place: Place) -> Mapping[str, bytes]:
         """A sample's files by extension. Raises Refused."""
         folder = self.root / place.shard

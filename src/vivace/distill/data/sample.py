@@ -87,7 +87,7 @@ def _about(members: Mapping[str, bytes]) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(members["json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("JSON that cannot be read", broken=True) from error
     return about if isinstance(about, dict) else {}
 

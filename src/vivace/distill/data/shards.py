@@ -32,6 +32,7 @@ class Shards:
             raise InputError(
                 f"no shard {missing[0]} ({len(missing)} of {len(self.names)} are missing); check data.path"
             )
+        self._problems: dict[str, str] = {}
         # Weakly sized: an index is some hundred bytes a sample.
         self._index = lru_cache(maxsize=64)(self._read_index)
 
@@ -43,14 +44,21 @@ class Shards:
         """The samples of a shard, in its order."""
         return [Place(shard, name) for name in self._index(shard)]
 
+    def problem(self, shard: str) -> str | None:
+        """What is wrong with a shard whose places were asked for, or None."""
+        return self._problems.get(shard)
+
     def read(self, place: Place) -> Mapping[str, bytes]:
         """A sample's members by extension. Raises Refused."""
         members = self._index(place.shard).get(place.name, {})
         try:
             with self.path(place.shard).open("rb") as file:
-                return {extension: _slice(file.fileno(), *span) for extension, span in members.items()}
+                found = {extension: _slice(file.fileno(), *span) for extension, span in members.items()}
         except OSError as error:
             raise Refused("a shard that cannot be read", broken=True) from error
+        if any(len(found[extension]) < length for extension, (_, length) in members.items()):
+            raise Refused("a file that is cut short", broken=True)
+        return found
 
     def path(self, shard: str) -> Path:
         """Where the shard is on this machine; one by URL is fetched first. Raises InputError."""
@@ -85,9 +93,11 @@ class Shards:
                     if member.isreg() and dot:
                         key = f"{folder}/{name}" if folder else name
                         found.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-        except tarfile.ReadError as error:
-            if not found:
-                raise InputError(f"{path} is not an uncompressed tar file ({error}); give webdataset shards") from error
+                whole = _ends(path, tar.offset)
+        except tarfile.ReadError:
+            whole = False
+        if not whole:
+            self._problems[shard] = "a shard that is cut short" if found else "a shard that is no uncompressed tar file"
         return found
 
 
@@ -116,6 +126,13 @@ def expand(pattern: str) -> list[str]:
 
 def _remote(name: str) -> bool:
     return name.startswith(("http://", "https://"))
+
+
+def _ends(path: Path, offset: int) -> bool:
+    """Whether a tar file ends at `offset`: with nothing, or with zeros. tarfile takes a broken header for an end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return not file.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 def _slice(descriptor: int, offset: int, length: int) -> bytes:

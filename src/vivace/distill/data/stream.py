@@ -25,6 +25,8 @@ class Source(Protocol):
 
     def places(self, shard: str) -> list[Place]: ...
 
+    def problem(self, shard: str) -> str | None: ...
+
     def read(self, place: Place) -> Mapping[str, bytes]: ...
 
 
@@ -46,6 +48,7 @@ class Stream:
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.position = 0, 0  # of the next sample to take
         self.skipped: Counter[str] = Counter()
+        self.broken: set[str] = set()  # shards, each counted once
         self.taken = 0  # in this epoch, of those that were kept
         self.pending: dict[tuple[int, int], list[tuple[Place, Sample]]] = {}
         self._samples: Iterator[tuple[Place, Sample]] | None = None
@@ -71,15 +74,20 @@ class Stream:
             "taken": self.taken,
             "pending": waiting,
             "skipped": dict(self.skipped),
+            "broken": sorted(self.broken),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` was taken."""
         self.epoch, self.position, self.taken = state["epoch"], state["position"], state["taken"]
-        self.skipped = Counter(state["skipped"])
+        self.skipped, self.broken = Counter(state["skipped"]), set(state["broken"])
         self.pending = {}
         for place in (Place(*entry) for entry in state["pending"]):
-            sample = parse(self.source.read(place), self.data)
+            try:
+                sample = self._read(place)
+            except Refused as refused:
+                self._skip(place, refused)
+                continue
             self.pending.setdefault(bucket(sample.picture.size, self.sizes), []).append((place, sample))
         self._samples = None
 
@@ -91,7 +99,7 @@ class Stream:
                     reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
                     raise InputError(
                         f"no sample is left of {self.position} in {self.data.path} ({reasons or 'it is empty'}); "
-                        "check data.captions and the filters"
+                        "check data.path, data.captions and the filters"
                     )
                 self.epoch, self.position, self.taken = self.epoch + 1, 0, 0
 
@@ -132,6 +140,15 @@ class Stream:
         apart = len(shards) >= self.world
         own = shards[self.rank :: self.world] if apart else shards
         for first in range(0, len(own), self.data.window):
-            places = [place for shard in own[first : first + self.data.window] for place in self.source.places(shard)]
+            places = [place for shard in own[first : first + self.data.window] for place in self._places_in(shard)]
             random.Random(f"{self.seed}/{epoch}/{first}").shuffle(places)
             yield from places if apart else places[self.rank :: self.world]
+
+    def _places_in(self, shard: str) -> list[Place]:
+        """What a shard holds, as far as it can be read; what is wrong with it is counted and named once."""
+        places, problem = self.source.places(shard), self.source.problem(shard)
+        if problem is not None and shard not in self.broken:
+            self.broken.add(shard)
+            self.skipped[problem] += 1
+            logger.warning("%s: %s; %d samples of it are used", shard, problem, len(places))
+        return places
