@@ -1,5 +1,7 @@
 """The few-step scheduler of flow models."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
@@ -18,6 +20,11 @@ def test_it_steps_on_the_grid_that_students_learn():
     assert scheduler.sigmas.tolist() == pytest.approx([*shifted, 0])
     scheduler.set_timesteps(sigmas=[1.0, 0.3])
     assert scheduler.sigmas.tolist() == pytest.approx([1, 3 * 0.3 / 1.6, 0])
+
+
+def test_pipelines_find_the_parameters_that_stock_has():
+    ours, stock = (inspect.signature(one.set_timesteps) for one in (FewStepFlow, FlowMatchEulerDiscreteScheduler))
+    assert list(ours.parameters) == list(stock.parameters)
 
 
 def test_a_step_is_the_picture_and_new_noise():
@@ -39,9 +46,10 @@ def test_the_last_step_is_the_picture():
     assert torch.allclose(scheduler.step(0.3 * x, scheduler.timesteps[0], x, return_dict=False)[0], 0.7 * x)
 
 
-def test_a_picture_depends_on_its_own_noise_only():
+@pytest.mark.parametrize("family", ["sd3", "flux"])  # FLUX's pipeline brings its own sigmas
+def test_a_picture_depends_on_its_own_noise_only(family):
     """The seed names the picture through a stock pipeline, whatever else is in the batch and was drawn before."""
-    pipe = FAMILIES["sd3"].tiny()
+    pipe = FAMILIES[family].tiny()
     pipe.scheduler = few_step_scheduler(pipe.scheduler)
 
     def draw(prompts, seeds):

@@ -20,13 +20,19 @@ class FewStepFlow(FlowMatchEulerDiscreteScheduler):
     so that a seed would not name a picture, nor a picture be the same in another batch.
     """
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
-        """As stock; without `sigmas` or `timesteps` the few-step grid."""
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if num_inference_steps is not None and not {"sigmas", "timesteps"} & given.keys():
-            given["sigmas"] = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As stock, whose parameters pipelines look for by name; without `sigmas` or `timesteps` the few-step grid."""
+        if num_inference_steps is not None and sigmas is None and timesteps is None:
+            sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
         self._generators: list[torch.Generator] | None = None
-        super().set_timesteps(num_inference_steps, device=device, **given)
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
     def step(
         self, model_output: Any, timestep: Any, sample: Any, *args: Any, generator: Any = None, **kwargs: Any

@@ -25,6 +25,8 @@ from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.quant.linear import QuantLinear
 
+SCALES = {"latent_channels", "scaling_factor"}  # what a VAE's configuration says of its latents
+
 
 @dataclass(frozen=True)
 class Actors:
@@ -68,8 +70,12 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
         family = family_of(pipe)
     except UnknownFamilyError as error:
         raise InputError(f"distillation needs a family: {error}") from error
-    if len(family.denoisers) != 1 or family.media != "image" or getattr(pipe, "vae", None) is None:
-        raise InputError(f"{family.title} cannot be distilled: it takes one denoiser and a VAE that make pictures")
+    known = getattr(getattr(pipe, "vae", None), "config", {})
+    if len(family.denoisers) != 1 or family.media != "image" or not set(known) >= SCALES:
+        raise InputError(
+            f"{family.title} cannot be distilled: that takes one denoiser that makes pictures, and a VAE whose latents "
+            "are scaled by one number"
+        )
     if any(side % family.multiple for side in config.size):
         raise InputError(
             f"size {list(config.size)} cannot be made: {family.title} needs multiples of {family.multiple}"

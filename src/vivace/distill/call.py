@@ -103,7 +103,7 @@ class Recorder:
             "strength": 1.0,
             "output_type": "latent",
             "generator": torch.Generator().manual_seed(0),
-            **QUIET,
+            **quiet_of(self.pipe),
         }
         if negative is not None:
             wanted["negative_prompt"] = [negative] * len(prompts)
@@ -125,7 +125,11 @@ class Recorder:
 
     def _call(self, seen: Mapping[str, Mapping[str, Any]], *, count: int) -> Call:
         kwargs = dict(seen["denoiser"])
-        sample = next(name for name in SAMPLES if name in kwargs)
+        sample = next((name for name in SAMPLES if name in kwargs), None)
+        if sample is None:
+            raise InputError(
+                f"a {type(self.denoiser).__name__} takes no batch of latents; {self.family.title} cannot be distilled"
+            )
         latents, time = kwargs.pop(sample), kwargs.pop("timestep")
         kwargs.pop("return_dict", None)
         packed = latents.ndim == 3
@@ -155,6 +159,12 @@ class Recorder:
             )
         scale = 1.0 if scale > 0.5 else 1e-3
         return Call(sample, kwargs, halves, scale, beside, packed, control)
+
+
+def quiet_of(pipe: Any) -> dict[str, bool]:
+    """The arguments of QUIET that a pipeline's call has."""
+    accepts = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in QUIET.items() if name in accepts}
 
 
 def _hook(module: torch.nn.Module, seen: dict[str, Mapping[str, Any]], name: str, *, stop: bool) -> Any:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vivace.distill.call import quiet_of
 from vivace.distill.config import DistillConfig
 from vivace.distill.result import sampled_guidance
 from vivace.few_step_flow import few_step_scheduler
@@ -29,6 +30,7 @@ def sampling(pipe: Any, student: nn.Module, *, slot: str) -> Iterator[Any]:
 def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, *, slot: str) -> Image.Image:
     """Every prompt of the config (columns) with every number of steps (rows), as one picture."""
     rows = []
+    quiet = quiet_of(pipe)
     kind = pipe.device.type
     bfloat16 = config.computes_in(kind) == "bfloat16"
     # The student's weights are float32 where it is a whole denoiser, the pipeline's are not.
@@ -41,6 +43,7 @@ def draw_grid(pipe: Any, student: nn.Module, config: DistillConfig, *, slot: str
                 guidance_scale=sampled_guidance(pipe, config),
                 width=config.size[0],
                 height=config.size[1],
+                **quiet,
                 generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(config.records.prompts))],
             )
             rows.append(made.images)
