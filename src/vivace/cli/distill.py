@@ -70,8 +70,7 @@ def _train(config: Any, *, as_json: bool) -> None:
         return
     if result.skipped:
         print(
-            "left out, in all epochs: "
-            + ", ".join(f"{count} with {reason}" for reason, count in result.skipped.items())
+            "left out, in all epochs: " + ", ".join(f"{reason} ({count})" for reason, count in result.skipped.items())
         )
     if result.stopped:
         print(f"stopped after {result.done} of {config.batches} batches; {result.checkpoint} goes on from there")

@@ -96,7 +96,7 @@ class Stream:
             while True:
                 yield from self._epoch(pool)
                 if not self.taken:
-                    reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+                    reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
                     raise InputError(
                         f"no sample is left of {self.position} in {self.data.path} ({reasons or 'it is empty'}); "
                         "check data.path, data.captions and the filters"
