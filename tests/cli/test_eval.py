@@ -55,6 +55,8 @@ def test_compares_presets_and_says_how(run, tmp_path, capsys):
     [
         (("--steps", 0), "--steps must be 1 or more, got 0"),
         (("--captions", 2), "at least 3 captions"),
+        (("--captions", 0), "Invalid value for '--captions'"),
+        (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
         (("folder",), "eval examines builtin, got 'folder'"),
         (("--workers", 2), "need --ray"),
         (("--json", "none/figures.json"), "cannot be written"),

@@ -41,7 +41,7 @@ def eval(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="With --presets or --ray: the folder to write.")
     ] = Path("eval"),
-    captions: Annotated[int | None, typer.Option(help="Captions to draw: 4000, or 16 with --presets.")] = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions to draw: 4000, or 16 with --presets.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
@@ -71,6 +71,8 @@ def eval(
 
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be 1 or more, got {steps}")
+    if guidance is not None and not 0 <= guidance <= 1000:
+        raise InputError(f"--guidance must be from 0 to 1000, got {guidance}")
     if (address or workers) and not ray:
         raise InputError("--address and --workers need --ray; add it, or leave them out")
     if presets is None and not cache and model != "builtin":
