@@ -4,55 +4,64 @@ import json
 
 import pytest
 
+from vivace.accelerate import acceleration_of
+from vivace.bench.serve import Load, up
 from vivace.cli import main
-from vivace.serve.load import put, requests
+from vivace.families import FAMILIES
+
+SERVERS = ("stock, one lock", "exact, one lock", "exact, our engine")
 
 
-def test_requests_are_mixed_and_the_same_for_everyone():
-    one, two = (requests(20, prompt="a", size=(64, 64), steps=(3, 6), seed=0) for _ in range(2))
-    assert one == two
-    assert {request.steps for request in one} == {3, 4, 5, 6}
-    assert len({request.seed for request in one}) == 20
-
-
-def test_a_closed_loop_has_as_many_at_a_time_as_it_has_clients():
-    import threading
-    import time
-
-    now, most, lock = 0, 0, threading.Lock()
-
-    def ask(request):
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.02)
-        with lock:
-            now -= 1
-        if request.seed == 3:
-            raise RuntimeError("one fails")
-
-    found = put(ask, requests(12, prompt="a", size=(64, 64), steps=(1, 1), seed=0), concurrency=3, server="x")
-    assert most == 3
-    assert (found.pictures, found.failed) == (11, 1)
-    assert 0.02 <= found.p50_s <= found.p95_s < found.seconds
+def test_both_of_ours_are_around_one_pipeline_that_keeps_no_prompt_and_is_given_back():
+    pipe = FAMILIES["sd3"].tiny()
+    pipe.set_progress_bar_config(disable=True)
+    load = Load(title="sd3", size=(32, 32), steps=(1, 1), pictures=4, rounds=1, preset="exact")
+    with up(pipe, load, clients=2) as servers:
+        assert tuple(servers) == SERVERS
+        engine = servers[SERVERS[2]].engine
+        assert engine is not None
+        assert engine.model(None).pipe is pipe
+        acceleration = acceleration_of(pipe)
+        assert acceleration is not None
+        request = load.requests(2, number=0)[0]
+        for name in SERVERS:
+            servers[name].ask(request)
+        # Else the second of them would not have to encode what the first was asked for.
+        assert acceleration.target.prompts is None
+    assert acceleration_of(pipe) is None
 
 
 def test_three_servers_in_one_run(tmp_path, capsys):
-    options = ["--tiny", "--steps", "4", "--pictures", "4", "--concurrency", "1,3", "-o", str(tmp_path)]
+    options = [
+        "--tiny",
+        "--steps",
+        "4",
+        "--pictures",
+        "4",
+        "--rounds",
+        "2",
+        "--concurrency",
+        "1,3",
+        "-o",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit) as end:
         main(["bench", "--serve", "sd3", "--device", "cpu", *options])
     assert end.value.code == 0
     (path,) = tmp_path.glob("*-serve-sd3.json")
     found = json.loads(path.read_text())
     lines = found["results"]
-    assert [(line["concurrency"], line["server"]) for line in lines] == [
-        (count, name) for count in (1, 3) for name in ("stock, one lock", "exact, one lock", "exact, our engine")
-    ]
+    assert [(line["concurrency"], line["server"]) for line in lines] == [(n, name) for n in (1, 3) for name in SERVERS]
     assert found["load"]["steps"] == [3, 5]
-    assert all(line["pictures"] == 4 and line["failed"] == 0 for line in lines)
+    # Three for each client and round.
+    assert [(line["pictures"], line["failed"]) for line in lines] == [(6, 0)] * 3 + [(18, 0)] * 3
+    # All were asked in turns, none always after the same one, and for pictures that nobody had been asked for.
+    order = [(one["concurrency"], one["round"], one["server"]) for one in found["rounds"]]
+    assert order == [(n, turn, SERVERS[(turn + i) % 3]) for n in (1, 3) for turn in (0, 1) for i in range(3)]
+    assert all(len(one["latencies"]) == 3 * one["concurrency"] for one in found["rounds"])
     assert all(line["from_stock"] < 2 and line["noise_floor"] < 2 for line in lines)
     assert lines[0]["from_stock"] == 0
+    assert (lines[0]["over_stock"], lines[1]["over_ours_locked"]) == (1, 1)
     assert 0 < lines[-1]["device_busy"] <= 1
     assert lines[-1]["requests_per_call"] >= 1
     assert found["machine"]["processor"]
@@ -61,27 +70,27 @@ def test_three_servers_in_one_run(tmp_path, capsys):
 
 def test_it_goes_on_where_it_stopped_and_says_what_python_costs(tmp_path, capsys):
     def bench(*options):
-        shape = ["--tiny", "--device", "cpu", "--steps", "2", "--pictures", "4", "-o", str(tmp_path)]
+        shape = ["--tiny", "--device", "cpu", "--steps", "2", "--pictures", "4", "--rounds", "2", "-o", str(tmp_path)]
         with pytest.raises(SystemExit) as end:
             main(["bench", "--serve", "sd3", *shape, *options])
         assert end.value.code == 0
         (path,) = tmp_path.glob("*-serve-sd3.json")
-        return json.loads(path.read_text())["results"], capsys.readouterr().out
+        return json.loads(path.read_text()), capsys.readouterr().out
 
-    # Each run is over its budget after one turn.
+    # Each run is over its budget after one round.
     first, said = bench("--concurrency", "2", "--budget-s", "1e-6")
-    assert [line["server"] for line in first] == ["stock, one lock"]
-    assert "2 left for the next time" in said
+    assert [one["server"] for one in first["rounds"]] == list(SERVERS)
+    assert "1 left for the next time" in said
     whole, said = bench("--concurrency", "2")
-    assert whole[0] == first[0]
-    assert [line["server"] for line in whole] == ["stock, one lock", "exact, one lock", "exact, our engine"]
+    assert whole["rounds"][:3] == first["rounds"]
+    assert [one["round"] for one in whole["rounds"]] == [0, 0, 0, 1, 1, 1]
     assert "left for the next time" not in said
     # Another number of clients is another turn of the same load; a profile is made where there is none yet.
     more, said = bench("--concurrency", "1,2", "--profile")
-    assert [line["concurrency"] for line in more] == [1, 1, 1, 2, 2, 2]
-    assert more[3:5] == whole[:2]
-    for line in (more[2], more[5]):
-        found = line["profile"]
+    assert [line["concurrency"] for line in more["results"]] == [1, 1, 1, 2, 2, 2]
+    assert more["rounds"][:6] == whole["rounds"]
+    assert [one["concurrency"] for one in more["profiles"]] == [1, 2]
+    for found in more["profiles"]:
         assert found["computing"] + found["python"] + found["joining"] + found["empty"] == pytest.approx(1, abs=0.01)
         assert 0 < found["computing"] <= 1
         assert found["device"] == 0  # there is no GPU to wait for
@@ -95,8 +104,25 @@ def test_it_goes_on_where_it_stopped_and_says_what_python_costs(tmp_path, capsys
     assert len(list(tmp_path.glob("*-serve-sd3*.json"))) == 2
 
 
-def test_clients_are_numbers(capsys):
+@pytest.mark.parametrize("wrong", ["many", "1,x", "0", ""])
+def test_clients_are_numbers(wrong, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["bench", "--serve", "--concurrency", "many"])
+        main(["bench", "--serve", "--concurrency", wrong])
     assert end.value.code == 2
     assert "like 1,4,16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--serve", "--kernels"], "takes no --kernels"),
+        (["--serve", "--peers", "eager", "--batch", "2"], "takes no --batch, --peers"),
+        (["--serve", "--ray", "--profile", "--device", "cpu"], "takes no --profile, --device"),
+        (["--ray"], "--ray needs --serve"),
+    ],
+)
+def test_what_it_would_ignore_is_refused(options, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *options])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

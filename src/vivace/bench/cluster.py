@@ -7,31 +7,27 @@ import io
 import json
 import os
 import signal
-import socket
-import statistics
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vivace.bench.serve import PROMPT, distance
+from vivace.bench.child import Child, free_port, start, until_ready
+from vivace.bench.rounds import ROUNDS, Line, asked, times
+from vivace.bench.serve import distance
 from vivace.bench.table import markdown_table
-from vivace.errors import InputError
-from vivace.serve.load import put, requests
+from vivace.serve.load import against, pooled, put, rotated
 from vivace.serve.request import Request
 
 PLAIN, ONE, TWO = "plain server", "Ray, one replica", "Ray, two replicas"
-ROUNDS = 3  # in each of which every server has one turn; the median counts
+SERVERS = (PLAIN, ONE, TWO)
 PATIENCE = 300.0  # seconds after which a request counts as hung
 KILLS = (0.25, 0.5)  # shares of the answers after which a replica is killed
 
@@ -43,13 +39,14 @@ class Load:
     model: str
     size: tuple[int, int] | None
     steps: tuple[int, int]
-    pictures: int
+    pictures: int  # of each server, at least
+    rounds: int
     concurrency: int
 
-    @property
-    def requests(self) -> list[Request]:
-        size = self.size or (256, 256)
-        return requests(self.pictures, prompt=PROMPT, size=size, steps=self.steps, seed=0)
+    def requests(self, number: int) -> list[Request]:
+        """What is asked in the round of that number: pictures of its own."""
+        shape = {"size": self.size or (256, 256), "steps": self.steps}
+        return asked(number, of=self.rounds, clients=self.concurrency, pictures=self.pictures, **shape)
 
 
 class Refused(Exception):
@@ -84,90 +81,53 @@ def asker(url: str) -> Callable[[Request], Any]:
     return ask
 
 
-@dataclass(frozen=True, kw_only=True)
-class Up:
-    """A contestant that answers. `door` is what knows of Ray's replicas."""
+def options(name: str, load: Load) -> list[str]:
+    """What `vivace serve` is given for a contestant; replicas share the machine evenly."""
+    plain = [f"model={load.model}", "--max-queue", str(4 * load.pictures), "--drain", "5"]
+    replicas = {PLAIN: 0, ONE: 1, TWO: 2}[name]
+    cpus = max(1, (os.cpu_count() or 1) // max(1, replicas))
+    return [*plain, "--ray", "--replicas", str(replicas), "--cpus", str(cpus)] if replicas else plain
 
-    url: str
-    cold_s: float  # from its command to its first picture
-    door: Any = None
 
-
-@contextmanager
-def plain(load: Load) -> Iterator[tuple[str, Any]]:
-    """The plain server in a process of its own, ready; its address."""
-    port = _port()
-    # As a user starts it: with all the threads it likes.
-    mine = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "vivace", "serve", f"model={load.model}", "--port", str(port)]
-    process = subprocess.Popen(command, env=mine, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        while not _ready(url):
-            if process.poll() is not None:
-                raise InputError(f"the server of {load.model} ended with {process.returncode}; try: vivace serve")
-            time.sleep(0.2)
-        yield url, None
-    finally:
-        process.terminate()
-        process.wait(60)
+def begin(name: str, load: Load) -> Child:
+    """A contestant that has drawn its first pictures, and stands still. Raises InputError."""
+    first, began = load.requests(0), time.perf_counter()
+    url, process = start(options(name, load))
+    ask = asker(url)
+    ask(first[0])
+    child = Child(url=url, process=process, cold_s=round(time.perf_counter() - began, 2))
+    put(ask, first[: 2 * load.concurrency], concurrency=load.concurrency, server=name)
+    child.stop()
+    return child
 
 
 @contextmanager
-def on_ray(load: Load, *, replicas: int) -> Iterator[tuple[str, Any]]:
-    """Replicas that share the machine evenly on a cluster of their own, ready; the address and the door's handle."""
-    from vivace.cluster.connect import connect
-    from vivace.serve.cluster.run import serving
-    from vivace.serve.plan import Plan
-
-    port, cores = _port(), os.cpu_count() or 1
-    plan = Plan(
-        models={"model": load.model}, replicas=replicas, cpus=max(1, cores // replicas), max_queue=4 * load.pictures,
-        drain_seconds=5,
-    )  # fmt: skip
-    with connect(), serving(plan, api_key=None, port=port) as door:
-        url = f"http://127.0.0.1:{port}"
-        while not _ready(url):
-            time.sleep(0.2)
-        yield url, door
+def up(load: Load) -> Iterator[dict[str, Child]]:
+    """The contestants, all started, one after the other."""
+    with ExitStack() as ends:
+        found = {}
+        for name in SERVERS:
+            found[name] = begin(name, load)
+            ends.callback(found[name].end)
+        yield found
 
 
-CONTESTANTS = {PLAIN: plain, ONE: partial(on_ray, replicas=1), TWO: partial(on_ray, replicas=2)}
-
-
-@contextmanager
-def up(name: str, load: Load) -> Iterator[Up]:
-    """A contestant by name, from its command to the end of its processes."""
-    began = time.perf_counter()
-    with CONTESTANTS[name](load) as (url, door):
-        asker(url)(load.requests[0])
-        yield Up(url=url, cold_s=round(time.perf_counter() - began, 2), door=door)
-
-
-def measure(server: Up, load: Load, *, name: str) -> tuple[dict[str, Any], dict[int | None, Any]]:
-    """One turn: the load once, after a warm-up, as a line for JSON, and the pictures by seed."""
-    asked, ask = load.requests, asker(server.url)
-    put(ask, asked[: 2 * load.concurrency], concurrency=load.concurrency, server=name)
-    kept: dict[int | None, Any] = {}
-    line = asdict(put(ask, asked, concurrency=load.concurrency, server=name, kept=kept))
-    return line | {"cold_s": server.cold_s, "memory_gib": memory()}, kept
-
-
-def memory() -> float:
-    """GiB that a server and all it started hold: this process's children and theirs, shared pages counted once."""
-    import psutil
-
-    total = 0
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # one may have ended meanwhile
-            found = child.memory_full_info()
-            total += getattr(found, "pss", found.rss)
-    return round(total / 2**30, 2)
+def one_round(servers: Mapping[str, Child], load: Load, *, number: int) -> list[Line]:
+    """Each server asked for the same pictures, in the order of this round, as lines for JSON."""
+    lines, kept = [], {}
+    for name in rotated(SERVERS, number=number):
+        server, kept[name] = servers[name], {}
+        with server.awake():
+            found = put(
+                asker(server.url), load.requests(number), concurrency=load.concurrency, server=name, kept=kept[name]
+            )
+            lines.append({"round": number, **asdict(found), "cold_s": server.cold_s, "memory_gib": server.memory()})
+    return [{**line, "from_plain": apart(kept[line["server"]], kept[PLAIN])} for line in lines]
 
 
 def break_replicas(url: str, door: Any, load: Load) -> dict[str, Any]:
-    """The load while replicas are killed: how many requests were answered, sent again, refused, hung."""
-    asked, ask, outcomes, killed = load.requests, asker(url), Counter[str](), []
+    """A round while replicas are killed: how many requests were answered, sent again, refused, hung."""
+    asked, ask, outcomes, killed = load.requests(0), asker(url), Counter[str](), []
     before, began = door.facts.remote().result()["retried"], time.perf_counter()
     lock, over, slowest = threading.Lock(), threading.Event(), 0.0
 
@@ -209,6 +169,21 @@ def break_replicas(url: str, door: Any, load: Load) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def on_ray(load: Load) -> Iterator[tuple[str, Any]]:
+    """Two replicas on a cluster of this process's own, ready; the address, and the door, which knows its replicas."""
+    from vivace.cluster.connect import connect
+    from vivace.serve.cluster.run import serving
+    from vivace.serve.plan import Plan
+
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray gives every replica as many threads as it has processors
+    port, cpus = free_port(), max(1, (os.cpu_count() or 1) // 2)
+    plan = Plan(models={"model": load.model}, replicas=2, cpus=cpus, max_queue=4 * load.pictures, drain_seconds=5)
+    with connect(), serving(plan, api_key=None, port=port) as door:
+        until_ready(url := f"http://127.0.0.1:{port}")
+        yield url, door
+
+
 def run(
     model: str,
     *,
@@ -216,36 +191,30 @@ def run(
     command: str,
     concurrency: int = 4,
     pictures: int = 24,
+    rounds: int = ROUNDS,
     steps: tuple[int, int] = (15, 25),
     size: tuple[int, int] | None = None,
-    on_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    on_round: Callable[[Sequence[Mapping[str, Any]]], None] = lambda lines: None,
 ) -> Path:
     """Put the load on the three servers in turns, and last kill replicas under it; the file with the results.
 
-    Every turn is from a cold start, and in every round each server has one: what else the machine does meets all
-    alike. The file is written after each.
+    All three are up the whole time; who is not asked stands still. The file is written after each round.
     """
     from vivace.machine import machine
 
-    os.environ.pop("OMP_NUM_THREADS", None)  # Ray gives every replica as many threads as it has processors
-    load = Load(model=model, size=size, steps=steps, pictures=pictures, concurrency=concurrency)
+    load = Load(model=model, size=size, steps=steps, pictures=pictures, rounds=rounds, concurrency=concurrency)
     path = folder / f"{datetime.now(UTC):%Y-%m-%d}-serve-ray-{''.join(c if c.isalnum() else '-' for c in model)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"command": command, "machine": machine(), "load": asdict(load)}
-    turns: list[dict[str, Any]] = []
-    exact: dict[int | None, Any] = {}
-    fault: dict[str, Any] = {}
-    for number in range(ROUNDS):
-        for name in CONTESTANTS:
-            with up(name, load) as server:
-                line, kept = measure(server, load, name=name)
-                exact = exact or kept
-                turns.append(line | {"round": number + 1, "from_plain": apart(kept, exact)})
-                on_line(turns[-1])
-                write(path, facts, turns)
-                if name == TWO and number == ROUNDS - 1:
-                    fault = break_replicas(server.url, server.door, load)
-    write(path, facts, turns, fault)
+    measured: list[Line] = []
+    with up(load) as servers:
+        for number in range(rounds):
+            lines = one_round(servers, load, number=number)
+            measured += lines
+            write(path, facts, measured)
+            on_round(lines)
+    with on_ray(load) as (url, door):
+        write(path, facts, measured, break_replicas(url, door, load))
     return path
 
 
@@ -255,70 +224,41 @@ def apart(ours: Mapping[int | None, Any], exact: Mapping[int | None, Any]) -> fl
     return distance([ours[seed] for seed in both], [exact[seed] for seed in both]) if both else None
 
 
-def write(
-    path: Path, facts: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], fault: Mapping[str, Any] | None = None
-) -> None:
-    """All that was measured so far: each turn, each server's median, and the table once every server had its turn."""
-    results = medians(turns)
-    whole = len(results) == len(CONTESTANTS)
-    found = {"ratios": ratios(results)} if whole else {}
-    path.write_text(json.dumps({**facts, **found, "results": results, "turns": list(turns), "fault": fault}, indent=1))
-    if whole:
-        path.with_suffix(".md").write_text(table(results, fault or {}))
+def write(path: Path, facts: Mapping[str, Any], rounds: Sequence[Line], fault: Mapping[str, Any] | None = None) -> None:
+    """All that was measured so far: each round, each server's as one, and the table."""
+    of = {name: [one for one in rounds if one["server"] == name] for name in SERVERS}
+    results = [pooled(mine) | _worst(mine) for mine in of.values()]
+    overhead, two = against(of[PLAIN], of[ONE]), against(of[TWO], of[ONE])
+    found = {"overhead": round(overhead[0] - 1, 4), "two_over_one": two[0]}
+    found |= {"overhead_error": overhead[1], "two_over_one_error": two[1]}
+    written = {**facts, "ratios": found, "results": results, "fault": fault, "rounds": list(rounds)}
+    path.write_text(json.dumps(written, indent=1))
+    path.with_suffix(".md").write_text(table(results, found, fault or {}))
 
 
-def medians(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line a server: its turn with the median rate, all rates, and its worst memory, distance and failures."""
-    lines = []
-    for name in dict.fromkeys(turn["server"] for turn in turns):
-        mine = [turn for turn in turns if turn["server"] == name]
-        rates = [turn["images_per_second"] for turn in mine]
-        line = dict(mine[rates.index(statistics.median_low(rates))])
-        line.pop("round")
-        distances = [turn["from_plain"] for turn in mine if turn["from_plain"] is not None]
-        line |= {
-            "rounds": rates,
-            "failed": sum(turn["failed"] for turn in mine),
-            "cold_s": statistics.median_low(turn["cold_s"] for turn in mine),
-            "memory_gib": max(turn["memory_gib"] for turn in mine),
-            "from_plain": max(distances, default=None),
-        }
-        lines.append(line)
-    return lines
+def _worst(rounds: Sequence[Line]) -> dict[str, Any]:
+    """The most memory and the largest distance of any round."""
+    distances = [one["from_plain"] for one in rounds if one["from_plain"] is not None]
+    return {
+        "cold_s": rounds[0]["cold_s"],
+        "memory_gib": max(one["memory_gib"] for one in rounds),
+        "from_plain": max(distances, default=None),
+    }
 
 
-def ratios(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What Ray costs through one replica, as a share of the plain server's time, and two replicas over one."""
-    rates = {line["server"]: line["images_per_second"] for line in lines}
-    return {"overhead": round(rates[PLAIN] / rates[ONE] - 1, 4), "two_over_one": round(rates[TWO] / rates[ONE], 4)}
-
-
-def table(lines: Sequence[Mapping[str, Any]], fault: Mapping[str, Any]) -> str:
-    """The measurements to read."""
-    columns = ("server", "images/s", "rounds", "p50 s", "p95 s", "failed", "from plain", "cold s", "memory GiB")
+def table(lines: Sequence[Line], found: Mapping[str, Any], fault: Mapping[str, Any]) -> str:
+    """The measurements to read. ± is the standard error, from round to round."""
+    columns = ("server", "images/s", "p50 s", "p95 s", "failed", "from plain", "cold s", "memory GiB")
     rows = [
-        [line["server"], f"{line['images_per_second']:.2f}", " ".join(f"{rate:.2f}" for rate in line["rounds"]),
-         f"{line['p50_s']:.2f}", f"{line['p95_s']:.2f}", str(line["failed"]),
-         "-" if line["from_plain"] is None else f"{line['from_plain']:.3f}", f"{line['cold_s']:.1f}",
-         f"{line['memory_gib']:.1f}"]
+        [line["server"], f"{line['images_per_second']:.2f}", f"{line['p50_s']:.2f}", f"{line['p95_s']:.2f}",
+         str(line["failed"]), "-" if line["from_plain"] is None else f"{line['from_plain']:.3f}",
+         f"{line['cold_s']:.1f}", f"{line['memory_gib']:.1f}"]
         for line in lines
     ]  # fmt: skip
-    found = ratios(lines)
-    told = f"Overhead of Ray {found['overhead']:.1%}; two replicas {found['two_over_one']:.2f} times one."
+    error = found["overhead_error"]
+    percent = f"{found['overhead']:.1%}" + (f" ± {error:.1%}" if error else "")
+    two = times(found["two_over_one"], found["two_over_one_error"])
+    told = f"Overhead of Ray {percent}; two replicas {two} times one."
     killed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fault.items())
     broken = f"\nReplicas killed under load: {killed}.\n" if fault else ""
     return f"{markdown_table(columns, rows)}\n\n{told}\n{broken}"
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

@@ -158,18 +158,19 @@ def _in_line(number: int) -> float:
     return _clocks(number)[1]
 
 
-def tabulate(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The profiles among the lines of a bench, to read; "" where there are none."""
-    known = [(line["concurrency"], line["profile"]) for line in lines if "profile" in line]
-    if not known:
+def tabulate(profiles: Sequence[Mapping[str, Any]]) -> str:
+    """What was seen, for each number of clients, to read; "" where nothing was."""
+    if not profiles:
         return ""
     columns = ("concurrency", *SAID.values(), "wait for the lock, ms (p95)", "CPU s an image: worker, requests, rest")
     rows = ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for clients, found in known:
+    for found in profiles:
         waits = f"{found['lock_wait_ms']:.2f} ({found['lock_wait_p95_ms']:.2f})"
         spent = ", ".join(f"{found['cpu_s_per_image'][whose]:.3f}" for whose in ("worker", "requests", "rest"))
-        rows.append(f"| {clients} | {' | '.join(f'{found[name]:.1%}' for name in SAID)} | {waits} | {spent} |")
-    for clients, found in known:
-        rows += ["", f"Python of requests while the device idled, {clients} at a time:", ""]
+        rows.append(
+            f"| {found['concurrency']} | {' | '.join(f'{found[name]:.1%}' for name in SAID)} | {waits} | {spent} |"
+        )
+    for found in profiles:
+        rows += ["", f"Python of requests while the device idled, {found['concurrency']} at a time:", ""]
         rows += [f"- {one['share']:.0%} {one['at']}" for one in found["python_in"]]
     return "\n".join(rows) + "\n"

@@ -2,33 +2,35 @@
 
 vivace bench --serve sd:1.5 --concurrency 1,4,16 --pictures 64 --steps 20
 vivace bench --serve builtin --profile
+
+All three are up the whole time and are asked in turns, a few pictures each: a machine whose speed drifts is as quick
+for one as for the others. Both of ours are around one and the same accelerated pipeline, so that nothing but the server
+differs. Who is not asked only waits, which costs nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vivace.bench.interpreter import Interpreter, tabulate
+from vivace.bench.interpreter import Interpreter
+from vivace.bench.rounds import ROUNDS, Line, Turn, asked, record
 from vivace.families import FAMILIES
-from vivace.serve.load import Ask, Measured, asking, locked, put, requests, served
+from vivace.serve.load import Ask, asking, locked, put, rotated, served
 
 if TYPE_CHECKING:
     from vivace.serve.engine import Engine
     from vivace.serve.request import Request
     from vivace.serve.worker import Batch
 
-PROMPT = "a small red star above a blue ring"
-COMPARED = 4  # pictures whose distance from the stock ones is measured
+COMPARED = 4  # pictures of which the noise floor is measured
 STAGGER = 0.5  # seconds within which the clients begin
-LEAST = 8  # pictures at any concurrency; beyond that, two for each client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class Load:
     title: str
     size: tuple[int, int]
     steps: tuple[int, int]
-    pictures: int
+    pictures: int  # of each server and number of clients, at least
+    rounds: int
     preset: str
 
     @property
@@ -46,75 +49,116 @@ class Load:
         """The contestants: the two obvious ones, then ours."""
         return ("stock, one lock", f"{self.preset}, one lock", f"{self.preset}, our engine")
 
-    @property
-    def requests(self) -> list[Request]:
-        return requests(self.pictures, prompt=PROMPT, size=self.size, steps=self.steps, seed=0)
+    def requests(self, clients: int, *, number: int) -> list[Request]:
+        """What is asked in the round of that number: pictures of its own."""
+        shape = {"size": self.size, "steps": self.steps}
+        return asked(number, of=self.rounds, clients=clients, pictures=self.pictures, **shape)
 
 
 @dataclass(kw_only=True)
 class Server:
     """A contestant that is up."""
 
+    name: str
     ask: Ask
+    facts: Mapping[str, float]  # what is the same in every round, for JSON
     engine: Engine | None = None  # ours
     calls: list[Batch] = field(default_factory=list)  # of ours
 
 
-def bench(
-    pipe: Any, load: Load, turns: Sequence[tuple[int, str]], *, profile: bool = False
-) -> Iterator[dict[str, Any]]:
-    """The measurements of these turns, a number of clients and a server each, as lines for JSON."""
-    asked = load.requests
-    with contestant(load.servers[0], pipe, load, concurrency=1) as server:
-        server.ask(asked[0])
-        exact = [server.ask(request) for request in asked[:COMPARED]]
-        again = [_twice(pipe, request)[1] for request in asked[:COMPARED]]
-    floor = distance(exact, again)
-    for concurrency, name in turns:
-        began = time.perf_counter()
-        with contestant(name, pipe, load, concurrency=concurrency) as server:
-            server.ask(asked[0])
-            cold = time.perf_counter() - began
-            if server.engine is not None:
-                # Every batch size that the load can bring is met before it counts.
-                put(server.ask, asked[: 2 * concurrency], concurrency=concurrency, server=name)
-            server.calls.clear()
-            _reset_peak()
-            kept: dict[int | None, Any] = {}
-            looking = Interpreter(server.engine) if profile and server.engine is not None else None
-            these, spent = asked[: max(LEAST, 2 * concurrency)], time.process_time()
-            found = put(server.ask, these, concurrency=concurrency, server=name, stagger=STAGGER, kept=kept)
-            line = _line(found, calls=server.calls) | {
-                "cpu_s_per_image": round((time.process_time() - spent) / found.pictures, 4),
-                "cold_s": round(cold, 2),
-                # By seed: one that failed is in nobody's comparison.
-                "from_stock": distance(
-                    *zip(*((one, kept[n]) for n, one in enumerate(exact) if n in kept), strict=True)
-                ),
-                "noise_floor": floor,
-            }
-            if looking is not None:
-                line["profile"] = looking.stop(server.calls, pictures=found.pictures)
-            yield line
+def measured(pipe: Any, load: Load, turns: Sequence[Turn]) -> Generator[tuple[Turn, list[Line]]]:
+    """The lines of these turns for JSON: one a server, or what was seen of the engine."""
+    if not turns:
+        return
+    with up(pipe, load, clients=max(turn.clients for turn in turns)) as servers:
+        for clients, these in itertools.groupby(turns, key=lambda turn: turn.clients):
+            warm(servers, load, clients=clients)
+            for turn in these:
+                if turn.number is None:
+                    yield turn, [profiled(servers, load, clients=clients)]
+                else:
+                    yield turn, one_round(servers, load, clients=clients, number=turn.number)
 
 
 @contextmanager
-def contestant(name: str, pipe: Any, load: Load, *, concurrency: int) -> Iterator[Server]:
-    """A server by name; at its end the pipeline is as it was."""
+def up(pipe: Any, load: Load, *, clients: int) -> Iterator[dict[str, Server]]:
+    """The contestants by name, for so many clients at most; at the end the pipeline is as it was."""
     from vivace.accelerate import accelerate, restore
+    from vivace.config import resolve
 
+    few = load.requests(COMPARED, number=0)[:COMPARED]
+    stock = copy.deepcopy(pipe)
+    ask, cold = _first(stock, few[0])
+    exact = [ask(request) for request in few]
+    floor = {"noise_floor": distance(exact, [_twice(stock, request)[1] for request in few])}
+    names = load.servers
+    found = [Server(name=names[0], ask=ask, facts={"cold_s": round(cold, 2), **floor})]
+    # Prompts are not remembered, as in every bench: one of ours would find what the other has encoded.
+    config, began = resolve(load.preset, prompts="off"), time.perf_counter()
+    accelerate(pipe, config)
     try:
-        if name == load.servers[-1]:
-            with served(pipe, preset=load.preset, concurrency=concurrency) as engine:
-                server = Server(ask=asking(engine), engine=engine)
-                engine.observe(batch=server.calls.append, job=lambda job: None)
-                yield server
-        else:
-            if name != load.servers[0]:
-                accelerate(pipe, load.preset)
-            yield Server(ask=locked(pipe))
+        seconds = time.perf_counter() - began
+        ask, cold = _first(pipe, few[0])
+        facts = {"cold_s": round(seconds + cold, 2), **floor}
+        with served(pipe, preset=config, concurrency=clients) as engine:
+            ours = Server(name=names[2], ask=asking(engine), facts=facts, engine=engine)
+            engine.observe(batch=ours.calls.append, job=lambda job: None)
+            found += [Server(name=names[1], ask=ask, facts=facts), ours]
+            yield {server.name: server for server in found}
     finally:
         restore(pipe)
+
+
+def warm(servers: Mapping[str, Server], load: Load, *, clients: int) -> None:
+    """Meet every batch size that the load can bring before it counts."""
+    first = load.requests(clients, number=0)[: 2 * clients]
+    for name, server in servers.items():
+        put(server.ask, first if server.engine else first[:1], concurrency=clients, server=name)
+
+
+def one_round(servers: Mapping[str, Server], load: Load, *, clients: int, number: int) -> list[Line]:
+    """Each server asked for the same pictures, in the order of this round, as lines for JSON."""
+    these, order = load.requests(clients, number=number), rotated(load.servers, number=number)
+    found = [_measured(servers[name], these, clients=clients) for name in order]
+    stock = found[order.index(load.servers[0])][1]
+    lines = []
+    for line, kept in found:
+        # By seed: one that failed is in nobody's comparison.
+        both = stock.keys() & kept.keys()
+        apart = distance([kept[seed] for seed in both], [stock[seed] for seed in both]) if both else None
+        lines.append({"round": number, **line, "from_stock": apart})
+    return lines
+
+
+def profiled(servers: Mapping[str, Server], load: Load, *, clients: int) -> Line:
+    """One more round of the engine alone, which is looked at: what looking costs is in no figure of speed."""
+    ours = servers[load.servers[-1]]
+    assert ours.engine is not None
+    ours.calls.clear()
+    looking = Interpreter(ours.engine)
+    found = put(ours.ask, load.requests(clients, number=0), concurrency=clients, server=ours.name, stagger=STAGGER)
+    return {"concurrency": clients, **looking.stop(ours.calls, pictures=len(found.latencies))}
+
+
+def _measured(server: Server, these: Sequence[Request], *, clients: int) -> tuple[Line, dict[int | None, Any]]:
+    kept: dict[int | None, Any] = {}
+    server.calls.clear()
+    before, spent = _weights(), time.process_time()
+    found = put(server.ask, these, concurrency=clients, server=server.name, stagger=STAGGER, kept=kept)
+    line = {**asdict(found), "cpu_s": round(time.process_time() - spent, 3), **server.facts}
+    if server.calls:
+        line["device_s"] = round(sum(call.seconds for call in server.calls), 3)
+        line |= {"calls": len(server.calls), "requests_in_calls": sum(call.size for call in server.calls)}
+    if before is not None:
+        line["work_gib"] = round((_peak() - before) / 2**30, 2)
+    return line, kept
+
+
+def _first(pipe: Any, request: Request) -> tuple[Ask, float]:
+    """A lock around a pipeline, and the seconds to its first picture."""
+    ask, began = locked(pipe), time.perf_counter()
+    ask(request)
+    return ask, time.perf_counter() - began
 
 
 def distance(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
@@ -138,38 +182,20 @@ def _twice(pipe: Any, request: Any) -> list[Any]:
     return pipe([request.prompt] * 2, **shape, generator=generators, output_type="pil").images
 
 
-def _line(found: Measured, *, calls: Sequence[Batch]) -> dict[str, Any]:
+def _weights() -> int | None:
+    """Bytes that lie on the GPU before a round, from which its peak is counted anew; None without a GPU."""
     import torch
 
-    line = asdict(found)
-    if calls:
-        line["device_busy"] = round(sum(call.seconds for call in calls) / found.seconds, 3)
-        line["requests_per_call"] = round(sum(call.size for call in calls) / len(calls), 2)
-    if torch.cuda.is_available():
-        line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return line
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
-def _reset_peak() -> None:
+def _peak() -> int:
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The measurements to read, each beside the two obvious servers."""
-    columns = ("concurrency", "server", "images/s", "x stock", "x ours locked", "p50 s", "p95 s", "from stock", "floor")
-    rows = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for line in lines:
-        peers = [one for one in lines if one["concurrency"] == line["concurrency"]]
-        rates = [one["images_per_second"] for one in peers]
-        over = [f"{line['images_per_second'] / rate:.2f}" for rate in (rates[0], rates[min(1, len(rates) - 1)])]
-        times = [f"{line[name]:.2f}" for name in ("images_per_second", "p50_s", "p95_s")]
-        quality = [f"{line.get(name, float('nan')):.3f}" for name in ("from_stock", "noise_floor")]
-        cells = [str(line["concurrency"]), line["server"], times[0], *over, *times[1:], *quality]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return torch.cuda.max_memory_allocated()
 
 
 def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tuple[Any, tuple[int, int]]:
@@ -191,6 +217,7 @@ def run(
     command: str,
     concurrency: Sequence[int] = (1, 4, 16),
     pictures: int = 64,
+    rounds: int = ROUNDS,
     steps: tuple[int, int] = (15, 25),
     size: tuple[int, int] | None = None,
     preset: str = "exact",
@@ -200,11 +227,11 @@ def run(
     profile: bool = False,
     again: bool = False,
     budget: float | None = None,
-    on_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    on_round: Callable[[Sequence[Mapping[str, Any]]], None] = lambda lines: None,
 ) -> tuple[Path, int]:
-    """Put the load on the three servers of a model; the file with the results, and the turns left for the next time.
+    """Put the load on the three servers of a model; the file with the results, and the rounds left for the next time.
 
-    What the file has already is not measured again, and after `budget` seconds no further turn is begun. Raises
+    What the file has already is not measured again, and after `budget` seconds no further round is begun. Raises
     InputError.
     """
     from vivace.load import resolve_device, resolve_dtype
@@ -214,40 +241,20 @@ def run(
     number = str(resolve_dtype(dtype, place)).removeprefix("torch.")
     pipe, usual = pipeline_of(model, device=str(place), dtype=number, tiny=tiny)
     pipe.set_progress_bar_config(disable=True)
-    load = Load(title=model, size=size or usual, steps=steps, pictures=pictures, preset=preset)
+    load = Load(title=model, size=size or usual, steps=steps, pictures=pictures, rounds=rounds, preset=preset)
     facts = {"machine": machine(), "device": str(place), "dtype": number, "tiny": tiny, "load": asdict(load)}
-    path, lines = _begun(folder, "".join(c if c.isalnum() else "-" for c in model), facts)
-    turns = list(itertools.product(concurrency, load.servers))
-    lines = [] if again else [one for one in lines if not (profile and _turn(one) in turns and _unprofiled(one, load))]
-    left = [turn for turn in turns if turn not in map(_turn, lines)]
-    for line in bench(pipe, load, tuple(left), profile=profile) if left else ():
-        lines = sorted([*lines, line], key=lambda one: (one["concurrency"], load.servers.index(one["server"])))
-        left.remove(_turn(line))
-        on_line(line)
-        # At once: what was measured so far is kept when somebody ends it.
-        path.write_text(json.dumps({"command": command, **facts, "results": lines}, indent=1))
-        path.with_suffix(".md").write_text(f"{table(lines)}\n{tabulate(lines)}")
-        if budget is not None and time.monotonic() - began > budget:
-            break
-    return path, len(left)
-
-
-def _begun(folder: Path, name: str, facts: Mapping[str, Any]) -> tuple[Path, list[dict[str, Any]]]:
-    """The file of this load and what it has: one that was begun on this machine, or a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(facts))
-    for path in sorted(folder.glob(f"*-serve-{name}*.json")):
-        found = json.loads(path.read_text())
-        if all(found.get(key) == value for key, value in plain.items()):
-            return path, found["results"]
-    stem = f"{datetime.now(UTC):%Y-%m-%d}-serve-{name}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := folder / f"{name}.json").exists()), []
-
-
-def _turn(line: Mapping[str, Any]) -> tuple[int, str]:
-    return line["concurrency"], line["server"]
-
-
-def _unprofiled(line: Mapping[str, Any], load: Load) -> bool:
-    return line["server"] == load.servers[-1] and "profile" not in line
+    servers = load.servers
+    found = record(folder, "".join(c if c.isalnum() else "-" for c in model), facts=facts, servers=servers, again=again)
+    left = found.left(concurrency, rounds=rounds, profile=profile)
+    with closing(measured(pipe, load, tuple(left))) as lines:
+        for turn, line in lines:
+            left.remove(turn)
+            kept = found.profiles if turn.number is None else found.rounds
+            kept += line
+            # At once: what was measured so far is kept when somebody ends it.
+            found.write(command=command)
+            if turn.number is not None:
+                on_round(line)
+            if budget is not None and time.monotonic() - began > budget:
+                break
+    return found.path, len(left)

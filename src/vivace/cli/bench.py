@@ -46,7 +46,10 @@ def bench(
         bool, typer.Option("--ray", help="With --serve: Ray's replicas beside the plain server, and killed ones.")
     ] = False,
     concurrency: Annotated[str, typer.Option(metavar="N,N", help="Clients at a time, with --serve.")] = "1,4,16",
-    pictures: Annotated[int, typer.Option(min=4, help="Asked of each server, with --serve.")] = 64,
+    pictures: Annotated[
+        int, typer.Option(min=4, help="Asked of each server, with --serve; more where a client would have few.")
+    ] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that these are asked in, with --serve.")] = 6,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also where the time goes: traces; with --serve what Python costs.")
     ] = False,
@@ -68,27 +71,23 @@ def bench(
     from vivace.bench.workload import workload_of
     from vivace.cli.generate import read_size
 
+    if ray and not serve:
+        raise InputError("--ray needs --serve; add it, or leave --ray out")
     if serve:
-        shape = {"size": read_size(size) if size else None, "device": device, "dtype": dtype, "tiny": tiny}
-        clients = [int(part) for part in _names(concurrency) if part.isdecimal() and int(part)]
-        if not clients:
-            raise InputError(f"--concurrency {concurrency!r} names no number of clients; write it like 1,4,16")
+        given = {"--batch": batch, "--frames": frames, "--set": fields, "--peers": peers, "--ladder": ladder}
+        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "FAMILY beside --model": model and families}
+        on_ray = {"--presets": presets, "--tiny": tiny, "--profile": profile, "--again": again, "--budget-s": budget_s}
+        given |= {**on_ray, "--device": device, "--dtype": dtype} if ray else {}
+        if extra := [name for name, value in given.items() if value]:
+            raise InputError(f"--serve{' --ray' if ray else ''} takes no {', '.join(extra)}; leave it out")
+        shape = {"size": read_size(size) if size else None, "concurrency": _clients(concurrency), "rounds": rounds}
+        options = {"steps": _around(steps), "pictures": pictures, "folder": output, "command": command(), **shape}
+        place = {"device": device, "dtype": dtype, "tiny": tiny}
         for name in (model,) if model else families or ("builtin",):
             if ray:
-                _serve_on_ray(name, steps=steps, size=shape["size"], clients=clients[-1], pictures=pictures, to=output)
-                continue
-            _serve(
-                name,
-                presets=_names(presets or "exact"),
-                steps=steps,
-                concurrency=clients,
-                pictures=pictures,
-                folder=output,
-                profile=profile,
-                again=again,
-                budget=budget_s,
-                **shape,
-            )
+                _serve_on_ray(name, **options)
+            for preset in () if ray else _names(presets or "exact"):
+                _serve(name, preset=preset, profile=profile, again=again, budget=budget_s, **place, **options)
         return
     if ladder:
         given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
@@ -136,16 +135,35 @@ def bench(
     print(output / "bench.md")
 
 
-def _serve(name: str, *, presets: tuple[str, ...], steps: int | None, **options: Any) -> None:
-    """The load on one model's servers, for each preset."""
+def _serve(name: str, **options: Any) -> None:
+    """The load on one model's servers."""
     from vivace.bench.serve import run
 
-    around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
-    for preset in presets or ("exact",):
-        path, left = run(name, preset=preset, steps=around, command=command(), on_line=_say, **options)
-        print(path.with_suffix(".md").read_text(), path, sep="\n")
-        if left:
-            print(f"{left} left for the next time, when the same command goes on")
+    path, left = run(name, on_round=_say, **options)
+    print(path.with_suffix(".md").read_text(), path, sep="\n")
+    if left:
+        print(f"{left} left for the next time, when the same command goes on")
+
+
+def _serve_on_ray(name: str, *, concurrency: list[int], **options: Any) -> None:
+    """The load of the largest number of clients on the plain server and on Ray's."""
+    from vivace.bench.cluster import run
+
+    path = run(name, concurrency=max(concurrency), on_round=_say, **options)
+    print(path.with_suffix(".md").read_text(), path, sep="\n")
+
+
+def _clients(text: str) -> list[int]:
+    """`1,4,16` -> its numbers. Raises InputError."""
+    parts = _names(text)
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--concurrency {text!r} is not a list of numbers of clients; write it like 1,4,16")
+    return [int(part) for part in parts]
+
+
+def _around(steps: int | None) -> tuple[int, int]:
+    """The least and the most steps that are asked for."""
+    return (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
 
 
 def _climb(
@@ -197,20 +215,10 @@ def _climb(
     print(chart)
 
 
-def _serve_on_ray(
-    name: str, *, steps: int | None, size: tuple[int, int] | None, clients: int, pictures: int, to: Path
-) -> None:
-    """The load on the plain server and on Ray's."""
-    from vivace.bench.cluster import run
-
-    around = (max(1, steps - steps // 4), steps + steps // 4) if steps else (15, 25)
-    options = {"steps": around, "size": size, "concurrency": clients, "pictures": pictures}
-    path = run(name, folder=to, command=command(), on_line=_say, **options)
-    print(path.with_suffix(".md").read_text(), path, sep="\n")
-
-
-def _say(line: Mapping[str, Any]) -> None:
-    print(f"{line['server']}, {line['concurrency']} at a time: {line['images_per_second']:.2f} images/s", flush=True)
+def _say(lines: Sequence[Mapping[str, Any]]) -> None:
+    """One round, in the order in which it was asked."""
+    told = ", ".join(f"{line['server']}: {len(line['latencies']) / line['seconds']:.2f}" for line in lines)
+    print(f"round {lines[0]['round'] + 1}, {lines[0]['concurrency']} at a time; images/s of {told}", flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vivace.serve.request import Request
 
 if TYPE_CHECKING:
+    from vivace.config import Config
     from vivace.serve.engine import Engine
 
 Ask = Callable[[Request], Any]
@@ -21,16 +23,13 @@ Ask = Callable[[Request], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one server did under one load."""
+class Round:
+    """What one server did with one round of requests."""
 
     server: str
     concurrency: int
-    pictures: int
-    seconds: float
-    images_per_second: float
-    p50_s: float
-    p95_s: float
+    seconds: float  # from the first request to the last answer
+    latencies: tuple[float, ...]  # seconds, of each picture in the order of the answers
     failed: int
 
 
@@ -51,11 +50,11 @@ def put(
     server: str,
     stagger: float = 0.0,
     kept: dict[int | None, Any] | None = None,
-) -> Measured:
+) -> Round:
     """Have `concurrency` clients work through `asked` in order, each with one request at a time (a closed loop).
 
-    The clients begin within `stagger` seconds, each at a time drawn for it. Seconds are of the wall clock from the
-    first request to the last answer; latencies are what a client waits. Answers go to `kept`, by seed.
+    The clients begin within `stagger` seconds, each at a time drawn for it. Latencies are what a client waits. Answers
+    go to `kept`, by seed. Raises what came first where nothing was answered.
     """
     left = iter(asked)
     lock = threading.Lock()
@@ -78,7 +77,7 @@ def put(
             except Exception as error:
                 failed.append(error)
             else:
-                latencies.append(time.perf_counter() - began)
+                latencies.append(round(time.perf_counter() - began, 4))
                 if kept is not None:
                     kept[request.seed] = answer
 
@@ -88,19 +87,46 @@ def put(
         thread.start()
     for thread in threads:
         thread.join()
-    seconds = time.perf_counter() - began
+    seconds = round(time.perf_counter() - began, 4)
     if not latencies:
         raise failed[0]
-    return Measured(
-        server=server,
-        concurrency=concurrency,
-        pictures=len(latencies),
-        seconds=round(seconds, 3),
-        images_per_second=round(len(latencies) / seconds, 4),
-        p50_s=round(statistics.median(latencies), 4),
-        p95_s=round(sorted(latencies)[min(len(latencies) - 1, int(0.95 * len(latencies)))], 4),
-        failed=len(failed),
+    return Round(
+        server=server, concurrency=concurrency, seconds=seconds, latencies=tuple(latencies), failed=len(failed)
     )
+
+
+def rotated(servers: Sequence[str], *, number: int) -> tuple[str, ...]:
+    """Who is asked first, second, ... in a round of that number: nobody is always the first, or after the same one."""
+    start = number % len(servers)
+    return (*servers[start:], *servers[:start])
+
+
+def pooled(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All rounds of one server, each as a Round in plain values, as one: pictures over the time it was asked,
+    percentiles over all latencies."""
+    latencies = sorted(itertools.chain.from_iterable(one["latencies"] for one in rounds))
+    seconds = sum(one["seconds"] for one in rounds)
+    return {
+        "server": rounds[0]["server"],
+        "concurrency": rounds[0]["concurrency"],
+        "rounds": len(rounds),
+        "pictures": len(latencies),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(latencies) / seconds, 4),
+        "p50_s": round(statistics.median(latencies), 4),
+        "p95_s": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+        "failed": sum(one["failed"] for one in rounds),
+    }
+
+
+def against(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+    """How many times theirs my images a second are, of all rounds; and the standard error of that, from how far single
+    rounds are apart. None for it with one round."""
+    whole = pooled(mine)["images_per_second"] / pooled(theirs)["images_per_second"]
+    rates = [[len(one["latencies"]) / one["seconds"] for one in rounds] for rounds in (mine, theirs)]
+    ratios = [ours / other for ours, other in zip(*rates, strict=True)]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
+    return round(whole, 4), None if error is None else round(error, 4)
 
 
 def locked(pipe: Any) -> Ask:
@@ -121,7 +147,7 @@ def locked(pipe: Any) -> Ask:
 
 
 @contextmanager
-def served(pipe: Any, *, preset: str, concurrency: int) -> Iterator[Engine]:
+def served(pipe: Any, *, preset: str | Config, concurrency: int) -> Iterator[Engine]:
     """Our engine over the same pipeline; `asking` asks it."""
     from vivace.serve.engine import Engine
     from vivace.serve.model import Spec
