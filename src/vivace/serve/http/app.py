@@ -26,7 +26,7 @@ from vivace.serve.studio import Studio
 logger = logging.getLogger(__name__)
 
 COLOURFUL = "a red circle, a green square and a blue triangle on a yellow background"
-SWEEP = 60.0  # seconds between two looks for videos that are over their time
+SWEEP = 60.0  # seconds between two looks for what is over its time
 
 
 def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
@@ -43,6 +43,7 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         links=Links(seconds=settings.link_seconds, most_bytes=settings.link_bytes),
         shelf=Shelf(settings.folder, seconds=settings.video_seconds, most_bytes=settings.video_bytes),
     )
+    server.sweeps += [server.shelf.sweep, server.links.kept.sweep]
     engine.observe(batch=gauges.batch, job=gauges.job)
 
     @asynccontextmanager
@@ -94,5 +95,5 @@ async def _warm(engine: Studio, *, drawn: bool) -> None:
 
 async def _sweep(server: Server) -> None:
     while True:
-        await asyncio.to_thread(server.shelf.sweep)
+        await asyncio.to_thread(server.sweep)
         await asyncio.sleep(SWEEP)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
 from vivace.serve.job import Job
 from vivace.serve.studio import Studio
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -33,6 +36,7 @@ class Server:
     gauges: Gauges
     links: Links
     shelf: Shelf
+    sweeps: list[Callable[[], None]] = field(default_factory=list)  # what lets go of things that are over their time
     interruptible: set[Job] = field(default_factory=set)  # what the A1111 routes make now
     _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
 
@@ -52,6 +56,14 @@ class Server:
         if job is not None and task is not None:
             task.cancel()
             job.cancel()
+
+    def sweep(self) -> None:
+        """Let go of all that is over its time."""
+        for one in self.sweeps:
+            try:
+                one()
+            except OSError as error:  # of a folder, which may be there again the next time
+                logger.warning("what is over its time cannot be removed: %s", error.strerror or type(error).__name__)
 
     async def close(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         """Let go of everything but the engine."""

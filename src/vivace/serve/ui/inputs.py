@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.images import mask_of
+from vivace.serve.http.kept import Kept
 from vivace.serve.http.server import server_of
 from vivace.serve.http.uploads import pictures
 
@@ -39,18 +36,11 @@ class Inputs:
     """Uploaded pictures by a name that nobody can guess; the oldest go when there are too many bytes."""
 
     def __init__(self, *, seconds: float, most_bytes: int) -> None:
-        self._seconds, self._most = seconds, most_bytes
-        self._kept: OrderedDict[str, tuple[float, Input]] = OrderedDict()  # name -> expiry, pictures
-        self._lock = threading.Lock()
+        self.kept = Kept[Input](seconds=seconds, most_bytes=most_bytes)
 
     def add(self, one: Input) -> str:
         """Keep it; its name."""
-        name = secrets.token_urlsafe(18)
-        with self._lock:
-            self._kept[name] = (time.monotonic() + self._seconds, one)
-            while len(self._kept) > 1 and (self._bytes() > self._most or self._oldest() < time.monotonic()):
-                self._kept.popitem(last=False)
-        return name
+        return self.kept.add(one, nbytes=one.nbytes)
 
     def get(self, value: Any) -> Input | None:
         """What the page's picture field names; None where it is empty. Raises FieldError."""
@@ -60,17 +50,10 @@ class Inputs:
             # The page puts there what its upload was answered.
             text = value.get("error") if isinstance(value, Mapping) else None
             raise FieldError("image", str(text or "the picture was not understood; choose it again")[:500])
-        with self._lock:
-            expires, one = self._kept.get(str(value["id"]), (0.0, None))
-        if one is None or expires < time.monotonic():
+        one = self.kept.get(str(value["id"]))
+        if one is None:
             raise FieldError("image", "the picture to edit is not kept any more; choose it again")
         return one
-
-    def _oldest(self) -> float:
-        return next(iter(self._kept.values()))[0]
-
-    def _bytes(self) -> int:
-        return sum(one.nbytes for _, one in self._kept.values())
 
 
 def routes(inputs: Inputs, *, path: str) -> APIRouter:

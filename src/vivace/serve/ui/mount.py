@@ -40,6 +40,7 @@ def mount(app: FastAPI, server: Server) -> Mounted:
     if not any(model.media == "image" for model in server.engine.models.values()):
         raise InputError("the page draws pictures, and none of these models makes any; give one that does")
     inputs, login = Inputs(seconds=server.settings.link_seconds, most_bytes=KEPT_BYTES), Login(server.settings)
+    server.sweeps.append(inputs.kept.sweep)
     app.include_router(routes(inputs, path=INPUTS))
     app.include_router(login.routes(path=SIGN_IN, scope=AT))
     gr.mount_gradio_app(
