@@ -38,11 +38,18 @@ def read(path: Path, *, mode: str = "RGB") -> Image.Image:
                 )
             if max(width, height) > LONGEST_ASPECT * min(width, height):
                 raise InputError(f"{path} is {width}x{height}, longer than {LONGEST_ASPECT} to 1; crop it first")
-            return ImageOps.exif_transpose(file).convert(mode)
+            return eight_bits(ImageOps.exif_transpose(file)).convert(mode)
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file") from error
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """The picture; of 16 grey bits the upper eight, where Pillow would make everything above 255 white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")
 
 
 @contextmanager

@@ -98,3 +98,10 @@ def test_progress_and_interrupt(server, pipe, gated):
     while server.engine.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.http.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
+
+
+def test_null_is_not_given(server):
+    nothing = {"negative_prompt": None, "sampler_name": None, "override_settings": None}
+    with server.http as http:
+        assert http.post("/sdapi/v1/txt2img", json={**ORDER, **nothing}).status_code == 200
+        assert http.post("/sdapi/v1/txt2img", json={**ORDER, "script_name": None}).status_code == 400

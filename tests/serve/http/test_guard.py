@@ -220,10 +220,26 @@ def test_metadata_does_not_get_through():
     assert not found.getexif()
 
 
+@pytest.mark.parametrize(("mode", "grey"), [("I;16", 30_000), ("I", 30_000), ("L", 116)])
+def test_sixteen_grey_bits_stay_what_they_are(mode, grey):
+    from vivace.serve.http.uploads import decode
+
+    buffer = io.BytesIO()
+    Image.new(mode, (16, 16), grey).save(buffer, "PNG")
+    assert decode(buffer.getvalue(), Settings(), field="image").getpixel((0, 0)) == (116, 116, 116)
+
+
 def test_fields_of_forms_are_checked_too(http):
     assert edit(http, picture(), fields={"stepz": "3"}).json()["error"]["param"] == "stepz"
     assert edit(http, picture(), fields={"steps": "1000"}).json()["error"]["param"] == "steps"
-    assert edit(http, picture(), fields={"lora": "{"}).json()["error"]["param"] == "lora"
+    for lora in (
+        {"lora": "{"},
+        {"lora": "[" * 100_000},
+        {"lora": "{}", "lora[a]": "1"},
+        {"lora[a]": "1", "lora": "{}"},
+    ):
+        answer = edit(http, picture(), fields=lora)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora"), lora
     mask = http.post("/v1/images/edits", files={"mask": ("x", picture())}, data={"prompt": "a"})
     assert mask.json()["error"]["param"] == "image"
     wrong = http.post("/v1/images/edits", files={"other": ("x", picture())}, data={"prompt": "a"})

@@ -105,6 +105,7 @@ def test_an_earlier_picture_s_fields(server):
     )
     assert not {"model", "preset", "cache", "more"} & odd.keys()
     assert odd["lora"] == []
+    assert not restored({"model": [], "preset": {}, "cache": [1]}, server)
     assert restored("odd", server) == restored(None, server) == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -24,7 +25,7 @@ def http(site):
 
 
 def sign_in(http, key=KEY):
-    return http.post("/ui/sign-in", json={"key": key})
+    return http.post("/ui/sign-in", content=json.dumps({"key": key}), headers={"content-type": "application/json"})
 
 
 def test_strangers_see_the_form_and_nothing_else(http):
@@ -48,7 +49,7 @@ def test_the_queue_has_nothing_to_do_with_signing_in(http, site, monkeypatch):
     assert http.post("/ui/inputs", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 429
 
 
-@pytest.mark.parametrize("key", ["", "wrong", None, 5, KEY + " ", "schlüssel", ["x"]])
+@pytest.mark.parametrize("key", ["", "wrong", None, 5, KEY + " ", "schlüssel", ["x"], "\ud800", f"{KEY}\ud800"])
 def test_a_wrong_key_is_refused(http, key):
     answer = sign_in(http, key)
     assert answer.status_code == 401

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from starlette.responses import JSONResponse, Response
 
 from vivace.errors import InputError
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import json_body, make
-from vivace.serve.http.schema import ImageOrder, read, settings_of
+from vivace.serve.http.schema import Fields, ImageOrder, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
 from vivace.serve.job import Progress
@@ -44,10 +44,8 @@ FIELDS = {"guidance_scale": "cfg_scale", "scheduler": "sampler_name", "size": "w
 FIELDS |= {"image": "init_images", "strength": "denoising_strength"}
 
 
-class Txt2Img(BaseModel):
+class Txt2Img(Fields):
     """POST /sdapi/v1/txt2img: what it does not list is refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, max_length=100_000)
     negative_prompt: str = Field("", max_length=100_000)

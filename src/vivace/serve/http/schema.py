@@ -28,10 +28,21 @@ QUALITIES = {
 SERVERS_OWN = ("auto", "standard")
 
 
-class Order(BaseModel):
-    """What pictures and videos are both asked for with. Fields beyond OpenAI's are top level too."""
+class Fields(BaseModel):
+    """The fields of a request: no others are taken, and `null` is how clients spell one that is not given."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
+
+
+class Order(Fields):
+    """What pictures and videos are both asked for with. Fields beyond OpenAI's are top level too."""
 
     prompt: str = Field(min_length=1, max_length=100_000)
     model: str | None = Field(None, max_length=200)
@@ -46,14 +57,6 @@ class Order(BaseModel):
     lora: dict[str, float] = Field(default_factory=dict, max_length=MOST_LORAS)
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, fields: Any) -> Any:
-        """`null` is how OpenAI's clients spell a field that is not given."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -179,6 +182,7 @@ def check_pixels(size: tuple[int, int] | None, most: int, *, count: int = 1) -> 
 def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tuple[str, ...]) -> Any:
     """An order from a form's text fields, in which `files` name the fields that hold files. Raises ApiError."""
     fields: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in files:
@@ -187,13 +191,17 @@ def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tup
             raise ApiError(400, f"the field {name!r} was given twice", code="invalid_value", param=name)
         elif (inner := re.fullmatch(r"lora\[([^\]]{1,100})\]", name)) is not None:
             # How the openai client spells a mapping in a form.
-            fields.setdefault("lora", {})[inner[1]] = value
+            weights[inner[1]] = value
         else:
             fields[name] = value
-    if isinstance(fields.get("lora"), str):
+    if weights:
+        if "lora" in fields:
+            raise ApiError(400, "the field 'lora' was given twice", code="invalid_value", param="lora")
+        fields["lora"] = weights
+    elif "lora" in fields:
         try:
             fields["lora"] = json.loads(fields["lora"])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ApiError(400, "lora is not a JSON object", code="invalid_value", param="lora") from None
     return read(kind, fields, settings)
 

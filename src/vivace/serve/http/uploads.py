@@ -9,7 +9,7 @@ import warnings
 from PIL import Image, ImageOps
 from starlette.datastructures import FormData, UploadFile
 
-from vivace.generation.picture import SMALLEST_SIDE
+from vivace.generation.picture import SMALLEST_SIDE, eight_bits
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.settings import Settings
 
@@ -34,7 +34,7 @@ def decode(raw: bytes, settings: Settings, *, field: str) -> Image.Image:
                 if getattr(file, "n_frames", 1) != 1:
                     raise _refusal(field, "it is an animation; one frame is taken")
                 # A new picture around the pixels alone: no EXIF, no profile, no text goes any further.
-                upright = ImageOps.exif_transpose(file)
+                upright = eight_bits(ImageOps.exif_transpose(file))
                 plain = upright.convert("RGBA" if _transparent(upright) else "RGB")
                 return Image.frombytes(plain.mode, plain.size, plain.tobytes())
     except ApiError:

@@ -79,7 +79,7 @@ def restored(found: Any, server: Server) -> dict[str, Any]:
     known = {name: found[name] for name in Form.__dataclass_fields__ if name in found and name != "edit"}
     models = {alias for alias, model in server.engine.models.items() if model.media == "image"}
     allowed = {"model": models, "preset": {*PRESETS}, "cache": {NO_CACHE, *POLICIES}}
-    known = {name: value for name, value in known.items() if name not in allowed or value in allowed[name]}
+    known = {name: value for name, value in known.items() if name not in allowed or value in [*allowed[name]]}
     loras = server.engine.model(known.get("model")).spec.loras
     if "lora" in known:
         known["lora"] = [[alias, weight] for alias, weight in _pairs(known["lora"]) if alias in loras]
