@@ -68,11 +68,38 @@ def test_wrong_requests_are_refused_at_once(engine, fields, field, order):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 0}, {"seed": -1}, {"guidance": float("nan")}, {"strength": 0.5}, {"lora": {"a": float("inf")}}],
-)
+    [
+        {"steps": 2.5}, {"steps": "3"}, {"seed": 1.5}, {"prompt": ["a", "b"]}, {"prompt": None}, {"size": "64x64"},
+        {"size": (64,)}, {"size": (64.0, 64)}, {"guidance": "high"}, {"lora": "style"}, {"lora": {"style": "x"}},
+        {"images": "x.png"}, {"images": ("x.png",)}, {"mask": "x.png"}, {"scheduler": 5}, {"cache": 5},
+        {"priority": "x"}, {"arguments": ["x"]}, {"arguments": {"num_images_per_prompt": 3}},
+        {"arguments": {"height": 100}}, {"arguments": {"num_inference_steps": 3}}, {"arguments": {"generator": 1}},
+        {"steps": 0}, {"seed": -1}, {"guidance": float("nan")}, {"strength": 0.5}, {"lora": {"a": float("inf")}},
+    ],
+)  # fmt: skip
 def test_absurd_values_are_no_request(fields, order):
-    with pytest.raises(FieldError):
+    with pytest.raises(FieldError) as error:
         order(**fields)
+    assert error.value.field in (*fields, "image")
+
+
+def test_every_end_is_told_once(engine, pipe, order, gated):
+    told: list[str] = []
+    engine.observe(batch=lambda batch: None, job=lambda job: told.append(job.status))
+    gate = gated(pipe.transformer)
+    gate.shut()
+    running = [engine.submit(order(seed=seed)) for seed in range(len(engine._threads) - 1)]
+    assert gate.reached.wait(120)
+    cancelled, late = engine.submit(order()), engine.submit(order(queue_seconds=0.0))
+    cancelled.cancel()
+    cancelled.cancel()
+    with pytest.raises(DeadlineExceeded):
+        late.result(60)
+    assert sorted(told) == ["cancelled", "failed"]
+    gate.open.set()
+    for job in running:
+        job.result(120)
+    assert sorted(told) == ["cancelled", *["done"] * len(running), "failed"]
 
 
 def test_lora_scale_in_attention_kwargs_is_refused(order):

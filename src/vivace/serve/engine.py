@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class Engine:
         self.close()
 
     def observe(self, *, batch: Callable[[Batch], None], job: Callable[[Job], None]) -> None:
-        """Have every module call and every finished job told from now on, in the threads where they happen."""
+        """Have every module call and every job's end told from now on, in the threads where they happen."""
         self._on_batch, self._on_job = batch, job
         for worker in self.workers.values():
             worker.watch = batch
@@ -116,7 +115,7 @@ class Engine:
         `most_pixels`, of all its frames, also holds for a size that the model chooses.
         """
         entry = admit(request, self.models, most_pixels=most_pixels)
-        entry.job.withdraw = self._withdraw
+        entry.job.withdraw, entry.job.ended = self._withdraw, lambda job: self._on_job(job)
         self._backlog.put(entry, full=self.busy)
         return entry.job
 
@@ -224,8 +223,6 @@ class Engine:
                 self._running.discard(job)
                 self._lost = self._lost + 1 if isinstance(error, OutOfMemory) else 0
         job.finish(result, error=error)
-        with suppress(Exception):  # a counter that fails is no reason to lose a thread
-            self._on_job(job)
 
     def _draw(self, entry: Entry) -> Result:
         job, model = entry.job, entry.model

@@ -67,6 +67,7 @@ class Job:
         self.finished: float | None = None
         self.error: BaseException | None = None
         self.withdraw: Callable[[Job], None] = lambda job: None  # takes the job from whatever holds it
+        self.ended: Callable[[Job], None] = lambda job: None  # told of its end, once
         self.events: list[Event] = []
         self.stop: BaseException | None = None  # why it has to end at the next step
         self._result: Result | None = None
@@ -178,9 +179,13 @@ class Job:
     def finish(self, result: Result | None = None, *, error: BaseException | None = None) -> None:
         """Set the outcome, once; later ones are ignored."""
 
+        first = False
+
         def end() -> None:
+            nonlocal first
             if self.over:
                 return
+            first = True
             self._result = result
             # Without its traceback, which would keep the frames and tensors of the whole run alive.
             self.error = error.with_traceback(None) if error is not None else None
@@ -189,6 +194,9 @@ class Job:
             self.withdraw = lambda job: None
 
         self._change(end)
+        if first:
+            with contextlib.suppress(Exception):  # a counter that fails is no reason to lose a thread, or an answer
+                self.ended(self)
 
     def _change(self, change: Callable[[], None]) -> None:
         with self._changed:

@@ -5,16 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import Any
 
-from vivace.generation.job import RESERVED, SEEDS
+from PIL import Image
+
+from vivace.generation.job import FIELDS, RESERVED, SEEDS
 from vivace.serve.failures import FieldError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # Arguments of a pipeline's call that would scale the LoRA layers which other requests share.
 SHARED_STATE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+# Arguments of a pipeline's call -> the field that says the same; pictures of control models have none.
+OTHER = ("image", "mask_image", "control_image", "controlnet_conditioning_scale", "adapter_conditioning_scale")
+WORDS = {"prompts": "prompt", "count": "a request for each"}  # where a request has no such field
+SAID = {name: WORDS.get(said, said) for name, said in FIELDS.items() if name not in (*OTHER, "ip_adapter_image")}
+
+# What a field holds, in words and as types; each may be None too where that is its default.
+TEXT, WHOLE, NUMBER = (str, "text"), (Integral, "a whole number"), (Real, "a number")
+KINDS: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("prompt", "model", "negative", "quality", "cache", "scheduler"), TEXT),
+    **dict.fromkeys(("steps", "seed", "frames", "fps", "priority", "preview_every", "previews"), WHOLE),
+    **dict.fromkeys(("guidance", "true_cfg", "strength", "queue_seconds", "run_seconds"), NUMBER),
+    "size": ((tuple, list), "a width and a height"),
+    "lora": (Mapping, "aliases with their weights"),
+    "images": ((tuple, list), "pictures"),
+    "mask": (Image.Image, "a picture"),
+    "arguments": (Mapping, "names with their values"),
+}
 
 FILES = (".yaml", ".yml", ".json", ".safetensors")
 
@@ -49,6 +67,7 @@ class Request:
     previews: int = 0  # so many small previews, spread over the steps that are taken
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         bounds: dict[str, tuple[float, float]] = {
             "steps": (1, 10_000),
             "guidance": (0, 1000),
@@ -84,8 +103,27 @@ class Request:
         taken = sorted(RESERVED & self.arguments.keys())
         if taken:
             raise FieldError("arguments", f"arguments cannot set {', '.join(taken)}: the engine decides these")
+        if said := sorted(SAID.keys() & self.arguments.keys()):
+            raise FieldError("arguments", f"arguments cannot set {said[0]}; give {SAID[said[0]]} instead")
         if any("scale" in (self.arguments.get(name) or {}) for name in SHARED_STATE):
             raise FieldError("arguments", "a LoRA's weight is given by lora={alias: weight}, not in attention kwargs")
+
+    def _check_kinds(self) -> None:
+        for name, (kind, words) in KINDS.items():
+            value = getattr(self, name)
+            left_out = value is None and getattr(type(self), name, kind) is None
+            if not left_out and not isinstance(value, kind):
+                raise FieldError(name, f"{name} is {value!r:.100}; it has to be {words}")
+        parts: dict[str, tuple[Any, Any]] = {
+            "size": (self.size or (), Integral),
+            "lora": (self.lora.values(), Real),
+            "images": (self.images, Image.Image),
+        }
+        for name, (values, kind) in parts.items():
+            if not all(isinstance(value, kind) for value in values):
+                raise FieldError(name, f"{name} is {getattr(self, name)!r:.100}; it has to be {KINDS[name][1]}")
+        if self.size is not None and len(self.size) != 2:
+            raise FieldError("size", f"size is {self.size!r:.100}; it has to be {KINDS['size'][1]}")
 
     def previewed(self, step: int, *, of: int) -> bool:
         """Whether a preview is wanted after so many of all steps; the last one's is the picture itself."""

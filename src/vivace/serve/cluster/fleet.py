@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +93,7 @@ class Fleet:
             work.cancel()
             self._over(job, error=job.stop)
 
-        job.withdraw = withdraw
+        job.withdraw, job.ended = withdraw, lambda job: self._on_job(job)
         return job
 
     def busy(self) -> Busy:
@@ -150,8 +149,6 @@ class Fleet:
         job.finish(result, error=error)
         if result is not None and job.started is not None and job.finished is not None:
             self._recent.append(job.finished - job.started)
-        with suppress(Exception):  # a counter that fails is no reason to lose an answer
-            self._on_job(job)
 
     async def _result(self, job: Job) -> Result:
         waits, runs = job.request.queue_seconds, job.request.run_seconds
