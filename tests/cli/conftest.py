@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -137,6 +138,17 @@ class Asking:
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         return self.answer
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """The log of this process stays the tests': `vivace serve` takes it over, with a stream that ends with a test."""
+    loggers = [logging.getLogger(name) for name in (None, "vivace", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(one, one.handlers[:], one.level, one.propagate) for one in loggers]
+    yield
+    for one, handlers, level, propagate in before:
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture(scope="session")

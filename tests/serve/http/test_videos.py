@@ -43,7 +43,9 @@ def test_a_video_from_beginning_to_end(client, tmp_path):
 
 def test_seconds_are_frames(client):
     begun = client.videos.create(prompt="a", size="64x64", seconds="1", extra_body={"steps": 1, "fps": 4})
-    assert wait(client, begun.id).model_extra["frames"] == 5  # four, rounded to what the VAE can make
+    done = wait(client, begun.id)
+    assert done.model_extra["frames"] == 5  # four, rounded to what the VAE can make
+    assert done.seconds == "1.25"
     client.videos.delete(begun.id)
 
 

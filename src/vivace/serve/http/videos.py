@@ -161,7 +161,8 @@ async def follow(server: Server, name: str, job: Job) -> None:
         await asyncio.to_thread(_write, server, name, result)
         width, height = result.pictures[0].size
         effective = {key: value for key, value in result.effective.items() if key not in ("size", "model")}
-        facts = {"size": f"{width}x{height}", "timings": dict(result.timings), **effective}
+        seconds = len(result.pictures) / effective.get("fps", FPS)
+        facts = {"size": f"{width}x{height}", "seconds": f"{seconds:g}", "timings": dict(result.timings), **effective}
         _put(server, name, status="completed", progress=100, completed_at=int(time.time()), **facts)
         server.shelf.sweep()
     except Cancelled:

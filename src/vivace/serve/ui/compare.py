@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,12 @@ async def compare(studio: Studio, form: Form, *, ways: tuple[Way, Way], visitor:
                 yield {**state, **side}
             result = await job
             seed = job.seed  # where it was left open, the second side takes the first one's
-            entry = studio.entry(job, result, one) | {"title": way.title, "seconds": _seconds(result.timings)}
+            entry = await asyncio.to_thread(studio.entry, job, result, one)
+            entry |= {"title": way.title, "seconds": _seconds(result.timings)}
             made.append((entry, result.pictures[0]))
         (first, one), (second, other) = made
-        yield {"state": "compared", "sides": [first, second], "difference": difference(one, other)}
+        apart = await asyncio.to_thread(difference, one, other)
+        yield {"state": "compared", "sides": [first, second], "difference": apart}
     except Exception as error:
         yield failed(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -44,7 +45,7 @@ class Studio:
             async for state in self.follow(job, visitor=visitor):
                 yield state
             result = await job
-            yield {"state": "done", "picture": self.entry(job, result, form)}
+            yield {"state": "done", "picture": await asyncio.to_thread(self.entry, job, result, form)}
         except Exception as error:
             yield failed(error)
 
@@ -70,7 +71,7 @@ class Studio:
                 self._jobs.pop(visitor or "", None)
 
     def entry(self, job: Job, result: Result, form: Form) -> State:
-        """A finished picture: its address, its thumbnail, and what made it."""
+        """A finished picture: its address, its thumbnail, and what made it. Of a large one it takes a second."""
         picture, effective = result.pictures[0], dict(result.effective)
         raw = png(picture, prompt=job.request.prompt, effective=effective)
         small = picture.copy()
