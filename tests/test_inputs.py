@@ -8,8 +8,8 @@ from vivace.inputs import choose
 from vivace.load import Source
 
 
-def source(pipeline: str) -> Source:
-    return Source(name="model", path=None, pipeline=pipeline, family=family_of(pipeline))
+def source(pipeline: str, **index: object) -> Source:
+    return Source(name="model", path=None, pipeline=pipeline, family=family_of(pipeline), index=index)
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,24 @@ def source(pipeline: str) -> Source:
         ("QwenImageEditPipeline", "image", None, "QwenImageEditPipeline"),
         ("FluxPipeline", "control", "FluxControlNetModel", "FluxControlNetPipeline"),
         ("StableVideoDiffusionPipeline", "image", None, "StableVideoDiffusionPipeline"),
+        ("WanImageToVideoPipeline", "image", None, "WanImageToVideoPipeline"),
     ],
 )
 def test_choice(own, wanted, control, expected):
     assert choose(source(own), set(wanted.split()), control_class=control).__name__ == expected
 
 
+def test_a_denoiser_that_needs_no_channels_for_a_picture_takes_one():
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler", "transformer"))
+    found = choose(source("WanPipeline", expand_timesteps=True, **parts), {"image"})
+    assert found.__name__ == "WanImageToVideoPipeline"
+
+
 @pytest.mark.parametrize(
     ("own", "wanted", "said"),
     [
         ("PixArtSigmaPipeline", "image", "cannot take --image"),
+        ("WanPipeline", "image", "cannot take --image"),
         ("StableVideoDiffusionPipeline", "", "needs --image too"),
         ("QwenImageLayeredPipeline", "image", "makes several pictures of one"),
         ("StableDiffusionPipeline", "control", "needs --controlnet with --control-image"),

@@ -135,6 +135,8 @@ class Family:
     largest: Callable[[Any], int] | None = None  # (denoiser) -> the longest side that it has positions for, in pixels
     media: Literal["image", "video"] = "image"
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
+    # pipeline class -> what a model of another class says of itself where that class runs it too
+    only_with: Mapping[str, str] = field(default_factory=dict)
     mask_channels: int | None = None  # input channels by which its inpaint pipeline knows to blend in the latents
     single_file: bool = False  # diffusers reads its original-layout checkpoint
     shared: frozenset[str] = frozenset()  # arguments of the denoiser's call that have no batch dimension

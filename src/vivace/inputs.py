@@ -80,6 +80,9 @@ def _required(pipeline: type, name: str) -> bool:
 
 def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: str | None) -> bool:
     """Whether the model and the control model at hand make up all that the class is built from."""
+    said = source.family.only_with.get(pipeline.__name__) if source.family else None
+    if pipeline is not own and said and not source.index.get(said):
+        return False
     slot = control_slot(pipeline)
     built = _parameters(pipeline.__init__)
     if (slot is not None) != (control_class is not None):

@@ -246,6 +246,8 @@ WAN = Family(
     name="wan",
     title="Wan 2.1 and 2.2",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    # Its denoiser sees the picture in channels of its own, unless each frame has a timestep of its own (TI2V 5B).
+    only_with={"WanImageToVideoPipeline": "expand_timesteps"},
     denoisers=("transformer", "transformer_2"),
     denoiser_class="WanTransformer3DModel",
     vae_class="AutoencoderKLWan",

@@ -343,7 +343,7 @@ def _source(alias: str, spec: Spec) -> Source:
     if isinstance(spec.source, str | Path):
         return find(spec.source)
     pipe = spec.source
-    index = dict(pipe.components)
+    index = {**pipe.config, **pipe.components}
     return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=known_family(pipe), index=index)
 
 

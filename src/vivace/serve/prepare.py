@@ -49,6 +49,15 @@ class Prepared:
         return sides[0] * sides[1] * frames if all(isinstance(side, int) for side in sides) else None
 
 
+def _chosen(source: Source, names: frozenset[str]) -> type[Any]:
+    """The pipeline class that takes just these. Raises FieldError or InputError, without the command line's flags."""
+    try:
+        return inputs.choose(source, names)
+    except InputError as error:
+        said = str(error).replace("--", "")
+        raise (FieldError(min(names), said) if names else InputError(said)) from None
+
+
 def _default(accepted: dict[str, inspect.Parameter], name: str) -> Any:
     default = accepted[name].default if name in accepted else None
     return None if default is inspect.Parameter.empty else default
@@ -61,7 +70,7 @@ def prepare(request: Request, source: Source) -> Prepared:
     own = inputs.inputs_of(_class(source))
     # A pipeline that was loaded for control images takes them as an argument.
     names = frozenset(name for name, value in wanted.items() if value is not None and value != ())
-    pipeline = _class(source) if "control" in own else inputs.choose(source, names - {"control"})
+    pipeline = _class(source) if "control" in own else _chosen(source, names - {"control"})
     accepted = inputs.arguments(pipeline)
     call = {CALL[name]: value for name, value in source.defaults.items() if CALL.get(name) in accepted}
     for name, argument in CALL.items():
