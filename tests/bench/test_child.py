@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from vivace.bench.child import Child, free_port, start, until_ready
+from vivace.bench.child import Child, free_port, serving, until_ready
 from vivace.errors import InputError
 
 SERVER = """
@@ -33,11 +33,10 @@ def child():
     """A server whose own child is never idle, holds a quarter of a GiB, and ends with it."""
     port = free_port()
     process = psutil.Popen([sys.executable, "-c", SERVER, str(port)])
-    found = Child(url=f"http://127.0.0.1:{port}", process=process, cold_s=0.0)
+    found = Child(url=f"http://127.0.0.1:{port}", process=process)
     until_ready(found.url, process)
     yield found
-    if process.is_running():
-        found.end()
+    found.end()
 
 
 def spent(child):
@@ -73,8 +72,8 @@ def test_its_memory_is_of_all_that_it_started_and_all_of_it_ends(child):
 
 
 def test_a_server_that_does_not_come_up_is_named():
-    with pytest.raises(InputError, match=r"vivace serve .*model=nowhere"):
-        start(["model=nowhere/at/all"])
+    with pytest.raises(InputError, match=r"vivace serve .*model=nowhere"), serving(["model=nowhere/at/all"]):
+        pytest.fail("it is up")
 
 
 def test_a_server_that_ended_is_not_waited_for():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -23,19 +23,18 @@ from vivace.errors import InputError
 GRACE = 60.0  # seconds in which a server and all that it started end by themselves
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Child:
     """A server with everything that it started; it can stand still while others are asked."""
 
     url: str
     process: psutil.Popen
-    cold_s: float  # from its command to its first picture
+    cold_s: float = 0.0  # from its command to its first picture, once that is known
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Let it run inside the block."""
-        for one in self._tree():
-            one.resume()
+        _each(self._tree(), psutil.Process.resume)
         try:
             until_ready(self.url, self.process)
             yield
@@ -46,21 +45,18 @@ class Child:
         """Have all its processes stand still, also those that one of them starts meanwhile."""
         still: set[psutil.Process] = set()
         while moving := set(self._tree()) - still:
-            for one in moving:
-                one.suspend()
+            _each(moving, psutil.Process.suspend)
             still |= moving
 
     def end(self) -> None:
         """Have it drain and end, with all that it started."""
         tree = self._tree()
-        for one in tree:
-            one.resume()
-        self.process.terminate()
+        _each(tree, psutil.Process.resume)
+        _each(tree[:1], psutil.Process.terminate)
         if not _ended(tree):
-            for one in filter(_runs, tree):
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+            _each(tree, psutil.Process.kill)
             _ended(tree)
+        self.process.poll()
 
     def memory(self) -> float:
         """GiB that its processes hold, shared pages counted once."""
@@ -72,7 +68,17 @@ class Child:
         return round(total / 2**30, 2)
 
     def _tree(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
+        """Its processes, the first one first; none where that has ended."""
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _each(tree: Iterable[psutil.Process], do: Callable[[psutil.Process], None]) -> None:
+    for one in tree:
+        with suppress(psutil.NoSuchProcess):  # one may have ended meanwhile
+            do(one)
 
 
 def _ended(tree: Sequence[psutil.Process]) -> bool:
@@ -91,16 +97,20 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def start(options: Sequence[str]) -> tuple[str, psutil.Popen]:
-    """`vivace serve` with these options, ready; its address, and its process. Raises InputError."""
+@contextmanager
+def serving(options: Sequence[str]) -> Iterator[Child]:
+    """`vivace serve` with these options, ready; it ends with the block. Raises InputError."""
     port = free_port()
     # With all the threads it likes, and out of reach of the terminal's Ctrl-C: it is ended in order.
     mine = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", "vivace", "serve", "--port", str(port), *options]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process = psutil.Popen(command, env=mine, **quiet)
-    until_ready(url := f"http://127.0.0.1:{port}", process)
-    return url, process
+    child = Child(url=f"http://127.0.0.1:{port}", process=psutil.Popen(command, env=mine, **quiet))
+    try:
+        until_ready(child.url, child.process)
+        yield child
+    finally:
+        child.end()
 
 
 def free_port() -> int:

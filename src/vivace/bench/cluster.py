@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vivace.bench.child import Child, free_port, start, until_ready
+from vivace.bench.child import Child, free_port, serving, until_ready
 from vivace.bench.rounds import ROUNDS, Line, asked, times
 from vivace.bench.serve import distance
 from vivace.bench.table import markdown_table
@@ -89,26 +89,18 @@ def options(name: str, load: Load) -> list[str]:
     return [*plain, "--ray", "--replicas", str(replicas), "--cpus", str(cpus)] if replicas else plain
 
 
-def begin(name: str, load: Load) -> Child:
-    """A contestant that has drawn its first pictures, and stands still. Raises InputError."""
-    first, began = load.requests(0), time.perf_counter()
-    url, process = start(options(name, load))
-    ask = asker(url)
-    ask(first[0])
-    child = Child(url=url, process=process, cold_s=round(time.perf_counter() - began, 2))
-    put(ask, first[: 2 * load.concurrency], concurrency=load.concurrency, server=name)
-    child.stop()
-    return child
-
-
 @contextmanager
 def up(load: Load) -> Iterator[dict[str, Child]]:
-    """The contestants, all started, one after the other."""
+    """The contestants, started one after the other; each has drawn pictures that do not count, and stands still."""
+    first, found = load.requests(load.rounds), {}
     with ExitStack() as ends:
-        found = {}
         for name in SERVERS:
-            found[name] = begin(name, load)
-            ends.callback(found[name].end)
+            began = time.perf_counter()
+            found[name] = child = ends.enter_context(serving(options(name, load)))
+            asker(child.url)(first[0])
+            child.cold_s = round(time.perf_counter() - began, 2)
+            put(asker(child.url), first[: 2 * load.concurrency], concurrency=load.concurrency, server=name)
+            child.stop()
         yield found
 
 
@@ -173,13 +165,13 @@ def break_replicas(url: str, door: Any, load: Load) -> dict[str, Any]:
 def on_ray(load: Load) -> Iterator[tuple[str, Any]]:
     """Two replicas on a cluster of this process's own, ready; the address, and the door, which knows its replicas."""
     from vivace.cluster.connect import connect
-    from vivace.serve.cluster.run import serving
+    from vivace.serve.cluster.run import serving as serving_on_ray
     from vivace.serve.plan import Plan
 
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray gives every replica as many threads as it has processors
     port, cpus = free_port(), max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(models={"model": load.model}, replicas=2, cpus=cpus, max_queue=4 * load.pictures, drain_seconds=5)
-    with connect(), serving(plan, api_key=None, port=port) as door:
+    with connect(), serving_on_ray(plan, api_key=None, port=port) as door:
         until_ready(url := f"http://127.0.0.1:{port}")
         yield url, door
 
