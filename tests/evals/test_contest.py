@@ -145,18 +145,28 @@ def test_controls_have_the_candidates_time(tiny, tmp_path):
     contest = contest_in(tmp_path, tiny)
     reference = Contestant(name="exact", role="reference", config=Config(), steps=8)
     half = replace(reference, name="half", role="candidate")
-    for contestant, seconds in ((reference, 2.0), (half, 1.0)):
+    slow = replace(half, name="slow")
+
+    def keep(contestant: Contestant, *, seconds: float, level: float) -> None:
         for index in range(3):
             record = Record(
                 contestant=contestant.name, index=index, prompt=contest.prompts[index], seed=index, seconds=seconds,
                 computed=None, key=contest.key(contestant, index),
             )  # fmt: skip
-            contest.store.keep(record, latents=torch.zeros(1, 2), frames=torch.zeros(1, 3, 16, 16))
-    controls = controls_of(contest, reference, [half])
+            contest.store.keep(record, latents=torch.ones(1, 2), frames=torch.full((1, 3, 16, 16), level))
+
+    keep(reference, seconds=2.0, level=0.5)
+    keep(half, seconds=0.8, level=0.4)
+    keep(slow, seconds=2.1, level=0.5)
+    controls = controls_of(contest, reference, [half, slow])
     assert {(c.scheduler, c.steps) for c in controls} == {(None, 4), ("unipc", 4), ("dpmsolvermultistep", 4)}
-    verdicts = judge(contest, reference, [half])
-    assert verdicts[1].speedup == 2.0
-    assert verdicts[1].wins == "no control is as fast"
+    _, first, second = judge(contest, reference, [half, slow])
+    assert first.speedup == pytest.approx(2.5)
+    assert (first.wins, second.wins) == ("no control was drawn", "saves less than a step")
+    # The controls' 4 steps take longer than the candidate: they were rounded up, and count all the same.
+    for control, level in zip(controls, (0.3, 0.45, 0.3), strict=True):
+        keep(control, seconds=1.0, level=level)
+    assert judge(contest, reference, [half, *controls])[1].wins == "loses to unipc, 4 steps"
 
 
 def test_a_flicker_is_seen_by_no_frame_but_by_their_order():

@@ -238,8 +238,7 @@ def controls_of(contest: Contest, reference: Contestant, candidates: Sequence[Co
     whole = contest.seconds(reference)
     found: dict[str, Contestant] = {}
     for candidate in candidates:
-        # Rounded up: the control is given the benefit.
-        steps = max(1, math.ceil(reference.steps * contest.seconds(candidate) / whole - 0.05))
+        steps = steps_within(contest.seconds(candidate) / whole, of=reference.steps)
         if steps >= reference.steps:
             continue
         for solver in (None, *SOLVERS):
@@ -248,6 +247,11 @@ def controls_of(contest: Contest, reference: Contestant, candidates: Sequence[Co
             name = f"{solver or 'same solver'}, {steps} steps"
             found[name] = Contestant(name=name, role="control", config=reference.config, steps=steps, scheduler=solver)
     return list(found.values())
+
+
+def steps_within(share: float, *, of: int) -> int:
+    """Steps that a control has in a share of the time of a run `of` so many: rounded up, it is given the benefit."""
+    return max(1, math.ceil(of * share - 0.05))
 
 
 def _takes(contest: Contest, solver: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vivace.evals.contest import Contest, Contestant
+from vivace.evals.contest import Contest, Contestant, steps_within
 from vivace.evals.instruments import Instruments
 from vivace.evals.metric import Metric
 from vivace.evals.pairwise import psnr, relative_error, ssim
@@ -132,14 +132,15 @@ def _verdict(
 
 
 def _with_wins(verdict: Verdict, verdicts: Sequence[Verdict]) -> Verdict:
-    """A candidate with what its controls, as slow as it or slower, reach in PSNR."""
-    if verdict.contestant.role != "candidate" or verdict.seconds is None:
+    """A candidate beside its controls: what the reference and other solvers reach with as many steps as it has time."""
+    if verdict.contestant.role != "candidate" or not verdict.speedup:
         return verdict
+    steps = steps_within(1 / verdict.speedup, of=verdicts[0].contestant.steps)
+    if steps >= verdicts[0].contestant.steps:
+        return replace(verdict, wins="saves less than a step")
     mine = verdict.distances["PSNR"].mean().item()
-    rivals = [
-        v for v in verdicts if v.contestant.role == "control" and v.seconds and v.seconds <= verdict.seconds * 1.1
-    ]
+    rivals = [v for v in verdicts if v.contestant.role == "control" and v.contestant.steps <= steps]
     better = [v.contestant.name for v in rivals if v.distances["PSNR"].mean().item() >= mine]
     if not rivals:
-        return replace(verdict, wins="no control is as fast")
+        return replace(verdict, wins="no control was drawn")
     return replace(verdict, wins=f"loses to {', '.join(better)}" if better else "beats every control")
