@@ -117,7 +117,8 @@ def test_a_budget_is_planned_without_a_gpu():
     """What it says is for a machine that has one; quantised weights count as they will be."""
     lines = {}
     for quant in ("off", "fp8_weights"):
-        found = vivace.plan("flux:dev", dtype="bfloat16", vram="24GB", quant=quant)
+        found = vivace.plan("flux:dev", vram="24GB", quant=quant)
+        assert found.dtype == "bfloat16"
         lines[quant] = next(note.detail for note in found.passes if note.name == "vram")
     assert "transformer 22.17 GiB" in lines["off"]
     assert "streamed from the host" in lines["off"]

@@ -83,7 +83,8 @@ def plan(
     config = resolve(preset, **fields)
     source = source_of(os.fspath(model))
     place = resolve_device(device)
-    number = resolve_dtype(dtype, place)
+    # A budget is a GPU's memory, also where there is no GPU to ask.
+    number = torch.bfloat16 if config.vram and dtype is None and place.type == "cpu" else resolve_dtype(dtype, place)
     target = _target(source, config, skeletons(source, dtype=number), place=place)
     wanted = wanted_passes(target)
     for one in wanted:
