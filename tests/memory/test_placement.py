@@ -1,5 +1,7 @@
 """Plans: the quickest that fits, what it needs at its peak, and what to ask for where nothing fits."""
 
+from dataclasses import replace
+
 import pytest
 
 from vivace import InputError
@@ -49,6 +51,18 @@ def test_peak_by_hand():
     # One GiB of rest, two slots, the VAE; beside them the second encoder's rest, two slots and work.
     assert small.peak == (GIB + GIB + GIB // 8) + (GIB // 4 + 3 * GIB // 4 + GIB // 4) + SPARE
     assert small.moved_per_step == 21 * GIB
+
+
+def test_graphs_hold_what_their_denoisers_work_in():
+    parts = [replace(part, recorded=part.work if part.kind == "denoiser" else 0) for part in flux(experts=2)]
+    plans = {level: place(parts, budget=None, level=level) for level in LEVELS}
+    without = {level: place(flux(experts=2), budget=None, level=level) for level in LEVELS}
+    # Two graphs of a GiB stay while the VAE decodes; while one denoiser computes anew, the other's does.
+    assert plans["resident"].peak == without["resident"].peak + 2 * GIB
+    assert "CUDA graphs hold 2.00 GiB" in str(plans["resident"])
+    # What moves is not recorded.
+    assert plans["parked"].peak == without["parked"].peak
+    assert plans["streamed"].peak == without["streamed"].peak
 
 
 def test_experts_take_turns_before_anything_is_streamed():

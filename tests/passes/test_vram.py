@@ -96,7 +96,7 @@ def test_a_plan_counts_the_step_cache(family, on_cpu):
     pipe = FAMILIES[family].tiny()
     plans = {}
     for cache in (None, "taylorseer", "pab"):
-        vivace.accelerate(pipe, vram="64GB", cache=cache)
+        vivace.accelerate(pipe, vram="64GB", cache=cache, graphs="off")
         plans[cache] = acceleration_of(pipe).target.placement
     assert plans[None].kept == 0
     assert plans["taylorseer"].kept > 0
@@ -107,6 +107,17 @@ def test_a_plan_counts_the_step_cache(family, on_cpu):
     assert f"at most {plans['pab'].kept / 2**20:.0f} MiB" in note.detail
     with pytest.raises(InputError, match="of it for its step cache"):
         vivace.accelerate(pipe, vram="1.1GB", cache="pab")
+
+
+def test_a_plan_counts_the_graphs(on_cpu):
+    pipe = FAMILIES["sd3"].tiny()
+    plans = {}
+    for fields in ({"graphs": "off"}, {"graphs": "auto"}, {"graphs": "auto", "check_nan": True}):
+        vivace.accelerate(pipe, vram="64GB", **fields)
+        plans[str(fields)] = acceleration_of(pipe).target.placement
+    off, auto, checked = plans.values()
+    assert off.recorded == checked.recorded == 0
+    assert auto.recorded == auto.place_of("transformer").part.work > 0
 
 
 def test_two_calls_of_guidance_remember_apart(on_cpu):

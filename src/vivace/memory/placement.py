@@ -38,6 +38,7 @@ class Part:
     blocks: tuple[int, ...] = ()  # of each block's weights, in the order of their calls
     work: int = 0  # beside the weights while it computes
     strip_work: int | None = None  # the same when it works strip by strip, where it can
+    recorded: int = 0  # of `work`, what stays on the device in a CUDA graph, as long as the weights do not move
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +87,11 @@ class Placement:
         return others + (max(denoisers, default=0) if self.parked else sum(denoisers))
 
     @property
+    def recorded(self) -> int:
+        """Bytes that CUDA graphs of the denoisers' calls hold."""
+        return 0 if self.moves else sum(one.part.recorded for one in self.placed)
+
+    @property
     def peak(self) -> int:
         """The most bytes on the device at any moment, the context not counted."""
         return self.resident + max((self._extra(one) for one in self.placed), default=0) + self.kept + SPARE
@@ -124,7 +130,8 @@ class Placement:
     def _extra(self, one: Placed) -> int:
         """What is needed beside the residents while a component computes."""
         work = one.part.strip_work if self.strips and one.part.strip_work is not None else one.part.work
-        return work + (one.stays if one.leaves else 0)
+        # What one's own graph holds is the work that it needs.
+        return work + (one.stays if one.leaves else 0) + max(0, self.recorded - one.part.recorded)
 
     def __str__(self) -> str:
         lines = [f"{self.level}: peak {_gib(self.peak)}" + (f" of {_gib(self.budget)}" if self.budget else "")]
@@ -141,6 +148,8 @@ class Placement:
             lines.append("the VAE works strip by strip")
         if self.kept:
             lines.append(f"the step cache holds up to {_gib(self.kept)}")
+        if self.recorded:
+            lines.append(f"CUDA graphs hold {_gib(self.recorded)}")
         if self.moved_per_step:
             seconds = self.moved_per_step / BANDWIDTH
             lines.append(f"a step moves {_gib(self.moved_per_step)}: {seconds:.2f} s at {BANDWIDTH / 1e9:g} GB/s")

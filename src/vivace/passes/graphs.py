@@ -35,7 +35,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int], quantised: bool) -> bool:
+def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int] | None, quantised: bool) -> bool:
     """Whether a rule says that graphs win for `denoiser` of a family of `media` on GPUs of compute capability `sm`."""
     size, convolutional = sum(p.numel() for p in denoiser.parameters()), bool(convolutions(denoiser))
     return any(
@@ -55,12 +55,18 @@ def _check(target: Target) -> str | None:
         return "check_nan waits for the device at every attention, which a recording cannot"
     if target.placement is not None and target.placement.moves:
         return f"{target.placement.moves}, and a recording would keep their first place"
-    if target.config.graphs == "auto":
-        sm = torch.cuda.get_device_capability(target.device)
-        facts = {"media": target.family and target.family.media, "quantised": quantises(target)}
-        if not all(wins(denoiser, sm=sm, **facts) for denoiser in target.denoisers.values()):
-            return "kernels take longer than launching them here; graphs='on' asks for it"
+    if not wanted(target):
+        return "kernels take longer than launching them here; graphs='on' asks for it"
     return None
+
+
+def wanted(target: Target) -> bool:
+    """Whether graphs are asked for, or would win on the GPU here, or on any where there is none."""
+    if target.config.graphs != "auto":
+        return target.config.graphs == "on"
+    sm = torch.cuda.get_device_capability(target.device) if target.device.type == "cuda" else None
+    facts = {"media": target.family and target.family.media, "quantised": quantises(target)}
+    return all(wins(denoiser, sm=sm, **facts) for denoiser in target.denoisers.values())
 
 
 def _apply(target: Target) -> None:

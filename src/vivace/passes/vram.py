@@ -16,6 +16,7 @@ from vivace.memory.pinned import available, gib
 from vivace.memory.placement import GIB, LEVELS, Part, Placed, budget_of, place
 from vivace.memory.stream import Stream, Turn
 from vivace.one_off import give_class
+from vivace.passes import graphs
 from vivace.passes.cache import held_by
 from vivace.passes.quantize import savings
 from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
@@ -97,13 +98,16 @@ def _move(target: Target, module: Any) -> None:
 
 def parts_of(target: Target) -> list[Part]:
     """The bytes of a pipeline's components: weights as they will be, and the work of a request of the model's size."""
-    parts, saved = [], savings(target)
+    parts, saved, graphed = [], savings(target), graphs.wanted(target) and not target.config.check_nan
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
         blocks = tuple(_nbytes(block, saved) for block in blocks_of(module, saved))
         found, small = _work(target, kind, module)
         held = _nbytes(module, saved) - sum(blocks)
-        parts.append(Part(name=name, kind=kind, held=held, blocks=blocks, work=found, strip_work=small))
+        recorded = found if kind == "denoiser" and graphed else 0
+        parts.append(
+            Part(name=name, kind=kind, held=held, blocks=blocks, work=found, strip_work=small, recorded=recorded)
+        )
     return parts
 
 
