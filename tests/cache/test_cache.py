@@ -142,6 +142,7 @@ def test_spelling_round_trip():
     [
         ("teacahe", "nearest is 'teacache'"),
         ("teacache:treshold=0.1", "nearest is 'threshold'"),
+        ("planned:plans=1", "has no field 'plans'"),
         ("teacache:threshold", "name=value"),
         ("teacache:threshold=high", "is a number"),
         ("firstblock:threshold=-1", "from 0 on"),

@@ -67,7 +67,8 @@ def parse(text: str) -> Policy | None:
 
 def _field(kind: type[Policy], text: str) -> tuple[str, Any]:
     name, equals, value = text.strip().partition("=")
-    kinds = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
+    # A field that is not shown is filled in from a file.
+    kinds = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind) if f.repr}
     if not equals:
         raise InputError(f"{kind.name} takes name=value, got {text!r}; for example {kind.name}:{next(iter(kinds))}=...")
     if name not in kinds:

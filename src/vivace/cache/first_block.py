@@ -51,15 +51,15 @@ class FirstBlock(Windowed):
     file: str | None = None
     """A calibration, from `vivace calibrate`, that says the threshold for `computed`; None: `threshold` does."""
 
-    computed: float = 0.5
-    """Share of the steps to compute, of those that the calibration has; the nearest is taken."""
+    computed: float | None = None
+    """Share of the steps to compute, of those that the calibration has; the nearest is taken. None: half of them."""
 
     least: ClassVar = {**Windowed.least, "depth": 1}
     most: ClassVar = {"order": 2, "computed": 1}
 
     def refuses(self, target: Target) -> str | None:
         if self.file is None:
-            return None
+            return None if self.computed is None else "computed= takes a calibration's threshold; name it with file="
         calibration = calibration_of(target, file=self.file)
         assert calibration is not None
         return None if calibration.firstblock else f"{self.file} has no threshold for firstblock; pass threshold="
@@ -68,7 +68,8 @@ class FirstBlock(Windowed):
         calibration = calibration_of(target, file=self.file) if self.file else None
         if calibration is None:
             return self
-        percent = min(calibration.firstblock, key=lambda one: abs(one - 100 * self.computed))
+        wanted = 50 if self.computed is None else 100 * self.computed
+        percent = min(calibration.firstblock, key=lambda one: abs(one - wanted))
         return replace(self, threshold=calibration.firstblock[percent])
 
     def fresh(self) -> Memory:
