@@ -151,8 +151,8 @@ class Placement:
         if self.recorded:
             lines.append(f"CUDA graphs hold {_gib(self.recorded)}")
         if self.moved_per_step:
-            seconds = self.moved_per_step / BANDWIDTH
-            lines.append(f"a step moves {_gib(self.moved_per_step)}: {seconds:.2f} s at {BANDWIDTH / 1e9:g} GB/s")
+            seconds = f"{self.moved_per_step / BANDWIDTH:.2f} s at {BANDWIDTH / 1e9:g} GB/s"
+            lines.append(f"a denoiser call moves {_gib(self.moved_per_step)}: {seconds}")
         if self.moved_per_image:
             lines.append(f"a picture moves {_gib(self.moved_per_image)} once")
         return "\n".join(lines)
