@@ -19,7 +19,7 @@ def test_every_file_is_a_calibration():
         found = read(path)
         for plan in found.plans:
             assert plan.compute[0] == 0
-            assert set(plan.compute) | set(plan.orders) == set(range(plan.steps))
+            assert set(plan.compute) | set(plan.weights) == set(range(plan.steps))
 
 
 def test_the_built_in_models(pipe):

@@ -1,23 +1,30 @@
 """Planned runs a calibrated plan, for the model, scheduler and number of steps it was made for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import vivace
 from vivace import InputError
-from vivace.cache.calibration import fingerprint
+from vivace.cache.calibration import fingerprint, read
+from vivace.cache.record import recorded
 
 COMPUTE = [0, 1, 2, 4, 6, 8, 11]
+
+
+def newest(compute, steps=12):
+    """Weights by which every skipped step takes the last computed output."""
+    return {str(step): [1.0] for step in range(steps) if step not in compute}
 
 
 @pytest.fixture
 def file(pipe, tmp_path):
     scheduler = type(pipe.scheduler).__name__
     plans = [
-        {"steps": 12, "scheduler": scheduler, "compute": COMPUTE, "orders": {"3": 2, "5": 0}},
-        {"steps": 12, "scheduler": scheduler, "compute": [0, 1, 6, 11]},
+        {"steps": 12, "scheduler": scheduler, "compute": compute, "weights": newest(compute)}
+        for compute in (COMPUTE, [0, 1, 6, 11])
     ]
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps({"denoiser": fingerprint(pipe.transformer), "planned": plans}))
@@ -35,17 +42,29 @@ def test_computes_the_plans_steps(pipe, draw, last, file):
     assert 0 < (fast - exact).norm() < (faster - exact).norm()
 
 
-def test_the_orders_are_the_plans(pipe, draw, file):
+def test_the_weights_are_the_plans(pipe, draw, file):
     vivace.accelerate(pipe, cache=f"planned:file={file}")
-    planned = draw(pipe)
+    newest_ = draw(pipe)
+    vivace.accelerate(pipe, cache="steps:order=0,compute=" + "+".join(map(str, COMPUTE)))
+    assert torch.equal(draw(pipe), newest_)
     text = json.loads(file.read_text())
-    text["planned"][0]["orders"] = {}
+    # Step 3 lies beside 1 and 2: the line through these.
+    text["planned"][0]["weights"]["3"] = [-1.0, 2.0]
     file.write_text(json.dumps(text))
     vivace.restore(pipe)
-    linear = draw(vivace.accelerate(pipe, cache=f"planned:file={file}"))
-    assert not torch.equal(planned, linear)
-    vivace.accelerate(pipe, cache="steps:order=1,compute=" + "+".join(map(str, COMPUTE)))
-    assert torch.equal(draw(pipe), linear)
+    vivace.accelerate(pipe, cache=f"planned:file={file}")
+    with recorded(pipe.scheduler, outputs=True) as run:
+        draw(pipe)
+    one, two, three = run.outputs[1:4]
+    torch.testing.assert_close(three, 2 * two - one)
+
+
+def test_weights_of_what_is_not_known_yet_are_the_newest(pipe, file):
+    """As where image to image begins in the middle: `since` is its first step."""
+    (plan, _) = read(file).plans
+    plan = replace(plan, weights={**plan.weights, 7: (0.5, -0.5, 1.0)})
+    assert plan.factors(7, since=0) == plan.factors(7, since=2) == (0.5, -0.5, 1.0)
+    assert plan.factors(7, since=3) == (1.0,)
 
 
 def test_another_number_of_steps_is_an_error(pipe, draw, file):
@@ -73,6 +92,8 @@ def test_another_shift_of_the_noise_is_an_error(pipe, draw, last, file):
         ({"denoiser": "Other-123"}, "was calibrated for Other-123"),
         ({"planned": []}, "has no plan"),
         ({"planned": [{"steps": "many"}]}, "is no calibration"),
+        ({"planned": [{"steps": 2, "scheduler": "Euler", "compute": [0], "weights": {}}]}, "weights for every step"),
+        ({"planned": [{"steps": 2, "scheduler": "Euler", "compute": [0], "weights": {"1": [1, 2]}}]}, "at most 3"),
     ],
 )
 def test_what_is_no_calibration_of_this_model(pipe, file, change, message):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from math import exp, log
 from typing import Any
 from zlib import crc32
@@ -14,7 +14,7 @@ import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.cache import fit
-from vivace.cache.calibration import Plan, fingerprint
+from vivace.cache.calibration import NODES, Plan, fingerprint
 from vivace.cache.first_block import FirstBlock
 from vivace.cache.planned import Planned
 from vivace.cache.policy import Policy
@@ -24,9 +24,16 @@ from vivace.cache.steps import Steps
 from vivace.config import Config
 from vivace.errors import InputError
 from vivace.evals.sample import draw
+from vivace.scheduler import use_scheduler
 
 PROBES = 8
 """Steps at which the gain is measured; between them it is interpolated."""
+
+TRIES = 8
+"""Prompts by whose real runs one of several plans is chosen."""
+
+SOLVER = "unipc"
+"""The best solver that few steps can be spent with: what a plan must beat too."""
 
 Tell = Callable[[str], None]
 
@@ -42,6 +49,23 @@ class Bench:
     tell: Tell
     config: Config
     exact: dict[str, torch.Tensor] = field(default_factory=dict)  # prompt -> final latent
+
+    @contextmanager
+    def solved_by(self, name: str) -> Iterator[None]:
+        """Another scheduler within the block; raises InputError where the model cannot be run by it."""
+        acceleration = acceleration_of(self.pipe)
+        family = acceleration.target.family if acceleration else None
+        if family is None:
+            raise InputError(f"what a {type(self.pipe).__name__} predicts is not known, so {name} is not tried")
+        restore(self.pipe)
+        stock = self.pipe.scheduler
+        try:
+            use_scheduler(self.pipe, name, prediction=family.prediction)
+            yield
+        finally:
+            restore(self.pipe)
+            self.pipe.scheduler = stock
+            accelerate(self.pipe, self.config)
 
     def run(self, prompt: str, policy: Policy | None, *, steps: int | None = None, outputs: bool = False) -> Run:
         """The record of one run under `policy`; the noise belongs to the prompt."""
@@ -151,7 +175,7 @@ def _observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[E
     inside = family is not None and "up_blocks" not in family.blocks
     record = Record(signals=family is not None and family.signal is not None, inside=inside)
     log_: dict[str, list[Change]] = {}
-    products, outputs, times = [], {}, ()
+    products = []
     for number, prompt in enumerate((*train, *test)):
         bench.tell(f"exact runs: {number + 1} of {len(train) + len(test)}")
         run = bench.run(prompt, record, outputs=True)
@@ -162,10 +186,13 @@ def _observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[E
         if prompt in train:
             flat = torch.stack(run.outputs).flatten(1).double() / run.latents.float().norm().item()
             products.append(flat @ flat.T)
-            outputs[prompt], times = flat, tuple(run.times)
-    known = Errors(times=times, products=torch.stack(products), gain=[1.0] * len(times))
-    gain = _gains(bench, known, train[: max(1, min(4, len(train)))])
-    return Errors(times=times, products=known.products, gain=gain), log_
+    known = Errors(
+        times=tuple(run.times),
+        products=torch.stack(products).mean(0),
+        gain=[1.0] * len(run.times),
+        effect=run.effects(),
+    )
+    return replace(known, gain=_gains(bench, known, train[: max(1, min(4, len(train)))])), log_
 
 
 def _gains(bench: Bench, errors: Errors, prompts: Sequence[str]) -> list[float]:
@@ -177,7 +204,7 @@ def _gains(bench: Bench, errors: Errors, prompts: Sequence[str]) -> list[float]:
         bench.tell(f"gain of an error: {number + 1} of {len(probes)} steps")
         others = "+".join(str(i) for i in range(count) if i != step)
         final = bench.error(prompts, Steps(compute=others, order=0))
-        local = errors.local((step - 1,), step, order=0)
+        local = errors.change(step, since=step - 1)
         if final > 0 and local > 0:
             measured[step] = final / local
     if not measured:
@@ -198,33 +225,44 @@ def _interpolated(values: dict[int, float], step: int) -> float:
 def _planned(
     bench: Bench, errors: Errors, train: Sequence[str], test: Sequence[str], shares: Sequence[float]
 ) -> tuple[list[dict[str, Any]], str]:
-    """A plan for every share of steps where it beats an even mask on held-out prompts; else the reason."""
-    best = schedules(errors)
+    """A plan for every share of steps where it beats an even mask and fewer steps on held-out prompts; else why not."""
+    found = [schedules(errors, back=back) for back in (1, NODES)]
+    scheduler = type(bench.pipe.scheduler).__name__
     rows, worse = [], []
-    for count in sorted({round(share * errors.steps) for share in shares} & best.keys() - {errors.steps}):
+    for count in sorted({round(share * errors.steps) for share in shares} & found[0].keys() - {errors.steps}):
         bench.tell(f"plans: {count} of {errors.steps} steps")
-        schedule = best[count]
-        scheduler = type(bench.pipe.scheduler).__name__
-        plan = Plan(
-            steps=errors.steps, scheduler=scheduler, compute=schedule.compute, orders=dict(schedule.orders), error=None
-        )
-        even = "+".join(map(str, uniform(errors.steps, count)))
-        measured = bench.error(test, Planned(plans=(plan,)))
-        controls = {f"even mask, order {o}": bench.error(test, Steps(compute=even, order=o)) for o in (0, 1)}
-        # Heun's method evaluates most of its steps twice.
-        fewer = max(1, round(count * bench.steps / errors.steps))
-        controls[f"{fewer} steps"] = bench.error(test, None, steps=fewer)
+        # What is nearly as good by sums of errors can differ by far in real runs.
+        plans = {
+            choices[count].compute: Plan(
+                steps=errors.steps, scheduler=scheduler, compute=choices[count].compute, weights=choices[count].weights
+            )
+            for choices in found
+        }
+        tried = {compute: bench.error(train[:TRIES], Planned(plans=(plan,))) for compute, plan in plans.items()}
+        plan = plans[min(plans, key=tried.__getitem__)]
+        measured, controls = bench.error(test, Planned(plans=(plan,))), _controls(bench, errors, count, test)
         row = {
-            "steps": errors.steps, "scheduler": scheduler, "compute": list(schedule.compute),
-            "orders": {str(step): order for step, order in schedule.orders.items()},
-            "times": list(errors.times), "error": measured, "expected_error": schedule.error,
-            "controls": controls,
+            "steps": errors.steps, "scheduler": scheduler, "compute": list(plan.compute),
+            "weights": {str(step): [round(one, 6) for one in sum_] for step, sum_ in plan.weights.items()},
+            "times": list(errors.times), "error": measured, "error_fitted": tried[plan.compute], "controls": controls,
         }  # fmt: skip
         if measured < min(controls.values()):
             rows.append(row)
         else:
             worse.append(f"{count} steps: error {measured:.3g}, the best of them {min(controls.values()):.3g}")
     return rows, "" if not worse else f"no better than even masks and fewer steps at {'; '.join(worse)}"
+
+
+def _controls(bench: Bench, errors: Errors, count: int, prompts: Sequence[str]) -> dict[str, float]:
+    """The errors of what a plan of `count` evaluations has to beat."""
+    even = "+".join(map(str, uniform(errors.steps, count)))
+    found = {f"even mask, order {o}": bench.error(prompts, Steps(compute=even, order=o)) for o in (0, 1)}
+    # Heun's method evaluates most of its steps twice.
+    fewer = max(1, round(count * bench.steps / errors.steps))
+    found[f"{fewer} steps"] = bench.error(prompts, None, steps=fewer)
+    with suppress(InputError), bench.solved_by(SOLVER):
+        found[f"{count} steps of {SOLVER}"] = bench.error(prompts, None, steps=count)
+    return found
 
 
 def _changes(

@@ -24,16 +24,36 @@ TOLERANCE = 0.1
 """Of the whole range of time, by which a step may stand elsewhere than where it was calibrated."""
 
 
+NODES = 3
+"""Computed outputs, at most, that an estimated one is the sum of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which of `steps` steps are computed, and by which order the others are extrapolated."""
+    """Which of `steps` steps are computed, and of what sum of the last computed outputs the others are."""
 
     steps: int
     scheduler: str  # class name
     compute: tuple[int, ...]
-    orders: Mapping[int, int] = field(default_factory=dict)  # of every other step
-    error: float | None = None  # relative, of the final latent on held-out prompts
+    weights: Mapping[int, tuple[float, ...]]  # of every other step: of the last computed outputs, the newest last
     times: tuple[float, ...] = ()  # of every step, as the scheduler counted; empty: not told
+
+    def __post_init__(self) -> None:
+        if self.compute[:1] != (0,) or {*self.compute, *self.weights} != {*range(self.steps)}:
+            raise ValueError("a plan computes its first step, and has weights for every step that it does not compute")
+        if any(not 0 < len(factors) <= min(NODES, len(self.nodes(step))) for step, factors in self.weights.items()):
+            raise ValueError(f"weights are of at most {NODES} outputs that were computed before")
+
+    def nodes(self, step: int) -> tuple[int, ...]:
+        """The computed steps that the estimate of `step` may go by, newest last."""
+        return tuple(one for one in self.compute if one < step)[-NODES:]
+
+    def factors(self, step: int, *, since: int) -> tuple[float, ...]:
+        """Of what sum of the last computed outputs that of `step` is, where nothing from before step `since` is known.
+
+        With too little known (image to image has just begun) it is the newest.
+        """
+        return self.weights[step] if self.nodes(step)[0] >= since else (1.0,)
 
     def fits(self, *, steps: int, scheduler: str, times: Sequence[float]) -> bool:
         """Whether it was made for such a run; `times` are those of its last steps (image to image starts late).
@@ -66,8 +86,7 @@ def read(path: Path) -> Calibration:
                 steps=int(row["steps"]),
                 scheduler=str(row["scheduler"]),
                 compute=tuple(map(int, row["compute"])),
-                orders={int(step): int(order) for step, order in row.get("orders", {}).items()},
-                error=row.get("error"),
+                weights={int(step): tuple(map(float, factors)) for step, factors in row["weights"].items()},
                 times=tuple(map(float, row.get("times", ()))),
             )
             for row in found.get("planned", ())

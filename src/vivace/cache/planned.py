@@ -1,8 +1,8 @@
 """Planned: the schedule that a calibration found best for this model, scheduler and number of steps.
 
 Which steps are computed was chosen by dynamic programming on the measured error of the final latent; the outputs of
-the others are extrapolated in time from the last two or three. Everything is known before the run: nothing is read
-from the device, the whole forward is one graph, and memory is a few latents.
+the others are sums of the last three, with weights fitted for every step. Everything is known before the run: nothing
+is read from the device, the whole forward is one graph, and memory is a few latents.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vivace.cache.calibration import Plan, calibration_of
+from vivace.cache.calibration import NODES, Plan, calibration_of
 from vivace.cache.policy import Holds, Policy
 from vivace.errors import InputError
 
@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from vivace.cache.trail import Trail
     from vivace.passes.target import Target
 
-ORDER = 2
-"""Highest order of an extrapolation that a plan may ask for."""
+
+@dataclass(kw_only=True, eq=False)
+class Memory:
+    """The last computed outputs, and the step of the scheduler's list with which they begin."""
+
+    trail: Trail
+    since: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Policy):
-    """Compute the steps of a calibrated plan, and extrapolate the others."""
+    """Compute the steps of a calibrated plan, and estimate the others from the last computed ones."""
 
     name: ClassVar[str] = "planned"
-    holds: ClassVar[Holds] = Holds(outputs=ORDER + 1)
+    holds: ClassVar[Holds] = Holds(outputs=NODES)
 
     file: str | None = None
     """The calibration, from `vivace calibrate`; None: the one that ships with the model."""
@@ -68,15 +73,18 @@ class Planned(Policy):
             )
         return min(fitting, key=lambda plan: abs(len(plan.compute) / plan.steps - self.computed))
 
-    def fresh(self) -> Trail:
+    def fresh(self) -> Memory:
         from vivace.cache.trail import Trail
 
-        return Trail(ORDER + 1)
+        return Memory(trail=Trail(NODES))
 
-    def serve(self, memory: Trail, call: Call) -> Any:
+    def serve(self, memory: Memory, call: Call) -> Any:
         from vivace.cache.steps import serve_step
 
-        schedule = call.schedule
-        plan = self.plan(schedule)
-        step = schedule.first + call.step
-        return serve_step(memory, call, computed=step in plan.compute, order=plan.orders.get(step, 1))
+        plan = self.plan(call.schedule)
+        step = call.schedule.first + call.step
+        memory.since = since = step if memory.since is None else memory.since
+        return serve_step(
+            memory.trail, call, computed=step in plan.compute,
+            estimate=lambda: memory.trail.sum(plan.factors(step, since=since)),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 from vivace.cache.call import Call
 from vivace.cache.change import relative_change
 from vivace.cache.policy import Policy
+
+UNIT = 1e4
+"""An output so large that the noise which some schedulers add is nothing beside it."""
 
 BACK = 8
 """Steps back to which the first block's contribution is compared."""
@@ -87,6 +91,19 @@ class Run:
     times: list[float] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)  # guided, one a step
     latents: torch.Tensor | None = None  # after the last step
+    scheduler: Any = None  # a copy of it, as it was before the first step
+    steps: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)  # its timesteps and further arguments
+
+    def effects(self) -> list[float]:
+        """What the scheduler adds to the final latent per unit of each step's output, from one run of it alone."""
+        assert self.latents is not None
+        # Every solver works element by element, so that one latent has room for all steps.
+        sample = torch.zeros(1, len(self.steps), 1, 1, device=self.latents.device)
+        for place, (timestep, arguments) in enumerate(self.steps):
+            output = torch.zeros_like(sample)
+            output[0, place] = UNIT
+            sample = _previous(self.scheduler.step(output, timestep, sample, **arguments))
+        return (sample.flatten() / UNIT).tolist()
 
 
 @contextmanager
@@ -95,11 +112,15 @@ def recorded(scheduler: Any, *, outputs: bool = False) -> Iterator[Run]:
     run, patched, step = Run(), vars(scheduler).get("step"), scheduler.step
 
     def record(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if outputs and not run.steps:
+            run.scheduler = copy.deepcopy(scheduler)
+            vars(run.scheduler).pop("step")
         result = step(model_output, timestep, *args, **kwargs)
         run.times.append(float(timestep))
         if outputs:
             run.outputs.append(model_output.detach().float().cpu())
-        run.latents = result[0] if isinstance(result, tuple) else result.prev_sample
+            run.steps.append((timestep, {name: value for name, value in kwargs.items() if name != "sample"}))
+        run.latents = _previous(result)
         return result
 
     scheduler.step = record
@@ -110,3 +131,7 @@ def recorded(scheduler: Any, *, outputs: bool = False) -> Iterator[Run]:
             del scheduler.step
         else:
             scheduler.step = patched
+
+
+def _previous(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result.prev_sample

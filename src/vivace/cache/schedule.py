@@ -1,8 +1,9 @@
-"""Which steps to compute: dynamic programming over measured errors, with extrapolated outputs in between.
+"""Which steps to compute, and of what sums of computed outputs the others are: from the outputs of exact runs.
 
-Along one exact run the outputs v_0 ... v_(N-1) are known. Whatever nodes an extrapolation uses, its error
-||sum_k w_k v_k - v_s|| follows from the outputs' inner products alone, so that every schedule can be judged without
-running the model again. How much an error at step s matters for the final latent is measured by real runs (`gain`).
+Along one exact run the outputs are v_0 ... v_(N-1). Whatever nodes k an estimate of v_s is made of, its error
+||sum_k w_k v_k - v_s|| follows from the outputs' inner products alone, and so do the weights that make it least. Every
+schedule can therefore be judged without running the model again, and the best is found by dynamic programming. How much
+an error at step s matters for the final latent is measured by real runs (`gain`).
 """
 
 from __future__ import annotations
@@ -14,70 +15,92 @@ from math import inf, sqrt
 
 import torch
 
-from vivace.cache.trail import weights
-
-ORDER = 2
-"""Highest order of an extrapolation."""
+from vivace.cache.calibration import NODES
 
 REACH = 8
 """Steps from one computed step to the next, at most: beyond, the errors are no longer small."""
 
+RIDGE = 1e-8
+"""Of the outputs' mean square: outputs nearly alike would else get large weights of both signs, which amplify noise."""
+
 Nodes = tuple[int, ...]
-"""The last computed steps, newest last; at most ORDER + 1."""
+"""The last computed steps, newest last; at most NODES."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Steps to compute, the order by which each other one is extrapolated, and the expected error."""
+    """Steps to compute, the weights of the last computed outputs for each other one, and the expected error."""
 
     compute: tuple[int, ...]
-    orders: Mapping[int, int]
+    weights: Mapping[int, tuple[float, ...]]  # newest last
     error: float  # of the final latent, relative
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Errors:
-    """What is known of a run of N steps: the time of each, inner products of outputs, and gains."""
+    """What is known of a run of N steps."""
 
-    times: tuple[float, ...]
-    products: torch.Tensor  # [P, N, N] float64: <v_i, v_j> for every prompt, relative to the final latent's size
-    gain: Sequence[float]  # error of the final latent per error of the output, for every step
-    _known: dict[tuple[Nodes, int], tuple[float, int]] = field(default_factory=dict)
+    times: tuple[float, ...]  # as the scheduler counts
+    products: torch.Tensor  # [N, N] float64: <v_i, v_j> relative to the final latent's square, mean over prompts
+    gain: Sequence[float]  # of every step: relative error of the final latent per error of the output
+    effect: Sequence[float]  # of every step: what the scheduler adds to the final latent per unit of the output
+    _known: dict[tuple[Nodes, int], float] = field(default_factory=dict, init=False)
 
     @cached_property
     def steps(self) -> int:
         return len(self.times)
 
-    def local(self, nodes: Nodes, step: int, *, order: int) -> float:
-        """Root mean square over prompts of the extrapolation's error at `step`, from the newest `order` + 1 nodes."""
-        chosen = _distinct(nodes, self.times)[-order - 1 :]
-        combination = torch.zeros(self.steps, dtype=torch.float64)
-        combination[list(chosen)] = torch.tensor(
-            weights([self.times[node] for node in chosen], self.times[step]), dtype=torch.float64
-        )
-        combination[step] -= 1
-        squares = torch.einsum("i,pij,j->p", combination, self.products, combination)
-        return sqrt(squares.clamp(min=0).mean().item())
+    def change(self, step: int, *, since: int) -> float:
+        """How far the output of `step` is from that of an earlier step, relative to the final latent."""
+        return self._size(self._one(step) - self._one(since))
 
-    def best(self, nodes: Nodes, step: int) -> tuple[float, int]:
-        """The smallest error of the final latent from extrapolating `step`, and the order that gives it."""
-        key = (nodes, step)
-        if key not in self._known:
-            orders = range(min(ORDER, len(_distinct(nodes, self.times)) - 1) + 1)
-            error, order = min((self.local(nodes, step, order=order), order) for order in orders)
-            self._known[key] = (self.gain[step] * error, order)
-        return self._known[key]
+    def fit(self, nodes: Nodes, wanted: torch.Tensor) -> torch.Tensor:
+        """The sum of the nodes' outputs that is nearest to the sum `wanted`, both as [N] weights of outputs."""
+        chosen = list(_distinct(nodes, self.times))
+        among = self.products[chosen][:, chosen]
+        ridge = RIDGE * among.diagonal().mean() * torch.eye(len(chosen), dtype=among.dtype)
+        found = torch.zeros_like(wanted)
+        found[chosen] = torch.linalg.solve(among + ridge, self.products[chosen] @ wanted)
+        return found
 
     def gap(self, nodes: Nodes, end: int) -> float:
-        """The error of the final latent from extrapolating everything between the newest node and step `end`.
+        """The error of the final latent from estimating everything between the newest node and step `end`.
 
         Errors within a gap point the same way, so they add up.
         """
-        return sum(self.best(nodes, step)[0] for step in range(nodes[-1] + 1, end))
+        return sum(self._estimated(nodes, step) for step in range(nodes[-1] + 1, end))
+
+    def weights(self, compute: Sequence[int]) -> dict[int, tuple[float, ...]]:
+        """Weights for every step that is not computed; each also makes up for what those before it were wrong by."""
+        found, wrong = {}, torch.zeros(self.steps, dtype=torch.float64)  # the final latent's error, in outputs
+        for step in range(self.steps):
+            if step not in compute:
+                nodes = tuple(one for one in compute if one < step)[-NODES:]
+                effect, own = self.effect[step], self._one(step)
+                estimate = self.fit(nodes, own - wrong / effect if effect else own)
+                wrong += effect * (estimate - own)
+                found[step] = tuple(estimate[list(_distinct(nodes, self.times))].tolist())
+        return found
+
+    def _estimated(self, nodes: Nodes, step: int) -> float:
+        """The error of the final latent from estimating one step."""
+        if (nodes, step) not in self._known:
+            own = self._one(step)
+            self._known[nodes, step] = self.gain[step] * self._size(self.fit(nodes, own) - own)
+        return self._known[nodes, step]
+
+    def _one(self, step: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(step), self.steps).double()
+
+    def _size(self, combination: torch.Tensor) -> float:
+        return sqrt(max(0.0, (combination @ self.products @ combination).item()))
 
 
-def schedules(errors: Errors) -> dict[int, Choice]:
-    """The best schedule for every number of computed steps. Errors of different gaps add up as independent ones do."""
+def schedules(errors: Errors, *, back: int = NODES) -> dict[int, Choice]:
+    """The best schedule for every number of computed steps, where estimates go by the last `back` computed ones.
+
+    Errors of different gaps add up as independent ones do.
+    """
     start: Nodes = (0,)
     # Nodes -> (sum of squares, the schedule so far), for one number of computed steps at a time.
     reached: dict[Nodes, tuple[float, tuple[int, ...]]] = {start: (0.0, (0,))}
@@ -90,11 +113,11 @@ def schedules(errors: Errors) -> dict[int, Choice]:
                 best = min(best, (total + errors.gap(nodes, errors.steps) ** 2, path))
             for step in range(nodes[-1] + 1, min(nodes[-1] + REACH, errors.steps - 1) + 1):
                 candidate = (total + errors.gap(nodes, step) ** 2, (*path, step))
-                after = (*nodes, step)[-ORDER - 1 :]
+                after = (*nodes, step)[-back:]
                 if candidate < following.get(after, (inf, ())):
                     following[after] = candidate
         if best[1]:
-            found[count] = _schedule(errors, best[1], sqrt(best[0]))
+            found[count] = Choice(compute=best[1], weights=errors.weights(best[1]), error=sqrt(best[0]))
         reached = following
     return found
 
@@ -102,15 +125,6 @@ def schedules(errors: Errors) -> dict[int, Choice]:
 def uniform(steps: int, count: int) -> tuple[int, ...]:
     """`count` of `steps` steps, evenly spread: what a plan must beat."""
     return tuple(sorted({round(i * (steps - 1) / max(1, count - 1)) for i in range(count)}))
-
-
-def _schedule(errors: Errors, compute: tuple[int, ...], error: float) -> Choice:
-    orders = {}
-    for step in range(errors.steps):
-        if step not in compute:
-            nodes = tuple(node for node in compute if node < step)[-ORDER - 1 :]
-            orders[step] = errors.best(nodes, step)[1]
-    return Choice(compute=compute, orders=orders, error=error)
 
 
 def _distinct(nodes: Nodes, times: Sequence[float]) -> Nodes:

@@ -6,7 +6,9 @@ latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.cache.policy import Holds, Policy
@@ -51,17 +53,17 @@ class Steps(Policy):
                 f"{len(call.schedule) + call.schedule.first}; give one digit for each, or list the steps to compute"
             )
         computed = call.step + call.schedule.first in wanted
-        return serve_step(memory, call, computed=computed, order=self.order)
+        return serve_step(memory, call, computed=computed, estimate=partial(memory.at, call.time, order=self.order))
 
 
-def serve_step(memory: Trail, call: Call, *, computed: bool, order: int) -> Any:
-    """The output of one step, computed or extrapolated; the first of a branch is always computed."""
+def serve_step(memory: Trail, call: Call, *, computed: bool, estimate: Callable[[], Any]) -> Any:
+    """The output of one step, computed and kept, or an estimate; the first of a branch is always computed."""
     if computed or not len(memory):
         out = call.whole()
         memory.keep(out, time=call.time)
         return out
     call.skipped = True
-    return memory.at(call.time, order=order)
+    return estimate()
 
 
 def is_mask(text: str) -> bool:

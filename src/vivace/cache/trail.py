@@ -40,11 +40,14 @@ class Trail:
 
         Order 0 is the newest value; with too few values the order is what they allow. Raises IndexError when empty.
         """
-        entries = list(self._entries)[-order - 1 :]
-        if not entries:
-            raise IndexError("nothing to extrapolate from")
-        factors = weights([entry[0] for entry in entries], time)
-        columns = zip(*(entry[1] for entry in entries), strict=True)
+        times = [entry[0] for entry in self._entries][-order - 1 :]
+        return self.sum(weights(times, time))
+
+    def sum(self, factors: Sequence[float]) -> Any:
+        """The newest values times `factors`, the newest last, summed in fp32. Raises IndexError for too few values."""
+        if not 0 < len(factors) <= len(self._entries):
+            raise IndexError(f"{len(factors)} values are wanted, {len(self._entries)} are there")
+        columns = zip(*(entry[1] for entry in list(self._entries)[-len(factors) :]), strict=True)
         return tree_unflatten([_blend(column, factors) for column in columns], self._spec)
 
 
@@ -64,9 +67,7 @@ def _blend(values: Sequence[Any], factors: Sequence[float]) -> Any:
     newest = values[-1]
     if not isinstance(newest, torch.Tensor) or not newest.is_floating_point():
         return newest
-    # A copy also where nothing is blended: the caller may write into what it gets.
-    if len(values) == 1:
-        return newest.clone()
+    # New memory also where there is one value: the caller may write into what it gets.
     total = newest.float() * factors[-1]
     for value, factor in zip(values[:-1], factors[:-1], strict=True):
         total.add_(value, alpha=factor)
