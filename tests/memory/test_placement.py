@@ -110,7 +110,13 @@ def test_what_is_no_size(text):
 
 def test_a_plan_in_words():
     text = str(place(flux(), budget=12 * GIB))
-    for part in ("transformer 22.00 GiB", "blocks streamed from the host", "a step moves", "strip by strip", "peak"):
+    for part in (
+        "transformer 22.00 GiB",
+        "blocks streamed from the host",
+        "a denoiser call moves",
+        "strip by strip",
+        "peak",
+    ):
         assert part in text
 
 
