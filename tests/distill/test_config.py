@@ -18,6 +18,7 @@ GOOD = {"output": "out", "stages": (Stage(batches=1),), "data": Data(kind="built
         ({"modes": (0.0, 0.0)}, "not all 0"),
         ({"modes": (0.5, -0.5)}, "weights of 0 or more"),
         ({"matching": -1.0}, "negative weight"),
+        ({"simulated": 1.5}, r"stages\[0\].simulated is 1.5; it is a share from 0 to 1"),
         ({"distillation": 0.0}, "weighs nothing"),
     ],
 )

@@ -25,7 +25,7 @@ def gradients(module: torch.nn.Module) -> list[bool]:
 def test_the_students_losses_reach_only_the_student(actors, batch):
     objective, student, discriminator = actors.objective, actors.student, actors.discriminator
     item = actors.prepare(batch)
-    start = objective.start(item, STAGE, generator())
+    start = objective.start(item, STAGE, actors.student, generator())
     target = objective.target(item, start, student)
     picture = objective.predict(student, start, item)
     losses = {
@@ -44,7 +44,7 @@ def test_the_students_losses_reach_only_the_student(actors, batch):
 def test_the_discriminators_loss_reaches_only_the_discriminator(actors, batch):
     objective, student, discriminator = actors.objective, actors.student, actors.discriminator
     item = actors.prepare(batch)
-    start = objective.start(item, STAGE, generator())
+    start = objective.start(item, STAGE, actors.student, generator())
     picture = objective.predict(student, start, item)
     objective.telling(discriminator, item.z, picture, item, start, generator(1)).backward()
     assert all(gradients(discriminator))
@@ -55,7 +55,7 @@ def test_the_discriminators_loss_reaches_only_the_discriminator(actors, batch):
 def test_matching_needs_a_student_that_differs(actors, batch):
     objective, student = actors.objective, actors.student
     item = actors.prepare(batch)
-    picture = objective.predict(student, objective.start(item, STAGE, generator()), item)
+    picture = objective.predict(student, objective.start(item, STAGE, actors.student, generator()), item)
     loss = objective.matching(picture, item, STAGE, student, generator(2))
     embedded = not item.call.halves
     # A LoRA begins as nothing, so the student sees what the unguided teacher sees.
@@ -81,11 +81,10 @@ def test_pure_noise_starts_pure_and_lower_levels_mix(actors_of, batch):
     actors = actors_of("sdxl")
     item = actors.prepare(batch)
     first = dataclasses.replace(STAGE, modes=(1.0, 0.0, 0.0, 0.0))
-    pure = next(
-        start for seed in range(9) if len((start := actors.objective.start(item, first, generator(seed))).grid) == 5
-    )
+    starts = (actors.objective.start(item, first, actors.student, generator(seed)) for seed in range(9))
+    pure = next(start for start in starts if len(start.grid) == 5)
     assert abs(float(pure.x.std()) - 1) < 0.1
-    low = actors.objective.start(item, dataclasses.replace(STAGE, modes=(0, 0, 0, 1.0)), generator(1))
+    low = actors.objective.start(item, dataclasses.replace(STAGE, modes=(0, 0, 0, 1.0)), actors.student, generator(1))
     assert len(low.grid) < 4
     assert 2.0 <= low.guidance <= 4.0
     alpha = actors.objective.view.levels.alpha(low.grid[:1])
@@ -93,12 +92,32 @@ def test_pure_noise_starts_pure_and_lower_levels_mix(actors_of, batch):
     assert abs(float(noise.std()) - 1) < 0.2
 
 
+def test_simulated_starts_are_the_students_own_pictures_under_noise(actors_of, batch):
+    actors = actors_of("sd3")
+    item, believed = actors.prepare(batch), torch.linspace(-2, 2, 16)
+    picture = believed.repeat(item.z.numel() // 16).view_as(item.z)
+    seen = []
+
+    def student(*, hidden_states, timestep, **kwargs):
+        seen.append(float(timestep[0]) / 1000)
+        return ((hidden_states - picture) * 1000 / timestep.view(-1, 1, 1, 1),)  # the flow that leads to `picture`
+
+    stage = Stage(batches=1, steps=400, modes=(0, 0, 0, 1.0), simulated=1.0)
+    start = actors.objective.start(item, stage, student, generator())
+    level, levels = float(start.grid[0]), actors.objective.view.levels.grid(400)
+    # The sampler's three steps before, each of which leads to the next.
+    assert seen == pytest.approx([float(levels[place]) for place in (0, 100, 200)], abs=1e-4)
+    noise = (start.x - (1 - level) * picture) / level
+    assert abs(float(noise.std()) - 1) < 0.2
+    assert abs(float((noise * picture).mean())) < 0.2
+
+
 @pytest.mark.parametrize("distance", ["l2", "l1", "huber", "features"])
 def test_every_distance_is_nothing_between_equals(actors_of, batch, distance):
     actors = actors_of("sd3")
     objective = dataclasses.replace(actors.objective, config=dataclasses.replace(actors.config, distance=distance))
     item = actors.prepare(batch)
-    start = objective.start(item, STAGE, generator())
+    start = objective.start(item, STAGE, actors.student, generator())
     assert float(objective.distance(item.z, item.z, item, start)) == pytest.approx(0, abs=1e-6)
     assert float(objective.distance(item.z, item.z + 0.5 * torch.randn_like(item.z), item, start)) > 1e-4
 
@@ -108,7 +127,7 @@ def test_consistency_targets_the_student_one_step_on(actors_of, batch):
     config = dataclasses.replace(actors.config, method="consistency")
     objective = dataclasses.replace(actors.objective, config=config)
     item = actors.prepare(batch)
-    start = objective.start(item, dataclasses.replace(STAGE, modes=(1.0, 0, 0, 0)), generator(3))
+    start = objective.start(item, dataclasses.replace(STAGE, modes=(1.0, 0, 0, 0)), actors.student, generator(3))
     target = objective.target(item, start, actors.student)
     calls = []
     with torch.no_grad():

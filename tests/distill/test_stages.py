@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vivace.distill import Stage
-from vivace.distill.stages import mixture, stage_at
+from vivace.distill.stages import mixture, stage_at, steps_before
 
 
 def test_stages_follow_each_other_and_the_last_one_stays():
@@ -37,3 +37,9 @@ def test_other_ways_to_draw():
     assert mixture(stage, kind="uniform").tolist() == pytest.approx([1 / 8] * 8)
     gauss = [math.exp(-((i - 4) ** 2) / 8) for i in range(8)]
     assert mixture(stage, kind="gaussian").tolist() == pytest.approx([value / sum(gauss) for value in gauss])
+
+
+def test_steps_before_are_those_of_a_four_step_sampler():
+    stage = Stage(batches=1, steps=28)
+    assert [steps_before(stage, index) for index in (0, 1, 6, 7, 8)] == [[], [], [0], [0], [0]]
+    assert [steps_before(stage, index) for index in (14, 21, 27)] == [[0, 7], [0, 7, 14], [0, 7, 14, 21]]

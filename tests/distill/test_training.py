@@ -98,7 +98,7 @@ def test_one_rollout_serves_both_updates(config, tmp_path):
     training.done = 2
     stage = dataclasses.replace(training.stage, matching=0.0)
     generator, item = training.draw()
-    start = training.objective.start(item, stage, generator)
+    start = training.objective.start(item, stage, training.cast(training.plain), generator)
     calls = []
     hook = training.actors.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
     target = training.target(item, start, stage)

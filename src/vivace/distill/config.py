@@ -27,6 +27,8 @@ class Stage:
     """The teacher's guidance is drawn from this range, once for every batch."""
     modes: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     """Weights of the timestep mixture's modes, from pure noise to low noise; K has to divide by their number."""
+    simulated: float = 0.0
+    """Share of the batches below pure noise that start from the student's own pictures in place of the data's."""
     distillation: float = 1.0
     """Weight of the distance to what the teacher's solver reaches."""
     matching: float = 0.0
@@ -273,6 +275,8 @@ def _check_stage(stage: Stage, *, where: str, modes: bool) -> None:
         raise InputError(f"{where} has {stage.batches} batches of {stage.steps} steps; both have to be 1 or more")
     if not 0 <= low <= high:
         raise InputError(f"{where}.guidance is {list(stage.guidance)}; it takes [least, most], both 0 or more")
+    if not 0 <= stage.simulated <= 1:
+        raise InputError(f"{where}.simulated is {stage.simulated}; it is a share from 0 to 1")
     if min(stage.distillation, stage.matching, stage.adversarial) < 0:
         raise InputError(f"{where} has a negative weight; weights are 0 or more")
     if not any((stage.distillation, stage.matching, stage.adversarial)):

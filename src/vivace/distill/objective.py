@@ -15,7 +15,7 @@ from vivace.distill.config import DistillConfig, Stage
 from vivace.distill.features import Features
 from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching
 from vivace.distill.solver import rollout, solver_of
-from vivace.distill.stages import mixture
+from vivace.distill.stages import mixture, steps_before
 from vivace.distill.view import View, with_guidance
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,18 +53,42 @@ class Objective:
     tokens: Callable[[torch.Tensor], int]  # how many tokens a transformer makes of such latents
     perceptual: Distance | None = None  # LPIPS of decoded latents
 
-    def start(self, item: Item, stage: Stage, generator: torch.Generator) -> Start:
+    def start(self, item: Item, stage: Stage, student: Callable[..., Any], generator: torch.Generator) -> Start:
         """Draw a level from the stage's mixture, noise and a guidance, each once for the batch."""
         config, z = self.config, item.z
         odds = mixture(stage, kind=config.timesteps)
         index = int(torch.multinomial(odds.to(z.device), 1, generator=generator))
         low, high = stage.guidance
         guidance = low + (high - low) * float(torch.rand((), generator=generator, device=z.device))
+        levels = self.view.levels.grid(stage.steps, tokens=self.tokens(z))
+        before = steps_before(stage, index)
+        if stage.simulated and before and float(torch.rand((), generator=generator, device=z.device)) < stage.simulated:
+            places = levels[[*before, index, -1]]
+            return Start(self.simulated(item, places, guidance, student, generator), levels[index:], guidance)
         noise = self.noise(z, generator)
-        grid = self.view.levels.grid(stage.steps, tokens=self.tokens(z))[index:]
         # A sampler starts from noise alone, also where the noisiest level keeps a trace of the picture.
-        x = noise if index == 0 else self.view.noisy(z, noise, grid[0].expand(len(z)))
-        return Start(x, grid, guidance)
+        x = noise if index == 0 else self.view.noisy(z, noise, levels[index].expand(len(z)))
+        return Start(x, levels[index:], guidance)
+
+    @torch.no_grad()
+    def simulated(
+        self,
+        item: Item,
+        levels: torch.Tensor,  # [n + 2] float64: of n steps of the few-step sampler, where they lead, and 0
+        guidance: float,
+        student: Callable[..., Any],
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """The student's own noisy latents where its sampler comes to `levels[-2]`: [B, C, H, W].
+
+        They have the mistakes of its first steps, which noisy data never shows and which its later steps have to mend
+        (backward simulation: arXiv 2405.14867, section 4.5).
+        """
+        x = self.noise(item.z, generator)
+        for place in range(len(levels) - 2):
+            picture = self.predict(student, Start(x, levels[place:], guidance), item)
+            x = self.view.noisy(picture, self.noise(x, generator), levels[place + 1].expand(len(x)))
+        return x
 
     @staticmethod
     def noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -93,7 +93,9 @@ def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
         start_draw = _now(training)
         generator, item = training.draw()
         parts.append(_now(training) - start_draw)
-        start = training.objective.start(item, stage, generator)
+        student = training.cast(training.plain)
+        seconds, start = _timed(training, lambda: training.objective.start(item, stage, student, generator))  # noqa: B023
+        parts.append(seconds)
         # Every step of the solver takes as long as the next: two of them tell.
         start = replace(start, grid=start.grid[: MEASURED + 1])
         seconds, target = _timed(training, lambda: training.target(item, start, stage))  # noqa: B023

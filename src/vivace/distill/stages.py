@@ -39,3 +39,9 @@ def mixture(
         places = torch.arange(len(modes), dtype=torch.float64) * (count // len(modes))
         weight = (modes * torch.exp(-((index[:, None] - places) ** 2) / variance)).sum(1)
     return weight / weight.sum()
+
+
+def steps_before(stage: Stage, index: int) -> list[int]:
+    """The places on the teacher's grid of the few-step sampler's steps that lead to `index`: those before its mode."""
+    apart = stage.steps / len(stage.modes)
+    return [round(mode * apart) for mode in range(min(round(index / apart), len(stage.modes)))]

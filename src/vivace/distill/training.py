@@ -106,7 +106,7 @@ class Training:
 
     def losses(self, item: Item, stage: Stage, generator: torch.Generator, *, last: bool) -> dict[str, float]:
         """Both updates' losses on one item, with their gradients added up; one rollout serves both."""
-        start = self.objective.start(item, stage, generator)
+        start = self.objective.start(item, stage, self.cast(self.plain), generator)
         target = self.target(item, start, stage)
         return self.updates(item, start, target, stage, generator, last=last)
 
