@@ -77,7 +77,7 @@ def test_buckets_of_other_sizes_pass(actors_of, batch):
         wide = Batch(torch.zeros(2, 3, 64, 128), batch.captions)
         item = actors.prepare(wide)
         generator = torch.Generator().manual_seed(0)
-        start = actors.objective.start(item, actors.config.stages[1], generator)
+        start = actors.objective.start(item, actors.config.stages[1], actors.student, generator)
         target = actors.objective.target(item, start, actors.student)
         assert target.shape == item.z.shape == (2, item.z.shape[1], 8, 16)
         assert actors.objective.fooling(actors.discriminator, target, item, start, generator).isfinite()

@@ -33,7 +33,7 @@ def learn(actors, batch):
     """One student loss, backward; the item."""
     item = actors.prepare(batch)
     generator = torch.Generator().manual_seed(0)
-    start = actors.objective.start(item, actors.config.stages[0], generator)
+    start = actors.objective.start(item, actors.config.stages[0], actors.student, generator)
     target = actors.objective.target(item, start, actors.student)
     loss = (actors.objective.predict(actors.student, start, item) - target).square().mean()
     loss.backward()

@@ -64,7 +64,8 @@ def wanted(target: Target) -> bool:
     """Whether graphs are asked for, or would win on the GPU here, or on any where there is none."""
     if target.config.graphs != "auto":
         return target.config.graphs == "on"
-    sm = torch.cuda.get_device_capability(target.device) if target.device.type == "cuda" else None
+    here = target.device.type == "cuda" and torch.cuda.is_available()
+    sm = torch.cuda.get_device_capability(target.device) if here else None
     facts = {"media": target.family and target.family.media, "quantised": quantises(target)}
     return all(wins(denoiser, sm=sm, **facts) for denoiser in target.denoisers.values())
 
