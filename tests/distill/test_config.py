@@ -2,7 +2,7 @@
 
 import pytest
 
-from vivace.distill import Conditioner, Data, Discriminator, DistillConfig, Optimizer, Records, Stage
+from vivace.distill import Conditioner, Critic, Data, Discriminator, DistillConfig, Optimizer, Records, Stage
 from vivace.errors import InputError
 
 GOOD = {"output": "out", "stages": (Stage(batches=1),), "data": Data(kind="builtin")}
@@ -52,6 +52,8 @@ def test_steps_need_not_divide_where_modes_are_not_used():
         ({"optimizer": Optimizer(lr=float("inf"))}, r"optimizer\.lr is inf; it takes a finite number"),
         ({"discriminator": Discriminator(times=())}, r"discriminator\.times is \[\]; it takes noise levels from 0"),
         ({"discriminator": Discriminator(times=(10, 2000))}, r"discriminator\.times is \[10, 2000\]"),
+        ({"critic": Critic()}, "serves distribution matching, which no stage weighs"),
+        ({"critic": Critic(updates=0)}, r"critic\.updates is 0; it has to be 1 or more"),
         ({"batch": 0}, "batch is 0; it has to be 1 or more"),
         ({"size": (0, 64)}, "size is"),
         ({"distance": "lpips"}, "lpips_weights go together"),

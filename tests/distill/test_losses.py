@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching
+from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching, velocity_distance
 
 
 def logits(*values: float) -> torch.Tensor:
@@ -66,6 +66,22 @@ def test_feature_distance_looks_at_directions_only():
     b = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
     assert float(feature_distance(a, b)) == pytest.approx((0.6 - 0.8) ** 2 + (0.8 - 0.6) ** 2, rel=1e-5)
     assert float(feature_distance(a, 7 * a)) == pytest.approx(0, abs=1e-10)
+
+
+def test_velocity_distance_is_that_of_the_velocity():
+    noise, picture, sigma = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.9])
+    level = sigma.view(-1, 1, 1, 1)
+    guess = torch.randn(2, 3, 4, 4)
+    # A flow model's picture is x - sigma velocity, and the right velocity noise - picture.
+    x = (1 - level) * picture + level * noise
+    wanted = (guess - (noise - picture)).square().mean()
+    assert float(velocity_distance(x - level * guess, picture, sigma)) == pytest.approx(float(wanted), rel=1e-4)
+    # v = alpha noise - sigma picture, and the picture is alpha x - sigma v (arXiv 2202.00512).
+    alpha = (1 - level**2).sqrt()
+    x = alpha * picture + level * noise
+    wanted = (guess - (alpha * noise - level * picture)).square().mean()
+    assert float(velocity_distance(alpha * x - level * guess, picture, sigma)) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(velocity_distance(picture + 0.02, picture, torch.zeros(2))) == pytest.approx(1, rel=1e-4)
 
 
 def test_matching_by_hand():

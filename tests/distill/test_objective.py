@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from vivace.distill import Stage
-from vivace.distill.student import trainable
+from vivace.distill import Stage, Student
+from vivace.distill.student import make_student, trainable
 
 STAGE = Stage(batches=1, steps=4, guidance=(2.0, 4.0), modes=(0.0, 0.0, 0.5, 0.5))
 
@@ -48,6 +48,18 @@ def test_the_discriminators_loss_reaches_only_the_discriminator(actors, batch):
     picture = objective.predict(student, start, item)
     objective.telling(discriminator, item.z, picture, item, start, generator(1)).backward()
     assert all(gradients(discriminator))
+    assert not any(gradients(student))
+    assert not any(gradients(actors.teacher))
+
+
+def test_the_critics_loss_reaches_only_the_critic(actors, batch):
+    objective, student = actors.objective, actors.student
+    critic = make_student(actors.teacher, Student(rank=2))
+    item = actors.prepare(batch)
+    start = objective.start(item, STAGE, student, generator())
+    picture = objective.predict(student, start, item)
+    objective.denoising(critic, picture, item, start, generator(1)).backward()
+    assert any(gradients(critic))
     assert not any(gradients(student))
     assert not any(gradients(actors.teacher))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vivace.distill import Optimizer, Records, Stage, Student, checkpoint, train
+from vivace.distill import Critic, Optimizer, Records, Stage, Student, checkpoint, train
 from vivace.distill.trainer import differences
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -39,7 +39,8 @@ def ten(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")
     records = Records(save_every=5, **QUIET)
     student = Student(rank=4, ema=0.9)
-    chosen = config(folder, records=records, student=student, optimizer=Optimizer(lr=1e-3, accumulate=2, warmup=3))
+    learning = {"optimizer": Optimizer(lr=1e-3, accumulate=2, warmup=3), "critic": Critic(rank=2, lr=1e-3)}
+    chosen = config(folder, records=records, student=student, **learning)
     train(chosen, pipe=teacher())
     return chosen, folder
 
@@ -59,7 +60,8 @@ def test_ten_batches_equal_five_and_five(ten, tmp_path):
     assert first.checkpoint.is_dir()
     second = train(half, pipe=teacher())
     assert (second.done, second.stopped) == (10, False)
-    for name in ("student", "student-moments", "discriminator", "discriminator-moments", "mean"):
+    learnt = [name + kind for name in ("student", "discriminator", "critic") for kind in ("", "-moments")]
+    for name in (*learnt, "mean"):
         assert same(weights(folder, 10, name), weights(tmp_path, 10, name)), name
     assert not same(weights(folder, 5), weights(folder, 10))
 

@@ -1,15 +1,18 @@
 """One batch of training, and training in two processes."""
 
 import dataclasses
+import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vivace.distill import Discriminator, Optimizer, Stage
+from vivace.distill import Critic, Discriminator, Optimizer, Stage, Student
+from vivace.distill.student import trainable
 from vivace.distill.trainer import make_accelerator, make_training
 from vivace.families import FAMILIES
 
@@ -72,25 +75,81 @@ def test_accumulated_gradients_are_the_mean(config, tmp_path):
 
 def test_a_stage_without_an_adversary_leaves_the_discriminator(config, tmp_path):
     training = training_of(config, tmp_path)
-    before = [p.detach().clone() for p in training.discriminator.parameters()]
+    now = list(training.learners["discriminator"].plain.parameters())
+    before = [p.detach().clone() for p in now]
     training.batch()
-    assert all(torch.equal(a, b) for a, b in zip(before, training.discriminator.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
     training.done = 2  # the second stage
     training.batch()
-    assert not any(torch.equal(a, b) for a, b in zip(before, training.discriminator.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
 def test_no_discriminator_where_no_stage_asks(config, tmp_path):
     training = training_of(config, tmp_path, stages=(Stage(batches=1, steps=4),))
-    assert training.discriminator is None
+    assert "discriminator" not in training.learners
     assert set(training.tensors()) == {"student", "student-moments"}
+
+
+def test_the_critic_learns_what_the_student_draws(config, tmp_path):
+    stages = (Stage(batches=90, steps=4, guidance=(2.0, 2.0), modes=(1.0, 0, 0, 0), matching=0.5),)
+    still = {"student": Student(rank=8, targets=("net.2", "proj_out")), "optimizer": Optimizer(lr=0.0)}
+    training = training_of(config, tmp_path, stages=stages, critic=Critic(rank=8, lr=2e-2, updates=3), **still)
+    objective, critic = training.objective, training.learners["critic"].plain
+    item = training.draw()[1]
+    start = objective.start(item, stages[0], training.plain, torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def error(denoiser):
+        picture = objective.predict(training.plain, start, item)
+        draws = (torch.Generator().manual_seed(seed) for seed in range(8))
+        return sum(float(objective.denoising(denoiser, picture, item, start, draw)) for draw in draws) / 8
+
+    assert error(critic) == pytest.approx(error(training.plain))  # both begin as the teacher
+    for _ in range(15):
+        training.batch()
+    assert error(critic) < 0.98 * error(training.plain)
+    assert set(training.tensors()) == {"student", "student-moments", "critic", "critic-moments"}
+
+
+def test_a_stage_without_matching_leaves_the_critic(config, tmp_path):
+    training = training_of(config, tmp_path, critic=Critic(rank=2, lr=1e-3))
+    now = list(trainable(training.learners["critic"].plain).values())
+    before = [p.detach().clone() for p in now]
+    assert training.batch()["critic"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    training.done = 2  # the second stage
+    assert training.batch()["critic"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_a_critic_that_is_not_finite_stops_the_training(config, tmp_path):
+    training = training_of(config, tmp_path, critic=Critic(rank=2, lr=1e-3))
+    training.done = 2  # the second stage
+    student = [p.detach().clone() for p in training.plain.parameters()]
+    with torch.no_grad():
+        next(iter(trainable(training.learners["critic"].plain).values())).fill_(math.inf)
+    assert math.isnan(training.batch()["critic"])
+    assert all(torch.equal(a, b) for a, b in zip(student, training.plain.parameters(), strict=True))
+
+
+def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch):
+    """With the backend that runs eagerly what was traced: the graphs are what compiling could get wrong here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0), matching=0.5),)
+    found = []
+    for student in (Student(rank=4), Student(rank=4, compile=True)):
+        training = training_of(config, tmp_path, stages=stages, student=student, critic=Critic(rank=2))
+        blocks = [module for module in training.plain.modules() if module._compiled_call_impl is not None]
+        assert bool(blocks) == student.compile
+        found.append(training.batch())
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_wasserstein_clips(config, tmp_path):
     training = training_of(config, tmp_path, discriminator=Discriminator(loss="wasserstein"))
     training.done = 2
     training.batch()
-    assert max(float(p.detach().abs().max()) for p in training.discriminator.parameters()) <= 0.01
+    assert max(float(p.detach().abs().max()) for p in training.learners["discriminator"].plain.parameters()) <= 0.01
 
 
 def test_one_rollout_serves_both_updates(config, tmp_path):
@@ -112,7 +171,7 @@ def test_learning_rates_rise(config, tmp_path):
     rates = []
     for _ in range(3):
         training.batch()
-        rates.append(training.optimizer.param_groups[0]["lr"])
+        rates.append(training.learners["student"].optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
 
 
@@ -122,5 +181,5 @@ def test_learning_rates_fall(config, tmp_path):
     rates = []
     for _ in range(4):
         training.batch()
-        rates.append(training.optimizer.param_groups[0]["lr"])
+        rates.append(training.learners["student"].optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])

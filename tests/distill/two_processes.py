@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vivace.distill import Data, DistillConfig, Optimizer, Records, Stage, Student
+from vivace.distill import Critic, Data, DistillConfig, Optimizer, Records, Stage, Student
 from vivace.distill.trainer import make_accelerator, make_training, train
 from vivace.families import FAMILIES
 
@@ -19,6 +19,7 @@ def config(output: Path, parallel: str) -> DistillConfig:
         size=(64, 64),
         data=Data(kind="builtin"),
         student=Student(rank=4, ema=0.9),
+        critic=Critic(rank=2, lr=1e-3),
         optimizer=Optimizer(lr=1e-3, accumulate=2),
         records=Records(trackers=(), sample_every=2, save_every=2, prompts=("a red ring",), steps=(2,)),
         batch=1,

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vivace.distill.config import Conditioner, Data, Discriminator, DistillConfig, Optimizer, Records, Stage, Student
+from vivace.distill.config import (
+    Conditioner,
+    Critic,
+    Data,
+    Discriminator,
+    DistillConfig,
+    Optimizer,
+    Records,
+    Stage,
+    Student,
+)
 from vivace.distill.reading import read_config
 
 if TYPE_CHECKING:
@@ -12,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Conditioner",
+    "Critic",
     "Data",
     "Discriminator",
     "DistillConfig",

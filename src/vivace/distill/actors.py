@@ -1,9 +1,9 @@
-"""Who takes part: the teacher's pipeline, the student, the discriminator, and what turns a batch into an item."""
+"""Who takes part: the teacher's pipeline, student, discriminator and critic, and what turns a batch into an item."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Actors:
     objective: Objective
     student: nn.Module
     discriminator: nn.Module | None
+    critic: nn.Module | None
     config: DistillConfig
 
     @property
@@ -86,7 +87,13 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     # Before the teacher is accelerated: the student's own modules stay stock.
-    student = make_student(teacher, config.student, seed=config.seed)
+    student, critic = make_student(teacher, config.student, seed=config.seed), None
+    if config.critic is not None:
+        critic = make_student(teacher, replace(config.student, kind="lora", rank=config.critic.rank), seed=config.seed)
+    if config.student.compile:
+        for module in filter(None, (student, critic)):
+            for block in family.split(module).blocks:
+                block.module.compile()
     split = family.split(teacher)
     recompute = config.student.gradient_checkpointing
     channels = pipe.vae.config.latent_channels
@@ -100,14 +107,14 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
         perceptual = decoded_distance(pipe.vae, Path(config.lpips_weights))
     objective = Objective(config, view, teacher, features, _tokens, perceptual)
     recorder = Recorder(pipe, family=family, channels=channels)
-    actors = Actors(pipe, family, recorder, objective, student, None, config)
+    actors = Actors(pipe, family, recorder, objective, student, None, critic, config)
     probe = actors.prepare(_blank(config))
     _check_item(config, probe, teacher)
     if config.accelerate is not None:
         accelerate(pipe, config.accelerate)
     _check_gradients(config, teacher)
     if any(stage.adversarial for stage in config.stages):
-        return Actors(pipe, family, recorder, objective, student, _discriminator(objective, probe), config)
+        return replace(actors, discriminator=_discriminator(objective, probe))
     return actors
 
 

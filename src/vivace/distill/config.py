@@ -51,6 +51,8 @@ class Student:
     """Decay of the running mean of the weights, which is then what is saved as the result."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass in place of keeping them."""
+    compile: bool = False
+    """Compile its blocks, and the critic's (torch.compile): a minute or so, which many batches win back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,18 @@ class Discriminator:
     """Noise levels, of 1000, at which the teacher's features are taken."""
     real: Literal["data", "teacher"] = "data"
     """What counts as real: the data, or what the teacher's solver reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """The denoiser of the student's own pictures: a LoRA beside the teacher's weights, on the student's targets."""
+
+    rank: int = 64
+    """Rank of its LoRA."""
+    lr: float = 1e-5
+    """Its learning rate."""
+    updates: int = 1
+    """Its optimizer steps for every batch of the student's pictures: too few, and it lags behind the student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +143,7 @@ class Optimizer:
     weight_decay: float = 1e-2
     """AdamW's."""
     clip: float | None = 1.0
-    """Largest norm of the student's gradient."""
+    """Largest norm of the student's gradient, and of the critic's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +184,9 @@ class DistillConfig:
     """What is trained."""
     discriminator: Discriminator = Discriminator()
     """The adversary; it exists only where a stage weighs it."""
+    critic: Critic | None = None
+    """What distribution matching compares the teacher with (DMD2, arXiv 2405.14867, section 4.2); None: the student
+    itself stands in, as in Flash Diffusion, which costs nothing and is biased: it predicts pictures, not their mean."""
     data: Data = Data()
     """Pictures and captions."""
     conditioners: tuple[Conditioner, ...] = ()
@@ -235,6 +252,7 @@ def check(config: DistillConfig) -> None:
         "records.": (vars(records), {"save_every": 1, "keep": 1, "sample_every": 0}),
         "student.": (vars(config.student), {"rank": 1}),
         "discriminator.": (vars(config.discriminator), {"width": 1, "lr": 0}),
+        "critic.": (vars(config.critic or Critic()), {"rank": 1, "updates": 1, "lr": 0}),
         "data.": (vars(config.data), {"window": 1, "workers": 1, "least_side": 0}),
     }
     for where, (values, least) in bounds.items():
@@ -245,6 +263,8 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
     if config.accelerate is not None:
         resolve(config.accelerate)
+    if config.critic is not None and not any(stage.matching for stage in config.stages):
+        raise InputError("a critic serves distribution matching, which no stage weighs; set matching, or leave it out")
     times = config.discriminator.times
     if not times or not 0 <= min(times) <= max(times) <= 1000:
         raise InputError(

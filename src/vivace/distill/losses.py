@@ -26,10 +26,20 @@ def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     return apart.square().sum(1).mean()
 
 
+def velocity_distance(seen: torch.Tensor, picture: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """How far a denoiser's pictures [B, C, H, W] are off, as the mean square of its velocity's error.
+
+    For flow models x = picture + sigma (noise - picture), so a velocity is wrong by (seen - picture) / sigma; the v of
+    variance preserving models (arXiv 2202.00512) is wrong by as much. Levels [B] below 0.02 count as that.
+    """
+    scale = sigma.clamp(min=0.02).to(seen.device, seen.dtype).view(-1, 1, 1, 1)
+    return ((seen - picture) / scale).square().mean()
+
+
 def matching(student: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Distribution matching (arXiv 2311.18828): moves `student` [B, C, H, W] along real - fake.
 
-    `real` and `fake` are what the guided teacher and the student see in the noised student's picture. Each sample's
+    `real` and `fake` are what the guided teacher and the critic see in the noised student's picture. Each sample's
     step is divided by its mean |student - real|; the gradient is 2 w (fake - real) / size, and reaches only `student`.
     """
     with torch.no_grad():

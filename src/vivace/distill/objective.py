@@ -13,7 +13,7 @@ from torch.func import functional_call
 from vivace.distill.call import Call
 from vivace.distill.config import DistillConfig, Stage
 from vivace.distill.features import Features
-from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching
+from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching, velocity_distance
 from vivace.distill.solver import rollout, solver_of
 from vivace.distill.stages import mixture, steps_before
 from vivace.distill.view import View, with_guidance
@@ -136,19 +136,30 @@ class Objective:
         return DISTANCES[kind](student, teacher)
 
     def matching(
-        self, picture: torch.Tensor, item: Item, stage: Stage, student: Callable[..., Any], generator: torch.Generator
+        self, picture: torch.Tensor, item: Item, stage: Stage, critic: Callable[..., Any], generator: torch.Generator
     ) -> torch.Tensor:
-        """The distribution matching loss; the student's own view stands in for a network of the fakes."""
+        """The distribution matching loss; `critic` denoises the student's pictures."""
         with torch.no_grad():
             low, high = stage.guidance
-            device = picture.device
-            guidance = low + (high - low) * float(torch.rand((), generator=generator, device=device))
-            times = 1000 * torch.rand(len(picture), generator=generator, device=device)
-            sigma = self.levels_at(times.tolist(), picture)
-            x = self.view.noisy(picture.detach(), self.noise(picture, generator), sigma)
+            guidance = low + (high - low) * float(torch.rand((), generator=generator, device=picture.device))
+            x, sigma = self.veiled(picture, generator)
             real = self.view.guided(self.teacher, x, sigma, item.call, guidance=guidance)
-            fake = self.view.denoised(student, x, sigma, self.told(item, guidance))
+            fake = self.view.denoised(critic, x, sigma, self.told(item, guidance))
         return matching(picture, real, fake)
+
+    def denoising(
+        self, critic: Callable[..., Any], picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The critic's loss on the student's pictures [B, C, H, W]; no gradient reaches the student."""
+        x, sigma = self.veiled(picture, generator)
+        seen = self.view.denoised(critic, x, sigma, self.told(item, start.guidance))
+        return velocity_distance(seen, picture.detach(), sigma)
+
+    def veiled(self, picture: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures under noise of any level, and the levels [B]."""
+        times = 1000 * torch.rand(len(picture), generator=generator, device=picture.device)
+        sigma = self.levels_at(times.tolist(), picture)
+        return self.view.noisy(picture.detach(), self.noise(picture, generator), sigma), sigma
 
     def fooling(
         self, discriminator: nn.Module, picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator

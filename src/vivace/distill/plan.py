@@ -143,8 +143,9 @@ def memory(training: Training) -> dict[str, int]:
     found["its gradients and AdamW's moments"] = 3 * sum(4 * one.numel() for one in learnt)
     if training.mean is not None:
         found["running mean"] = sum(4 * one.numel() for one in learnt)
-    if training.discriminator is not None:
-        found["discriminator, with the same"] = 4 * _bytes(training.discriminator.parameters())
+    for name, learner in training.learners.items():
+        if name != "student":
+            found[f"{name}, with the same"] = 4 * _bytes(trainable(learner.plain).values())
     return found
 
 

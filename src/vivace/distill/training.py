@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vivace.distill.actors import Actors
 from vivace.distill.config import Stage
 from vivace.distill.data import Supply
 from vivace.distill.discriminator import clamp
+from vivace.distill.learner import Learner, make_learner
 from vivace.distill.losses import GAMES
 from vivace.distill.mean import Mean
 from vivace.distill.objective import Item, Start
@@ -23,11 +25,11 @@ from vivace.distill.stages import stage_at
 from vivace.distill.student import trainable
 from vivace.distill.weights import load_moments, load_weights, moments_of, shard, weights_of, whole
 
-LOSSES = ("distillation", "matching", "adversarial", "discriminator")
+LOSSES = ("distillation", "matching", "adversarial", "discriminator", "critic")
 
 
 class Training:
-    """Student, discriminator and their optimizers, the running mean, the data, and how many batches are done."""
+    """Student, discriminator and critic, the running mean, the data, and how many batches are done."""
 
     def __init__(self, actors: Actors, supply: Supply, accelerator: Accelerator) -> None:
         config = actors.config
@@ -35,24 +37,33 @@ class Training:
         self.objective = actors.objective
         self.done = 0
         self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
-        student = actors.student.to(accelerator.device)
-        options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": config.optimizer.weight_decay}
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
+            student = actors.student.to(accelerator.device)
             shard(student, [block.module for block in actors.family.split(student).blocks])
-        self.optimizer = torch.optim.AdamW(trainable(student).values(), lr=config.optimizer.lr, **options)
-        self.student = student if self.sharded else accelerator.prepare(student)
+        self.learners = self._learners()
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
-        self.discriminator: Any = None
-        self.judge: Any = None
+
+    def _learners(self) -> dict[str, Learner]:
+        """What is trained, by its name in checkpoints."""
+        config, actors = self.config, self.actors
+        make = partial(make_learner, accelerator=self.accelerator, config=config.optimizer)
+        found = {"student": make(actors.student, lr=config.optimizer.lr, wrapped=not self.sharded)}
         if actors.discriminator is not None:
-            self.judge = torch.optim.AdamW(actors.discriminator.parameters(), lr=config.discriminator.lr, **options)
-            self.discriminator = accelerator.prepare(actors.discriminator)
+            found["discriminator"] = make(actors.discriminator, lr=config.discriminator.lr)
+        if actors.critic is not None and config.critic is not None:
+            found["critic"] = make(actors.critic, lr=config.critic.lr)
+        return found
+
+    @property
+    def student(self) -> Any:
+        """The student, for calls with a gradient."""
+        return self.learners["student"].module
 
     @property
     def plain(self) -> nn.Module:
         """The student without what several processes wrap it in: for calls without a gradient."""
-        return self.accelerator.unwrap_model(self.student)
+        return self.learners["student"].plain
 
     @property
     def stage_number(self) -> int:
@@ -74,10 +85,10 @@ class Training:
         return call
 
     def batch(self) -> dict[str, float]:
-        """One optimizer step of the student, and of the discriminator where the stage has one; the mean losses.
+        """One optimizer step of the student, and those of discriminator and critic where the stage has them.
 
-        Everything random comes from a generator that this batch seeds from (seed, process, batch), so no generator's
-        state has to be kept. Weights are left as they were where a loss is not finite.
+        Returns the mean losses. Everything random comes from a generator that this batch seeds from (seed, process,
+        batch), so no generator's state has to be kept. Weights are left as they were where a loss is not finite.
         """
         stage = self.stage
         sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
@@ -136,15 +147,18 @@ class Training:
             if stage.distillation:
                 parts["distillation"] = (stage.distillation, objective.distance(picture, target, item, start))
             if stage.matching:
-                parts["matching"] = (stage.matching, objective.matching(picture, item, stage, plain, generator))
-            if stage.adversarial and self.discriminator is not None:
-                judge = self.accelerator.unwrap_model(self.discriminator)
+                critic = self.cast(self.learners["critic"].plain) if "critic" in self.learners else plain
+                parts["matching"] = (stage.matching, objective.matching(picture, item, stage, critic, generator))
+            if stage.adversarial:
+                judge = self.learners["discriminator"].plain
                 parts["adversarial"] = (stage.adversarial, objective.fooling(judge, picture, item, start, generator))
             self._backward(torch.stack([weight * loss for weight, loss in parts.values()]).sum())
         found = {name: float(loss.detach()) for name, (_, loss) in parts.items()}
         if stage.adversarial:
             real = target if self.config.discriminator.real == "teacher" else item.z
             found["discriminator"] = self._judge(real, picture.detach(), item, start, generator, last=last)
+        if stage.matching and "critic" in self.learners:
+            found["critic"] = self._follow(picture.detach(), item, start, generator)
         return found
 
     def _judge(
@@ -157,10 +171,28 @@ class Training:
         *,
         last: bool,
     ) -> float:
-        with self._synchronised(self.discriminator, last):
-            loss = self.objective.telling(self.discriminator, real, fake, item, start, generator)
+        discriminator = self.learners["discriminator"].module
+        with self._synchronised(discriminator, last):
+            loss = self.objective.telling(discriminator, real, fake, item, start, generator)
             self._backward(loss)
         return float(loss.detach())
+
+    def _follow(self, picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator) -> float:
+        """The critic's own optimizer steps on the student's pictures; the last one's loss."""
+        assert self.config.critic is not None
+        critic, largest = self.learners["critic"], self.config.optimizer.clip
+        error = math.nan
+        for _ in range(self.config.critic.updates):
+            loss = self.objective.denoising(self.cast(critic.module), picture, item, start, generator)
+            self.accelerator.backward(loss)
+            # The norm is of all processes' gradients, so that all of them stop together.
+            norm = torch.nn.utils.clip_grad_norm_(trainable(critic.plain).values(), largest or math.inf)
+            error = float(loss.detach())
+            if not (math.isfinite(error) and norm.isfinite()):
+                return math.nan
+            critic.optimizer.step()
+            critic.optimizer.zero_grad()
+        return error
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss / self.config.optimizer.accumulate)
@@ -174,21 +206,21 @@ class Training:
     def _step(self, stage: Stage) -> None:
         if self.config.optimizer.clip is not None:
             self.accelerator.clip_grad_norm_(trainable(self.student).values(), self.config.optimizer.clip)
-        self.optimizer.step()
-        if stage.adversarial > 0 and self.judge is not None:
-            self.judge.step()
+        self.learners["student"].optimizer.step()
+        if stage.adversarial:
+            discriminator = self.learners["discriminator"]
+            discriminator.optimizer.step()
             largest = GAMES[self.config.discriminator.loss].clip
             if largest is not None:
-                clamp(self.discriminator, largest)
+                clamp(discriminator.plain, largest)
         if self.mean is not None:
             self.mean.update(self.plain, batch=self.done)
         self.done += 1
 
     def forget(self) -> None:
         """Drop the gradients."""
-        for optimizer in (self.optimizer, self.judge):
-            if optimizer is not None:
-                optimizer.zero_grad()
+        for learner in self.learners.values():
+            learner.optimizer.zero_grad()
 
     def _set_rates(self) -> None:
         """The learning rates of the next batch: they rise, stand, and fall, each linearly."""
@@ -196,9 +228,8 @@ class Training:
         risen = (self.done + 1) / warmup if warmup else 1.0
         left = (self.config.batches - self.done) / decay if decay else 1.0
         share = min(1.0, risen, left)
-        for optimizer, lr in ((self.optimizer, self.config.optimizer.lr), (self.judge, self.config.discriminator.lr)):
-            for group in optimizer.param_groups if optimizer is not None else ():
-                group["lr"] = share * lr
+        for learner in self.learners.values():
+            learner.set_rate(share)
 
     def _reduced(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The mean over processes; what is not finite in one is not finite in all."""
@@ -209,24 +240,18 @@ class Training:
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything learnt, for a checkpoint. Every process has to call it."""
         found = {}
-        for name, (module, optimizer) in self._learners().items():
-            found[name] = weights_of(module)
-            found[f"{name}-moments"] = moments_of(module, optimizer)
+        for name, learner in self.learners.items():
+            found[name] = weights_of(learner.plain)
+            found[f"{name}-moments"] = moments_of(learner.plain, learner.optimizer)
         if self.mean is not None:
             found["mean"] = {name: whole(tensor) for name, tensor in self.mean.weights.items()}
         return found
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], *, done: int) -> None:
         """Go on from a checkpoint's tensors, after `done` batches."""
-        for name, (module, optimizer) in self._learners().items():
-            load_weights(module, tensors[name])
-            load_moments(module, optimizer, tensors[f"{name}-moments"])
+        for name, learner in self.learners.items():
+            load_weights(learner.plain, tensors[name])
+            load_moments(learner.plain, learner.optimizer, tensors[f"{name}-moments"])
         if self.mean is not None:
             self.mean.load(tensors["mean"])
         self.done = done
-
-    def _learners(self) -> dict[str, tuple[nn.Module, Any]]:
-        learners = {"student": (self.plain, self.optimizer)}
-        if self.discriminator is not None:
-            learners["discriminator"] = (self.accelerator.unwrap_model(self.discriminator), self.judge)
-        return learners
