@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 import vivace
+from vivace.builtin.reader import load_reader
 from vivace.errors import InputError
+from vivace.evals.builtin import draw_exam, take
 from vivace.families import FAMILIES
-from vivace.few_step import FACTS, WEIGHTS, facts, fold, use_few_step
+from vivace.few_step import FACTS, FOLDER, WEIGHTS, facts, fold, source_of, use_few_step
+from vivace.load import find, load_source
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -105,3 +108,14 @@ def test_quantised_weights_are_refused(student):
     pipe = vivace.accelerate(FAMILIES["sd3"].tiny(), quant="int8")
     with pytest.raises(InputError, match="cannot be added to quantised weights"):
         use_few_step(pipe, folder)
+
+
+def test_the_built_in_models_student_draws_what_is_asked_in_four_steps():
+    source = source_of(find("builtin"))
+    folder = source.path / FOLDER
+    assert (folder / WEIGHTS).stat().st_size <= 3_000_000
+    pipe = use_few_step(load_source(source), folder)
+    pipe.set_progress_bar_config(disable=True)
+    answers = take(draw_exam(8, seed=3), pipe, load_reader(), steps=facts(folder)["steps"], guidance_scale=1.0)
+    # Nine of ten are right: fewer than five of eight would be chance once in two hundred times.
+    assert sum(verdict["right"] for verdict in answers.verdicts) >= 5
