@@ -10,7 +10,7 @@ import torch
 from vivace import Config, InputError
 from vivace.families import FAMILIES
 from vivace.serve import Engine, Spec
-from vivace.serve.failures import Unavailable
+from vivace.serve.failures import Cancelled, Unavailable
 from vivace.serve.model import Mode, Model
 from vivace.serve.room import Room
 
@@ -80,6 +80,43 @@ def test_on_the_host_nothing_is_parked_unasked_and_nobody_leaves_who_works(folde
         model.leave()
         engine.submit(order(model="b")).result(60)
         assert model.pipe is None
+
+
+def test_a_model_comes_when_those_that_work_have_made_room(folder, order, gated):
+    aliases = ("a", "b", "c")
+    with Engine(models={alias: str(folder) for alias in aliases}) as engine:
+        models = [engine.models[alias] for alias in aliases]
+        engine.load("a")
+        one = models[0].nbytes
+        engine.room = Room(device=int(1.5 * one))
+        gate = gated(models[0].pipe.transformer)
+        gate.shut()
+        jobs = [engine.submit(order(model="a"))]
+        assert gate.reached.wait(60)
+        jobs.append(engine.submit(order(model="b")))
+        while not models[0].closing:
+            assert not jobs[1].over
+        # It has been used all the time, and yet it takes nobody new before the other one had its turn.
+        jobs.append(engine.submit(order(model="a")))
+        given_up = engine.submit(order(model="c"))
+        given_up.cancel()
+        with pytest.raises(Cancelled):
+            given_up.result(60)
+        assert jobs[2].status == "queued"
+        assert models[1].pipe is None
+        gate.open.set()
+        assert [job.result(60).effective["model"] for job in jobs] == ["a", "b", "a"]
+        assert jobs[2].started > jobs[1].started
+        assert sum(model.nbytes for model in models) == one
+
+
+def test_at_the_start_no_model_drives_another_one_out(folder):
+    with Engine(models={"a": str(folder), "b": str(folder)}, memory=1) as engine:
+        engine.load()
+        assert [engine.loaded(alias) for alias in engine.models] == [True, False]
+        assert engine.health().ready
+        engine.load("b")
+        assert [engine.loaded(alias) for alias in engine.models] == [False, True]
 
 
 def test_dropped_weights_are_gone_also_where_their_originals_were_not_kept(folder, order):

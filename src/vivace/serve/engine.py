@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,16 +133,17 @@ class Engine:
         return self.models[alias].nbytes > 0
 
     def load(self, *aliases: str) -> None:
-        """Load models now rather than at their first request; none named: all. Raises InputError."""
+        """Load models now rather than at their first request; none named: as many as stay. Raises InputError."""
         with self._lock:
             self._loading += 1
         try:
-            for model in [self.model(alias) for alias in aliases or self.models]:
+            for model in [self.model(alias) for alias in aliases] or self._first():
                 mode = model.mode_of(Request())
                 while not model.reserve(mode):
+                    self._open()
                     time.sleep(0.05)
                 try:
-                    model.ready(mode, room=partial(self.room.make, model, self.models.values()))
+                    model.ready(mode, room=partial(self._room_for, model, self._open))
                 finally:
                     model.leave()
                     self._backlog.wake()
@@ -228,11 +230,33 @@ class Engine:
         job, model = entry.job, entry.model
         job.begin()
         job.check()
-        model.ready(entry.mode, room=partial(self.room.make, model, self.models.values()))
+        model.ready(entry.mode, room=partial(self._room_for, model, job.check))
         started = time.monotonic()
         result = Run(job, entry.prepared, model=model, worker=self._worker(model))()
         self._recent.append(time.monotonic() - started)
         return result
+
+    def _first(self) -> Iterator[Model]:
+        """The models, without those that would drive one out which is loaded already."""
+        for alias, model in self.models.items():
+            if self.room.fits(model, self.models.values()) or not any(map(self.loaded, self.models)):
+                yield model
+            else:
+                logger.info("%s is loaded at its first request: --memory has no room for all", alias)
+
+    @contextmanager
+    def _room_for(self, model: Model, check: Callable[[], None]) -> Iterator[None]:
+        try:
+            with self.room.made(model, self.models.values(), check=check):
+                yield
+        finally:
+            # Models that had to take a rest from requests take them again.
+            self._backlog.wake()
+
+    def _open(self) -> None:
+        """Raises Unavailable."""
+        if self._closing:
+            raise Unavailable("the engine is closing")
 
     def _withdraw(self, job: Job) -> None:
         if self._backlog.remove(job):

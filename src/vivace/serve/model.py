@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Model:
         self.lock = threading.RLock()  # for its tokenizers
         self.used = time.monotonic()
         self.active = 0
+        self.closing = False  # whether it takes nobody new, because others wait for its room
         self.load_seconds: float | None = None
         self.broken = False  # whether its weights could not be loaded the last time
         self.sketch = Sketch()
@@ -158,19 +160,21 @@ class Model:
     def reserve(self, mode: Mode) -> bool:
         """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
         with self._gate:
-            if self.active and (self._mode != mode or mode.alone is not None):
+            if self.closing or (self.active and (self._mode != mode or mode.alone is not None)):
                 return False
             self._mode = mode
             self.active += 1
             return True
 
-    def ready(self, mode: Mode, *, room: Callable[[], None] = lambda: None) -> None:
+    def ready(self, mode: Mode, *, room: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Load the model and bring it into the reserved mode, unless it is. Raises InputError.
 
-        `room` is called before weights are loaded.
+        Within `room()` weights are loaded.
         """
         with self._setup:
-            self._load(room)
+            if self.pipe is None or self._home:
+                with room():
+                    self._load()
             if self._applied != mode:
                 self._apply(mode)
         self.used = time.monotonic()
@@ -179,6 +183,12 @@ class Model:
         """End what `reserve` began."""
         with self._gate:
             self.active -= 1
+
+    def close_door(self) -> bool:
+        """Take nobody new until `closing` is unset; False where nobody uses it, or it can never leave."""
+        with self._gate:
+            self.closing = self.active > 0 and (self.pipe is not self.spec.source or not self._placed)
+            return self.closing
 
     def park(self) -> bool:
         """Move the weights to host memory as they are, where nobody uses them and nothing places them piece by piece;
@@ -230,10 +240,7 @@ class Model:
                 self._classes[pipeline] = pipeline(**parts)
             return self._classes[pipeline]
 
-    def _load(self, room: Callable[[], None]) -> None:
-        if self.pipe is not None and not self._home:
-            return
-        room()
+    def _load(self) -> None:
         started = time.monotonic()
         if self._home:
             self._return()
