@@ -1,10 +1,11 @@
 """The pipeline class for the inputs at hand."""
 
+import diffusers
 import pytest
 
 from vivace.errors import InputError
 from vivace.family import family_of
-from vivace.inputs import choose
+from vivace.inputs import choose, no_step
 from vivace.load import Source
 
 
@@ -59,3 +60,18 @@ def test_a_denoiser_that_needs_no_channels_for_a_picture_takes_one():
 def test_no_class(own, wanted, said):
     with pytest.raises(InputError, match=said):
         choose(source(own), set(wanted.split()))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "call", "prediction", "left"),
+    [
+        ("StableDiffusionXLImg2ImgPipeline", {"num_inference_steps": 3}, "epsilon", False),  # its own strength is 0.3
+        ("StableDiffusionXLImg2ImgPipeline", {"num_inference_steps": 4}, "epsilon", True),
+        ("StableDiffusionXLImg2ImgPipeline", {"strength": 0.01}, "epsilon", False),  # of 50 steps
+        ("FluxImg2ImgPipeline", {"num_inference_steps": 1}, "flow", True),  # as its loop rounds
+        ("FluxImg2ImgPipeline", {"num_inference_steps": 4, "strength": 0.1}, "flow", False),
+        ("StableDiffusionXLPipeline", {"num_inference_steps": 1}, "epsilon", True),
+    ],
+)
+def test_a_strength_that_leaves_no_step(pipeline, call, prediction, left):
+    assert (no_step(getattr(diffusers, pipeline), call, prediction=prediction) is None) == left

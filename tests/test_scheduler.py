@@ -45,3 +45,19 @@ def test_the_noise_schedule_is_kept():
         use_scheduler(pipe, "flowmatcheuler", prediction="epsilon")
     with pytest.raises(InputError, match="cannot run a flow model"):
         use_scheduler(pipe, "ddim", prediction="flow")
+
+
+@pytest.mark.parametrize("name", ["karrasve", "amused", "repaint", "vqdiffusion", "scm", "heliosdmd"])
+def test_what_is_made_for_other_loops_is_refused(name):
+    with pytest.raises(InputError, match=r"cannot run here: .*; use euler"):
+        scheduler_class(name, prediction="epsilon")
+
+
+@pytest.mark.parametrize("name", ["heun", "pndm", "lcm", "sasolver", "kdpm2", "flowmatchheun"])
+def test_what_a_loop_can_step_is_taken(name):
+    assert scheduler_class(name, prediction="flow" if "flow" in name else "epsilon")
+
+
+def test_a_noise_schedule_that_a_scheduler_does_not_take():
+    with pytest.raises(InputError, match="UnCLIPScheduler does not take this model's noise schedule"):
+        use_scheduler(FAMILIES["sdxl"].tiny(), "unclip", prediction="epsilon")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vivace.config import Config, resolve
+from vivace.config import Config, plain, resolve
 from vivace.errors import InputError
 from vivace.family import Family, known_family
 from vivace.lane import Lane, holds_own_forward
@@ -150,8 +150,7 @@ def wanted_passes(target: Target) -> list[Pass]:
         wants = one.wants(target.config)
         reason = "switched off" if wants == "off" else one.check(target)
         if reason and wants == "on":
-            asked = getattr(target.config, one.name)
-            raise InputError(f"{one.name}={asked!r} cannot be done here: {reason}")
+            raise InputError(f"{one.name}={plain(target.config)[one.name]!r} cannot be done here: {reason}")
         if reason:
             target.notes.append(Note(name=one.name, done=False, detail=reason))
         else:

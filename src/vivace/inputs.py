@@ -73,6 +73,19 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     )
 
 
+def no_step(pipeline: type[Any], call: Mapping[str, Any], *, prediction: str) -> str | None:
+    """The strength and the steps of a call that leave nothing to denoise, in words; None where something is left.
+
+    What the call does not say is the pipeline's own; those of flow models round such a strength up to a step.
+    """
+    accepted, names = arguments(pipeline), ("strength", "num_inference_steps")
+    own = {name: accepted[name].default for name in names if name in accepted and prediction != "flow"}
+    strength, steps = ({**own, **call}.get(name) for name in names)
+    if "strength" not in accepted or not strength or not steps or int(steps * strength) >= 1:
+        return None
+    return f"strength {strength} of {steps} steps leaves none"
+
+
 def _required(pipeline: type, name: str) -> bool:
     argument = arguments(pipeline).get({"mask": "mask_image"}.get(name, name))
     return argument is not None and argument.default is inspect.Parameter.empty

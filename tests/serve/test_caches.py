@@ -149,3 +149,10 @@ def test_wrong_caches_are_refused_and_no_file_is_read(engine, order, cache):
     with pytest.raises(FieldError) as error:
         engine.submit(order(cache=cache))
     assert error.value.field == "cache"
+
+
+def test_a_cache_that_the_model_cannot_have_is_that_fields_error(engine, order):
+    with pytest.raises(FieldError, match="cache='planned' cannot be done here: no calibration") as error:
+        engine.submit(order(cache="planned")).result(60)
+    assert error.value.field == "cache"
+    assert engine.submit(order()).result(60).effective["preset"] == "exact"

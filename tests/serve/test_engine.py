@@ -54,6 +54,8 @@ def test_a_seed_is_drawn_and_told(engine, order):
         ({"true_cfg": 2.0}, "true_cfg"),
         ({"quality": "best"}, "quality"),
         ({"scheduler": "ddim"}, "scheduler"),
+        ({"scheduler": "karrasve"}, "scheduler"),
+        ({"images": (Image.new("RGB", (64, 64)),), "strength": 0.01}, "strength"),
         ({"lora": {"style": 1.0}}, "lora"),
         ({"arguments": {"no_such": 1}}, "arguments"),
         ({"model": "other"}, "model"),
@@ -301,6 +303,12 @@ def test_images_and_masks_choose_their_pipeline(engine, order):
     assert edited.pictures[0].tobytes() != plain.pictures[0].tobytes()
     painted = engine.submit(order(images=(picture,), mask=picture.convert("L"), strength=0.9)).result(60)
     assert painted.pictures[0].size == (SIDE, SIDE)
+
+
+def test_a_noise_schedule_that_a_scheduler_does_not_take_is_that_fields_error(start, order):
+    with pytest.raises(FieldError, match="noise schedule") as error:
+        start(FAMILIES["sdxl"].tiny()).submit(order(scheduler="unclip")).result(60)
+    assert error.value.field == "scheduler"
 
 
 def test_schedulers_are_each_requests_own(engine, pipe, order):

@@ -201,9 +201,8 @@ def prepare(job: Job) -> Ready:
         scheduler_class(job.scheduler, prediction=source.prediction)
     call = _arguments(job, source, pipeline)
     call |= conditioning.picture_arguments(pictures, pipeline, job=job, source=source)
-    steps, strength = call.get("num_inference_steps"), call.get("strength")
-    if steps and strength and int(steps * strength) < 1:
-        raise InputError(f"--strength {strength} of {steps} steps leaves none; raise --strength or --steps")
+    if none := inputs.no_step(pipeline, call, prediction=source.prediction):
+        raise InputError(f"--{none}; raise --strength or --steps")
     device = resolve_device(job.device)
     return Ready(
         job=job,

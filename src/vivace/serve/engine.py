@@ -21,7 +21,7 @@ from vivace.errors import InputError
 from vivace.load import resolve_dtype
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
-from vivace.serve.failures import Busy, Failure, OutOfMemory, Unavailable
+from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable
 from vivace.serve.gather import Gather
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec, lane_of
@@ -230,7 +230,10 @@ class Engine:
         job, model = entry.job, entry.model
         job.begin()
         job.check()
-        model.ready(entry.mode, room=partial(self._room_for, model, job.check))
+        try:
+            model.ready(entry.mode, room=partial(self._room_for, model, job.check))
+        except InputError as error:
+            raise _named(error, job.request) from None
         started = time.monotonic()
         result = Run(job, entry.prepared, model=model, worker=self._worker(model))()
         self._recent.append(time.monotonic() - started)
@@ -294,6 +297,12 @@ def _graphed(module: torch.nn.Module) -> bool:
 
     lane = lane_of(module)
     return lane is not None and isinstance(lane.run, Graphs)
+
+
+def _named(error: InputError, request: Request) -> InputError:
+    """What a model cannot be brought into, as an error of the field that asked for it."""
+    asked = [name for name in ("cache", "quality") if getattr(request, name) is not None]
+    return FieldError(asked[0], str(error)) if asked and not isinstance(error, FieldError) else error
 
 
 def _public(error: BaseException, job: Job) -> BaseException:

@@ -95,7 +95,10 @@ def prepare(request: Request, source: Source) -> Prepared:
             scheduler_class(request.scheduler, prediction=source.prediction)
         except InputError as error:
             raise FieldError("scheduler", str(error)) from None
-    return Prepared(request=request, pipeline=pipeline, call=call | dict(request.arguments), size=size)
+    call |= request.arguments
+    if none := inputs.no_step(pipeline, call, prediction=source.prediction):
+        raise FieldError("strength", f"{none}; raise one of them")
+    return Prepared(request=request, pipeline=pipeline, call=call, size=size)
 
 
 def check(request: Request, source: Source) -> None:

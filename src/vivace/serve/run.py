@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vivace.accelerate import acceleration_of
+from vivace.errors import InputError
 from vivace.family import Family
 from vivace.generation.generate import CALL, FPS
 from vivace.inputs import arguments
@@ -20,6 +21,7 @@ from vivace.request import Request as Scope
 from vivace.request import count_steps, current, open_request
 from vivace.scheduler import use_scheduler
 from vivace.serve.call import Axes, Call
+from vivace.serve.failures import FieldError
 from vivace.serve.job import Job, Preview, Progress, Result
 from vivace.serve.model import Model, lane_of
 from vivace.serve.prepare import Prepared
@@ -60,7 +62,10 @@ class Run:
             told=_told(request, whole, source.family),
         )
         if request.scheduler is not None:
-            use_scheduler(pipe, request.scheduler, prediction=source.prediction)
+            try:
+                use_scheduler(pipe, request.scheduler, prediction=source.prediction)
+            except InputError as error:
+                raise FieldError("scheduler", str(error)) from None
         for part in pipe.components.values():
             count_steps(part)
         vars(pipe)["progress_bar"] = Counter(self._tell)
