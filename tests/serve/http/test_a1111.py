@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -98,6 +99,20 @@ def test_progress_and_interrupt(server, pipe, gated):
     while server.engine.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.http.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
+
+
+def test_interrupt_passes_a_full_queue(launch, pipe, gated):
+    server, gate = launch({"tiny": pipe}, a1111=True, engine={"queue": 1, "threads": 1}), gated(pipe.transformer)
+    gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(server.http.post, "/sdapi/v1/txt2img", json=ORDER) for _ in range(2)]
+        deadline = time.monotonic() + 120
+        while server.engine.queued < 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.http.post("/sdapi/v1/txt2img", json=ORDER).status_code == 429
+        assert server.http.post("/sdapi/v1/interrupt").status_code == 200
+        gate.open.set()
+        assert [one.result(60).status_code for one in asked] == [499, 499]
 
 
 def test_null_is_not_given(server):

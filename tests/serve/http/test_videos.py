@@ -2,13 +2,18 @@
 
 import io
 import json
+import sys
 import time
 
 import openai
 import pytest
 from PIL import Image
 
+from vivace.errors import InputError
+from vivace.families import FAMILIES
 from vivace.generation import video
+from vivace.serve import Engine
+from vivace.serve.http.app import create_app
 from vivace.serve.http.shelf import Shelf
 
 BODY = {"steps": 2, "frames": 5, "fps": 8, "seed": 3}
@@ -39,6 +44,12 @@ def test_a_video_from_beginning_to_end(client, tmp_path):
     assert client.videos.delete(begun.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(begun.id)
+
+
+def test_without_what_writes_videos_their_models_are_not_served(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with Engine(models={"wan": FAMILIES["wan"].tiny()}) as engine, pytest.raises(InputError, match="need PyAV"):
+        create_app(engine)
 
 
 def test_seconds_are_frames(client):

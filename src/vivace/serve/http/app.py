@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 from vivace.errors import InputError
+from vivace.generation import video
 from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
@@ -32,9 +33,11 @@ SWEEP = 60.0  # seconds between two looks for what is over its time
 def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
     """The ASGI application. It loads the models at start, unless `warm` is off.
 
-    It does not close the engine: who made it does.
+    It does not close the engine: who made it does. Raises InputError for a model of videos where none can be written.
     """
     settings = settings or Settings()
+    if any(model.media == "video" for model in engine.models.values()):
+        video.require()
     gauges = Gauges()
     server = Server(
         engine=engine,

@@ -23,6 +23,9 @@ OPEN = ("/livez", "/readyz")
 PICTURES_IN_JSON = ("/sdapi/v1/img2img",)
 """The routes whose JSON carries pictures."""
 
+PLACELESS = ("/sdapi/v1/interrupt",)
+"""The routes that change something and take no place in the queue: they are wanted most when it is full."""
+
 
 class Guard:
     """Checks every request before a route sees it, gives it an id, and logs what came of it.
@@ -95,7 +98,7 @@ class Guard:
             raise ApiError(400, "the content length is not a number", code="invalid_header") from None
         if length > (most := self._room(path, kind)):
             raise _too_large(most)
-        if (refusal := self.full(scope)) is not None:
+        if path not in PLACELESS and (refusal := self.full(scope)) is not None:
             raise refusal
 
     def _check_key(self, headers: Headers) -> None:
