@@ -7,6 +7,7 @@ import torch
 
 import vivace
 from vivace import InputError, cli
+from vivace.bench import roofline
 from vivace.families import FAMILIES
 from vivace.quant import folder
 
@@ -123,3 +124,13 @@ def test_a_budget_is_planned_without_a_gpu():
     assert "transformer 22.17 GiB" in lines["off"]
     assert "streamed from the host" in lines["off"]
     assert "transformer 11.14 GiB: on the device" in lines["fp8_weights"]
+
+
+def test_a_budget_says_how_much_slower_it_is_on_a_gpu_that_was_measured(monkeypatch):
+    monkeypatch.setattr(roofline, "rate_of", lambda *place: 700.0)
+    found = vivace.plan("flux", vram="12GB")
+    moved = 37 / 57  # of a transformer of 22.17 GiB, whose double blocks are larger
+    assert found.forward_ms == pytest.approx(106, abs=1)
+    assert found.slowdown == pytest.approx(moved * 22.17 * 2**30 / 25e9 / 0.106, rel=0.1)
+    assert f"up to {found.slowdown:.1f} times that while its weights come" in str(found)
+    assert vivace.plan("flux", vram="80GB").slowdown is None

@@ -37,6 +37,9 @@ class Plan:
     weight_bytes: int  # on the device, all components and passes together
     forward_tflop: float | None  # of one denoiser forward of the published model, at its own size
     forward_ms: float | None  # the least that takes at the rate measured on this GPU, in 16 bit
+    slowdown: (
+        float | None
+    )  # of a denoiser call that a budget makes move weights, at most; None: nothing says what it is
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -54,7 +57,8 @@ class Plan:
         lines.append(f"  memory: weights {_gib(self.weight_bytes)} ({parts}{change})")
         if self.forward_tflop:
             least = f", at least {self.forward_ms:.1f} ms in 16 bit here" if self.forward_ms else ""
-            lines.append(f"  one denoiser forward: {self.forward_tflop:.2f} TFLOP{least}")
+            slower = f", up to {self.slowdown:.1f} times that while its weights come" if self.slowdown else ""
+            lines.append(f"  one denoiser forward: {self.forward_tflop:.2f} TFLOP{least}{slower}")
         return "\n".join(lines)
 
 
@@ -76,6 +80,7 @@ def plan(
 
     from vivace.accelerate import wanted_passes
     from vivace.bench.roofline import rate_of
+    from vivace.memory.placement import BANDWIDTH
     from vivace.memory.sizes import components_of, skeletons
     from vivace.passes import PASSES
     from vivace.passes.attention import attention_of
@@ -94,6 +99,8 @@ def plan(
     added = sum(one.adds_bytes(target) for one in wanted)
     tflop = _tflop(source, dtype=number)
     rate = rate_of(torch.cuda.get_device_name(place) if place.type == "cuda" else None, "bf16")
+    least = tflop / rate if tflop and rate else None  # seconds
+    moved = target.placement.moved_per_call if target.placement else 0
     return Plan(
         model=source.name,
         pipeline=source.pipeline,
@@ -108,7 +115,8 @@ def plan(
         added_bytes=added,
         weight_bytes=sum(sizes.values()) + added,
         forward_tflop=tflop,
-        forward_ms=tflop / rate * 1e3 if tflop and rate else None,
+        forward_ms=least * 1e3 if least else None,
+        slowdown=max(1.0, moved / BANDWIDTH / least) if moved and least else None,
     )
 
 

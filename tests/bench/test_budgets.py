@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from vivace import Config
-from vivace.bench.budgets import CASES
+from vivace.accelerate import accelerate, acceleration_of
+from vivace.bench.budgets import CASES, STEPS, facts, of_bound
 from vivace.families import FAMILIES
-from vivace.memory.placement import CONTEXT, GIB, place
+from vivace.memory.placement import CONTEXT, GIB, Part, Placed, Placement, place
 from vivace.passes.target import Target
 from vivace.passes.vram import parts_of
 
@@ -32,7 +33,21 @@ def test_a_plan_for_every_budget(name):
     assert plan.level != "resident"
     if name == "flux-12":
         assert plan.level == "streamed"
-        assert 10 * GIB < plan.moved_per_step < 22 * GIB
+        assert 10 * GIB < plan.moved_per_call < 22 * GIB
+
+
+@pytest.mark.parametrize(("name", "calls"), [("sd3", 1), ("wan", 2)])
+def test_a_step_moves_what_all_its_calls_move(name, calls):
+    pipe = FAMILIES[name].tiny()
+    accelerate(pipe)
+    video = {"num_frames": 5} if name == "wan" else {}
+    pipe("a frog", width=64, height=64, num_inference_steps=STEPS, output_type="latent", **video)
+    part = Part(name="transformer", kind="denoiser", held=0, blocks=(GIB,))
+    acceleration = acceleration_of(pipe)
+    acceleration.target.placement = Placement(level="streamed", budget=None, placed=(Placed(part=part, streamed=(0,)),))
+    found = facts(pipe)
+    assert found["moved_per_step"] == calls * GIB
+    assert of_bound({**found, "step_s": 3.0, "bandwidth": GIB}, {"step_s": 1.5}) == 3 / max(1.5, calls)
 
 
 def test_every_case_is_a_model():

@@ -40,17 +40,17 @@ def test_as_few_blocks_are_streamed_as_will_do():
     assert 0 < counts[0] < counts[2] < 42
     for plan in plans:
         assert plan.peak > plan.budget - GIB
-        assert plan.moved_per_step == len(plan.place_of("transformer").streamed) * GIB // 2
+        assert plan.moved_per_call == len(plan.place_of("transformer").streamed) * GIB // 2
 
 
 def test_peak_by_hand():
     plan = place(flux(), budget=80 * GIB)
     assert plan.peak == sum(part.nbytes for part in flux()) + 4 * GIB + SPARE
-    assert plan.host == plan.moved_per_image == plan.moved_per_step == 0
+    assert plan.host == plan.moved_per_image == plan.moved_per_call == 0
     small = place(flux(), budget=None, level="streamed")
     # One GiB of rest, two slots, the VAE; beside them the second encoder's rest, two slots and work.
     assert small.peak == (GIB + GIB + GIB // 8) + (GIB // 4 + 3 * GIB // 4 + GIB // 4) + SPARE
-    assert small.moved_per_step == 21 * GIB
+    assert small.moved_per_call == 21 * GIB
 
 
 def test_graphs_hold_what_their_denoisers_work_in():
@@ -68,7 +68,7 @@ def test_graphs_hold_what_their_denoisers_work_in():
 def test_experts_take_turns_before_anything_is_streamed():
     plan = place(flux(experts=2), budget=30 * GIB)
     assert plan.level == "parked"
-    assert plan.moved_per_step == 0
+    assert plan.moved_per_call == 0
     assert plan.moved_per_image >= 2 * 22 * GIB
     assert plan.host >= 2 * 22 * GIB
     assert place(flux(experts=2), budget=80 * GIB).level == "resident"

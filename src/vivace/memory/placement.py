@@ -97,7 +97,7 @@ class Placement:
         return self.resident + max((self._extra(one) for one in self.placed), default=0) + self.kept + SPARE
 
     @property
-    def moved_per_step(self) -> int:
+    def moved_per_call(self) -> int:
         """Bytes that one denoiser call moves."""
         return max((one.moved for one in self.placed if one.part.kind == "denoiser"), default=0)
 
@@ -150,9 +150,9 @@ class Placement:
             lines.append(f"the step cache holds up to {_gib(self.kept)}")
         if self.recorded:
             lines.append(f"CUDA graphs hold {_gib(self.recorded)}")
-        if self.moved_per_step:
-            seconds = f"{self.moved_per_step / BANDWIDTH:.2f} s at {BANDWIDTH / 1e9:g} GB/s"
-            lines.append(f"a denoiser call moves {_gib(self.moved_per_step)}: {seconds}")
+        if self.moved_per_call:
+            seconds = f"{self.moved_per_call / BANDWIDTH:.2f} s at {BANDWIDTH / 1e9:g} GB/s"
+            lines.append(f"a denoiser call moves {_gib(self.moved_per_call)}: {seconds}")
         if self.moved_per_image:
             lines.append(f"a picture moves {_gib(self.moved_per_image)} once")
         return "\n".join(lines)
