@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vivace.accelerate import acceleration_of
+from vivace.bench import rounds
 from vivace.bench.serve import Load, up
 from vivace.cli import main
 from vivace.families import FAMILIES
@@ -119,6 +120,11 @@ def test_clients_are_numbers(wrong, capsys):
         (["--serve", "--peers", "eager", "--batch", "2"], "takes no --batch, --peers"),
         (["--serve", "--ray", "--profile", "--device", "cpu"], "takes no --profile, --device"),
         (["--ray"], "--ray needs --serve"),
+        (["--serve", "--limit-s", "9"], "takes no --limit-s"),
+        (["--serve", "--presets", "none"], "nobody to time"),
+        (["--serve", "--presets", "exact,nope"], "unknown preset 'nope'"),
+        (["--serve", "wan"], "makes none; name another model"),
+        (["--serve", "svd"], "makes none; name another model"),
     ],
 )
 def test_what_it_would_ignore_is_refused(options, said, capsys):
@@ -126,3 +132,19 @@ def test_what_it_would_ignore_is_refused(options, said, capsys):
         main(["bench", *options])
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_size_that_the_model_cannot_make_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--serve", "sd3", "--tiny", "--device", "cpu", "--size", "63x64", "-o", str(tmp_path)])
+    assert end.value.code == 2
+    assert "StableDiffusion3Pipeline refused: `height` and `width`" in capsys.readouterr().err
+
+
+def test_rounds_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch):
+    same = {"facts": {"machine": "this"}, "servers": SERVERS, "again": False}
+    first = rounds.record(tmp_path, "x", **same)
+    first.write(command="vivace bench --serve x")
+    assert rounds.record(tmp_path, "x", **same).path == first.path
+    monkeypatch.setattr(rounds, "code", lambda: "another")
+    assert rounds.record(tmp_path, "x", **same).path != first.path

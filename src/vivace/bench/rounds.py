@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vivace
 from vivace.bench.interpreter import tabulate
 from vivace.bench.table import markdown_table
 from vivace.serve.load import against, pooled, requests
@@ -63,9 +65,18 @@ class Record:
         self.path.with_suffix(".md").write_text(f"{table(lines)}\n{tabulate(self.profiles)}")
 
 
+def code() -> str:
+    """Of this library's source, in a few letters: rounds of another one are not among its own."""
+    digest, root = hashlib.sha256(), Path(vivace.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def record(folder: Path, name: str, *, facts: Mapping[str, Any], servers: Sequence[str], again: bool) -> Record:
-    """That of this load: one that was begun on this machine, or a new one; with `again` without its rounds."""
+    """That of this load: one that was begun on this machine by this code, or a new one; with `again` without rounds."""
     folder.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "code": code()}
     plain = json.loads(json.dumps(facts))
     for path in sorted(folder.glob(f"*-serve-{name}*.json")):
         found = json.loads(path.read_text())

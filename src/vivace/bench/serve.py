@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vivace.bench.interpreter import Interpreter
 from vivace.bench.rounds import ROUNDS, Line, Turn, asked, record
+from vivace.errors import InputError, first_line
 from vivace.families import FAMILIES
 from vivace.serve.load import Ask, asking, locked, put, rotated, served
 
@@ -155,9 +156,12 @@ def _measured(server: Server, these: Sequence[Request], *, clients: int) -> tupl
 
 
 def _first(pipe: Any, request: Request) -> tuple[Ask, float]:
-    """A lock around a pipeline, and the seconds to its first picture."""
+    """A lock around a pipeline, and the seconds to its first picture. Raises InputError where it makes none."""
     ask, began = locked(pipe), time.perf_counter()
-    ask(request)
+    try:
+        ask(request)
+    except ValueError as error:  # how pipelines refuse what they were called with
+        raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
     return ask, time.perf_counter() - began
 
 
@@ -199,13 +203,20 @@ def _peak() -> int:
 
 
 def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tuple[Any, tuple[int, int]]:
-    """A pipeline and its usual size: `FAMILY[:variant]` at true size with random weights, or what `load` takes."""
+    """A pipeline and its usual size: `FAMILY[:variant]` at true size with random weights, or what `load` takes.
+
+    Raises InputError for what makes no pictures from a prompt.
+    """
     from vivace.bench.subject import build
     from vivace.bench.workload import workload_of
     from vivace.load import find, load
 
-    if name.partition(":")[0] not in FAMILIES:
-        return load(name, device=device, dtype=dtype), find(name).size or (512, 512)
+    source = None if name.partition(":")[0] in FAMILIES else find(name)
+    family = source.family if source else FAMILIES[name.partition(":")[0]]
+    if family and not (family.media == "image" and "prompt" in family.takes):
+        raise InputError(f"--serve asks for pictures from a prompt, and {family.title} makes none; name another model")
+    if source:
+        return load(name, device=device, dtype=dtype), source.size or (512, 512)
     workload = workload_of(name, device=device, dtype=dtype, tiny=tiny, end_to_end=True)
     return build(workload), workload.size
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from vivace.cli.command import command
-from vivace.config import PRESETS
+from vivace.config import PRESETS, resolve
 from vivace.errors import InputError
 
 DEFAULT_PEERS = {True: ("eager", "compile", "compile-full"), False: ("eager",)}
 """On a GPU, and elsewhere: compiling for a CPU takes longer than it saves."""
+LIMIT = 200.0  # seconds that a contestant may take
 
 
 def bench(
@@ -53,7 +54,7 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also where the time goes: traces; with --serve what Python costs.")
     ] = False,
-    limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = 200,
+    limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = LIMIT,
     budget_s: Annotated[float | None, typer.Option(min=0, help="Seconds all may take; the rest next time.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
@@ -75,18 +76,23 @@ def bench(
         raise InputError("--ray needs --serve; add it, or leave --ray out")
     if serve:
         given = {"--batch": batch, "--frames": frames, "--set": fields, "--peers": peers, "--ladder": ladder}
-        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "FAMILY beside --model": model and families}
+        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "--limit-s": limit_s != LIMIT}
+        given |= {"FAMILY beside --model": model and families, "--random beside --model": model and random}
         on_ray = {"--presets": presets, "--tiny": tiny, "--profile": profile, "--again": again, "--budget-s": budget_s}
         given |= {**on_ray, "--device": device, "--dtype": dtype} if ray else {}
         if extra := [name for name, value in given.items() if value]:
             raise InputError(f"--serve{' --ray' if ray else ''} takes no {', '.join(extra)}; leave it out")
+        if not (ours := _names(presets or "exact")):
+            raise InputError("--serve has nobody to time with --presets none; name one, such as exact")
+        for preset in ours:
+            resolve(preset)  # a wrong one comes out before the others are measured
         shape = {"size": read_size(size) if size else None, "concurrency": _clients(concurrency), "rounds": rounds}
         options = {"steps": _around(steps), "pictures": pictures, "folder": output, "command": command(), **shape}
         place = {"device": device, "dtype": dtype, "tiny": tiny}
         for name in (model,) if model else families or ("builtin",):
             if ray:
                 _serve_on_ray(name, **options)
-            for preset in () if ray else _names(presets or "exact"):
+            for preset in () if ray else ours:
                 _serve(name, preset=preset, profile=profile, again=again, budget=budget_s, **place, **options)
         return
     if ladder:
