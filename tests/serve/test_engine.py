@@ -12,8 +12,9 @@ from PIL import Image
 
 import vivace
 from vivace.config import Config
+from vivace.errors import InputError
 from vivace.families import FAMILIES
-from vivace.serve import Preview, Progress, Request
+from vivace.serve import Engine, Preview, Progress, Request, Spec
 from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, FieldError, Unavailable, UnknownModelError
 
 SIDE = 64
@@ -102,6 +103,21 @@ def test_every_end_is_told_once(engine, pipe, order, gated):
     for job in running:
         job.result(120)
     assert sorted(told) == ["cancelled", *["done"] * len(running), "failed"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"threads": 0}, {"queue": 0}, {"batch": 0}, {"memory": -1}, {"parked": -1}, {"stale": -1.0}]
+)
+def test_an_engine_that_could_not_work_is_none(fields, pipe):
+    with pytest.raises(InputError, match=f"{next(iter(fields))} is"):
+        Engine(models={"tiny": pipe}, **fields)
+
+
+def test_what_is_no_model_or_is_asked_to_be_another_one(pipe):
+    with pytest.raises(InputError, match="5 is no model"):
+        Engine(models={"tiny": 5})
+    with pytest.raises(InputError, match="leave out dtype and device"):
+        Engine(models={"tiny": Spec(source=pipe, device="cpu")})
 
 
 def test_lora_scale_in_attention_kwargs_is_refused(order):

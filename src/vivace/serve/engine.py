@@ -61,6 +61,10 @@ class Engine:
         stale: float = 300.0,
         gather: Callable[[], Gather] | None = None,
     ) -> None:
+        least = {"queue": (queue, 1), "threads": (threads, 1), "batch": (batch, 1), "memory": (memory, 0)}
+        for name, (value, low) in {**least, "parked": (parked, 0), "stale": (stale, 0)}.items():
+            if value is not None and value < low:
+                raise InputError(f"{name} is {value}; an engine takes {low} or more")
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
         for model in self.models.values():
@@ -284,7 +288,15 @@ class Engine:
 
 
 def _spec(what: Any) -> Spec:
-    return what if isinstance(what, Spec) else Spec(source=str(what) if isinstance(what, Path) else what)
+    """Raises InputError for what is no model."""
+    spec = what if isinstance(what, Spec) else Spec(source=str(what) if isinstance(what, Path) else what)
+    if isinstance(spec.source, str | Path):
+        return spec
+    if not hasattr(spec.source, "components"):
+        raise InputError(f"{spec.source!r:.100} is no model; give what vivace.load takes, a pipeline, or a Spec")
+    if spec.dtype or spec.device:
+        raise InputError("a pipeline is served where it is and as it is: move it, and leave out dtype and device")
+    return spec
 
 
 def _sizes(module: torch.nn.Module, size: int) -> int:
