@@ -130,10 +130,13 @@ def test_one_wrong_request_does_not_fail_its_neighbours(engine, pipe, order, gat
 def test_a_wedged_worker_is_not_ready(pipe, start, order, gated):
     engine = start(pipe, stale=0.3)
     gate = gated(pipe.transformer)
+    engine.submit(order()).result(60)  # what is done once does not count
     gate.shut()
-    job = engine.submit(order(run_seconds=0.5))
+    job = engine.submit(order(run_seconds=5))
     assert gate.reached.wait(120)
-    time.sleep(0.4)
+    deadline = time.monotonic() + 120
+    while engine.health().ready and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert engine.health().reason == "the device does not answer"
     with pytest.raises(DeadlineExceeded):  # its waiter is not held up
         job.result(60)
