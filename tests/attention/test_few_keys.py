@@ -27,3 +27,10 @@ def test_a_mask_goes_to_native():
     q, k, v = heads(700), heads(77), heads(77)
     mask = (torch.arange(77) < 30)[None]
     torch.testing.assert_close(FEW_KEYS.attend(q, k, v, mask=mask), NATIVE.attend(q, k, v, mask=mask))
+
+
+def test_a_head_that_cannot_be_copied_by_16_bytes_goes_to_native():
+    q, k, v = heads(700, depth=36), heads(77, depth=36), heads(77, depth=36)
+    torch.testing.assert_close(FEW_KEYS.attend(q, k, v), NATIVE.attend(q, k, v))
+    with pytest.raises(ValueError, match="a multiple of 8"):
+        few_keys.cross_attention(q, k, v)

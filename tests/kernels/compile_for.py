@@ -39,6 +39,14 @@ def other_size(sizes):
     return sizes | grown | ({"before": sizes["before"] + 5} if "before" in sizes else {})
 
 
+def distinct(cases, capability):
+    """The first case of each head size, and those in fp8: others may need no kernel of their own."""
+    # A matrix's depth is another thing.
+    depths = {case.sizes.get("depth") if "heads" in case.sizes else None: case for case in reversed(cases)}
+    in_fp8 = capability >= 89
+    return [case for case in cases if case in depths.values() or (in_fp8 and "fp8" in case.name)]
+
+
 def writes_little(kernel, case):
     """Whether the results are a few sums, whose width does not matter."""
     arguments = kernel.arguments(case, device="meta", dtype=torch.float16)
@@ -59,7 +67,7 @@ def main():
     for kernel in (kernel for kernel in KERNELS.values() if kernel.since <= capability):
         # Triton converts to fp8 on sm_89 and newer.
         known = [case for case in kernel.bench if capability >= 89 or case.sizes.get("quantize") != "fp8"]
-        for case in (known[0], *(case for case in known[1:] if capability >= 89 and "fp8" in case.name)):
+        for case in distinct(known, capability):
             counts = [len(compiled)]
             for sizes in (case.sizes, other_size(case.sizes)):
                 case = replace(case, sizes=sizes)

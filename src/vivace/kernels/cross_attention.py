@@ -2,6 +2,10 @@
 
 The library's kernels are made for long sequences; with the 77 or 300 keys of a prompt they take several times as long
 as reading q and writing the output. A head's size need not be a power of two here: it is a large part and a small one.
+
+Keys and values come by asynchronous copies of 16 bytes, so strides have to be in eights. Copied otherwise the two parts
+of v take turns at one place in shared memory, and the ptxas of CUDA 12.8, which Triton 3.6 brings, then takes the small
+part's address from a register that nothing wrote: an illegal memory access, or a wrong product.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import EMULATED, ceil_div, jit, power_of_two, tl
 
 SCHEMA = "cross_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor[]"
-ROWS, KEYS = 128, 64  # queries a program, keys at a time
+ROWS = 128  # queries a program
+UNIT = tl.constexpr(8) if tl else 8  # elements that every stride is a multiple of
 
 
 def cross_attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> list[torch.Tensor]:
@@ -32,7 +37,10 @@ def _product(a, b, sums, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
-@jit(do_not_specialize=("tokens", "keys"))
+STRIDES = tuple(f"{name}_{dimension}" for name in "qkv" for dimension in ("batch", "token", "head"))
+
+
+@jit(do_not_specialize=("tokens", "keys", "heads", *STRIDES))
 def _cross_attention_kernel(
     q, k, v, out, tokens, keys, heads, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     scale, DEPTH: tl.constexpr, LARGE: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -43,23 +51,23 @@ def _cross_attention_kernel(
     there, far = (rows < tokens)[:, None], rows.to(tl.int64)[:, None]
     large, small = tl.arange(0, LARGE)[None, :], LARGE + tl.arange(0, SMALL)[None, :]
     within = small < DEPTH
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    q += (batch * q_batch + head * q_head) * UNIT
+    k += (batch * k_batch + head * k_head) * UNIT
+    v += (batch * v_batch + head * v_head) * UNIT
 
-    query = tl.load(q + far * q_token + large, mask=there, other=0.0)
+    query = tl.load(q + far * q_token * UNIT + large, mask=there, other=0.0)
     total, most = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
     sum_large = tl.zeros([ROWS, LARGE], tl.float32)
     if LARGE < DEPTH:
-        query_small = tl.load(q + far * q_token + small, mask=there & within, other=0.0)
+        query_small = tl.load(q + far * q_token * UNIT + small, mask=there & within, other=0.0)
         sum_small = tl.zeros([ROWS, SMALL], tl.float32)
     for start in range(0, keys, KEYS):
         at = start + tl.arange(0, KEYS)
         real, place = (at < keys)[:, None], at.to(tl.int64)[:, None]
-        key = tl.load(k + place * k_token + large, mask=real, other=0.0)
+        key = tl.load(k + place * k_token * UNIT + large, mask=real, other=0.0)
         scores = _product(query, tl.trans(key), tl.zeros([ROWS, KEYS], tl.float32), PRECISION)
         if LARGE < DEPTH:
-            key = tl.load(k + place * k_token + small, mask=real & within, other=0.0)
+            key = tl.load(k + place * k_token * UNIT + small, mask=real & within, other=0.0)
             scores = _product(query_small, tl.trans(key), scores, PRECISION)
         scores = tl.where((at < keys)[None, :], scores * scale, float("-inf"))  # scale is in powers of two
 
@@ -67,10 +75,10 @@ def _cross_attention_kernel(
         weights, fade = tl.exp2(scores - new[:, None]), tl.exp2(most - new)
         total, most = total * fade + tl.sum(weights, 1), new
         weights = weights.to(v.dtype.element_ty)
-        value = tl.load(v + place * v_token + large, mask=real, other=0.0)
+        value = tl.load(v + place * v_token * UNIT + large, mask=real, other=0.0)
         sum_large = _product(weights, value, sum_large * fade[:, None], PRECISION)
         if LARGE < DEPTH:
-            value = tl.load(v + place * v_token + small, mask=real & within, other=0.0)
+            value = tl.load(v + place * v_token * UNIT + small, mask=real & within, other=0.0)
             sum_small = _product(weights, value, sum_small * fade[:, None], PRECISION)
 
     out += ((batch * tokens + far) * heads + head) * DEPTH
@@ -83,15 +91,23 @@ def _cross_attention_kernel(
 def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> list[torch.Tensor]:
     batch, tokens, heads, depth = q.shape
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    q, k, v = map(_in_eights, (q, k, v))
+    strides = (stride // 8 for x in (q, k, v) for stride in x.stride()[:3])
     large = max(16, power_of_two(depth + 1) // 2)
     _cross_attention_kernel[(ceil_div(tokens, ROWS), batch * heads)](
-        q, k, v, out, tokens, k.shape[1], heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, out, tokens, k.shape[1], heads, *strides,
         scale * math.log2(math.e), DEPTH=depth, LARGE=large, SMALL=max(16, power_of_two(depth - large)),
-        ROWS=ROWS, KEYS=KEYS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=8,
-        # In the 99 KiB of shared memory that consumer cards give a program.
-        num_stages=2 if depth <= 128 else 1,
+        # Two stages in the 99 KiB of shared memory that consumer cards give a program.
+        ROWS=ROWS, KEYS=64 if depth <= 128 else 32, num_warps=8, num_stages=2,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return [out]
+
+
+def _in_eights(x: torch.Tensor) -> torch.Tensor:
+    """`x` where 8 of its elements can be copied at a time wherever a token begins, else a copy of it."""
+    fits = x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:3])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 _op = register(SCHEMA, reference=cross_attention_ref, launch=_launch)
@@ -100,13 +116,15 @@ _op = register(SCHEMA, reference=cross_attention_ref, launch=_launch)
 def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
     """Attention of q [B, S, H, D] to k and v [B, T, H, D], in q's type; `scale` of None is 1 / sqrt(D).
 
-    Raises ValueError where the sizes do not fit, a head is smaller than 16, or a last dimension is not contiguous.
+    Raises ValueError where the sizes do not fit, a head is smaller than 16 or no multiple of 8, or a last dimension is
+    not contiguous.
     """
     batch, _, heads, depth = q.shape
-    if k.shape != v.shape or k.shape != (batch, k.shape[1], heads, depth) or not k.shape[1] or depth < 16:
+    fits = k.shape == v.shape == (batch, k.shape[1], heads, depth) and k.shape[1] > 0
+    if not fits or depth < 16 or depth % 8:
         raise ValueError(
-            f"q [B, S, H, D], k and v [B, T, H, D] with D of 16 or more, got {list(q.shape)}, {list(k.shape)} and "
-            f"{list(v.shape)}"
+            "q [B, S, H, D], k and v [B, T, H, D] with D a multiple of 8 from 16 on, got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("q, k and v must be contiguous in their last dimension; call .contiguous()")
@@ -136,6 +154,7 @@ KERNEL = Kernel(
         Case("head size 72, k and v joined", {"tokens": 37, "keys": 120, "heads": 2, "depth": 72, "joined": True}),
         Case("head size 40, a view", {"batch": 2, "tokens": 9, "keys": 77, "heads": 3, "depth": 40, "pad": 64}),
         Case("head size 160, one key", {"tokens": 5, "keys": 1, "heads": 2, "depth": 160}),
+        Case("unaligned, a view", {"tokens": 37, "keys": 77, "heads": 2, "depth": 40, "pad": 6}),
         Case("head size 128, many keys", {"tokens": 130, "keys": 300, "heads": 1, "depth": 128}),
     ),
     bench=(
