@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from vivace.cold_start import cold_start, told
 from vivace.config import Config, plain, preset_name, resolve
 from vivace.errors import InputError
 from vivace.load import Source, find, resolve_device, resolve_dtype
@@ -32,6 +33,7 @@ class Plan:
     dtype: str
     passes: tuple[Note, ...]
     attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what would compute them
+    cold_start_seconds: tuple[float, float] | None  # from, to; None: not measured
     components: dict[str, int]  # bytes of each as loaded
     added_bytes: int  # that the passes add to them; below 0: save
     weight_bytes: int  # on the device, all components and passes together
@@ -52,6 +54,7 @@ class Plan:
         lines += [f"  {n.name:<{width}}  {'would do' if n.done else 'leaves  '}  {n.detail}" for n in self.passes]
         for kind, use in self.attention.items():
             lines.append(f"  {kind} attention: {use['layers']} layers, {use['backend']}")
+        lines.append(f"  cold start: {told(self.cold_start_seconds)}")
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.components.items())
         change = f", passes {_gib(self.added_bytes)}" if self.added_bytes else ""
         lines.append(f"  memory: weights {_gib(self.weight_bytes)} ({parts}{change})")
@@ -111,6 +114,7 @@ def plan(
         dtype=str(number).removeprefix("torch."),
         passes=tuple(sorted(target.notes, key=lambda note: order.index(note.name))),
         attention=attention_of(target),
+        cold_start_seconds=cold_start(target),
         components=sizes,
         added_bytes=added,
         weight_bytes=sum(sizes.values()) + added,
