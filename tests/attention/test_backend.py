@@ -1,12 +1,15 @@
 """Every backend declares itself and refuses, with what to do, where it cannot run."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from vivace import InputError
 from vivace.attention import BACKENDS, backend_of
+from vivace.attention.backend import within_bounds
 from vivace.attention.native import NATIVE
 
 
@@ -23,6 +26,20 @@ def test_not_installed_says_what_to_install(name):
     if importlib.util.find_spec(backend.package) is not None:
         pytest.skip(f"{backend.package} is installed")
     assert backend.install in backend.refuses(device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def test_what_no_package_would_mend_is_said_first():
+    assert "not on cpu" in backend_of("sage").refuses(device=torch.device("cpu"), dtype=torch.float16)
+
+
+def test_a_head_or_a_mask_that_it_does_not_take_is_named():
+    attend = within_bounds(replace(NATIVE, name="sage", masks=False, depth=16))
+    q = torch.randn(1, 5, 2, 16)
+    assert torch.equal(attend(q, q, q), NATIVE.attend(q, q, q))
+    with pytest.raises(InputError, match=r"attention='sage' cannot .* heads larger than 16 at \(1, 5, 2, 24\)"):
+        attend(*[torch.randn(1, 5, 2, 24)] * 3)
+    with pytest.raises(InputError, match="a mask"):
+        attend(q, q, q, mask=torch.ones(1, 5, dtype=torch.bool))
 
 
 def test_refuses_device_and_dtype():

@@ -42,6 +42,7 @@ class Backend:
     exact: bool = True  # to the last digits of 16 bit; others may leave a request's first and last steps to native
     leaves: str = ""  # which calls it hands to native, for the report
     masks: bool = False  # takes a mask
+    depth: int | None = None  # the largest head it takes
     asks_where: bool = False  # needs to know which layer computes, and where in space and time its tokens lie
     returns_lse: bool = False  # can give the log-sum-exp, which a ring over several GPUs needs
     package: str | None = None  # the module that must be installed
@@ -49,10 +50,10 @@ class Backend:
 
     def refuses(self, *, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run on that device and dtype, and what to do; None when it can."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"the package {self.package} is not installed; {self.install}"
         if device.type not in self.devices:
             return f"it runs on {_listed(self.devices)}, not on {device.type}; use attention='native'"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed; {self.install}"
         have = torch.cuda.get_device_capability(device) if self.since and device.type == "cuda" else None
         if self.since and have and have < self.since:
             wanted, got = (".".join(map(str, sm)) for sm in (self.since, have))
@@ -63,13 +64,15 @@ class Backend:
         return None
 
 
-def without_masks(backend: Backend) -> Attend:
-    """`backend.attend` for one that takes no mask, which says so where it is given one."""
+def within_bounds(backend: Backend) -> Attend:
+    """`backend.attend` for one that takes no mask or no large heads, which says so where it is given one."""
 
     def attend(q, k, v, *, mask=None, scale=None):
-        if mask is not None:
+        if mask is not None and not backend.masks:
             raise cannot(backend, "a mask", q.shape)
-        return backend.attend(q, k, v, scale=scale)
+        if backend.depth is not None and q.shape[-1] > backend.depth:
+            raise cannot(backend, f"heads larger than {backend.depth}", q.shape)
+        return backend.attend(q, k, v, mask=mask, scale=scale)
 
     return attend
 

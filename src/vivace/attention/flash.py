@@ -11,4 +11,11 @@ def _flash(q, k, v, *, mask=None, scale=None):
     return flash_attn_func(q, k, v, softmax_scale=scale)
 
 
-FLASH = Backend(name="flash", attend=_flash, returns_lse=True, package="flash_attn", install="pip install flash-attn")
+FLASH = Backend(
+    name="flash",
+    attend=_flash,
+    returns_lse=True,
+    depth=256,
+    package="flash_attn",
+    install="pip install flash-attn",
+)

@@ -16,6 +16,7 @@ SAGE = Backend(
     attend=_sage,
     exact=False,
     returns_lse=True,
+    depth=128,
     package="sageattention",
     install="pip install sageattention",
 )

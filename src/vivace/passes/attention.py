@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vivace.attention import backend_of
-from vivace.attention.backend import Backend, without_masks
+from vivace.attention.backend import Backend, within_bounds
 from vivace.attention.cudnn_fp8 import CUDNN_FP8, where_it_wins
 from vivace.attention.ends import with_exact_ends
 from vivace.attention.guard import guarded
@@ -62,8 +62,8 @@ def _check(target: Target) -> str | None:
 
 def _apply(target: Target) -> None:
     (chosen, _), config = _choice(target), target.config
-    if not chosen.masks:
-        chosen = replace(chosen, attend=without_masks(chosen))  # fused blocks call it beside the route
+    if not chosen.masks or chosen.depth is not None:
+        chosen = replace(chosen, attend=within_bounds(chosen))  # fused blocks call it beside the route
     if config.exact_ends and not chosen.exact:
         chosen = replace(chosen, attend=with_exact_ends(chosen))
     attend = guarded(chosen) if config.check_nan else chosen.attend
