@@ -54,6 +54,15 @@ def test_a_folder_that_is_no_pipeline(tmp_path, index):
         vivace.load(tmp_path)
 
 
+def test_a_pipeline_over_another_familys_denoiser(folder, tmp_path):
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    for name in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"):
+        (tmp_path / name).symlink_to(folder / name)
+    with pytest.raises(InputError, match=r"SD3Transformer2DModel, a model of sd3, .* runs a FluxTransformer2DModel"):
+        vivace.load(tmp_path)
+
+
 def test_a_class_that_diffusers_lacks(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "NewestPipeline"}')
     with pytest.raises(InputError, match=r"is a NewestPipeline, which this diffusers \(.*\) lacks"):

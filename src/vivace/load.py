@@ -239,9 +239,22 @@ def _folder(name: str, path: Path) -> Source:
     components = [key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     checkpoint.check_folder(path, components=components)
     family = known_family(pipeline)
+    _check_denoisers(path, family, index)
     variant = _variant_of(path, family)
     own = _own(path / OWN) if (path / OWN).is_file() else {}
     return Source(name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, own=own)
+
+
+def _check_denoisers(path: Path, family: Family | None, index: Mapping[str, Any]) -> None:
+    """Raises InputError where a pipeline's denoiser is another family's: it would fail in its first call."""
+    for name in family.denoisers if family else ():
+        _, kind = value if isinstance(value := index.get(name), list) and len(value) == 2 else (None, None)
+        kin = known_family(kind) if isinstance(kind, str) else None
+        if family and kin and kin.denoiser_class != family.denoiser_class:
+            raise InputError(
+                f"{path}: model_index.json names {index['_class_name']} as its pipeline and {kind}, a model of "
+                f"{kin.name}, as its {name}; that pipeline runs a {family.denoiser_class}"
+            )
 
 
 def _own(path: Path) -> dict[str, Any]:
