@@ -9,7 +9,20 @@ import pytest
 
 from vivace.kernels import KERNELS
 
-REHEARSED = ("flux", "flux:fp8", "flux2", "qwen_image", "z_image", "pixart", "wan", "sd", "sdxl", "svd")
+REHEARSED = (
+    "flux",
+    "flux:fp8",
+    "flux2",
+    "sd3",
+    "sd3:fp8",
+    "qwen_image",
+    "z_image",
+    "pixart",
+    "wan",
+    "sd",
+    "sdxl",
+    "svd",
+)
 
 
 def run_for(script, tmp_path, *arguments):

@@ -26,6 +26,8 @@ class Folded:
 
 def fold_zero_tokens(text: torch.Tensor, *, repeat: bool = False) -> Folded:
     """Fold the zero tokens at the end of `text` `[B, T, D]`: a bias, or a key to repeat. Waits for the device once."""
+    if text.is_meta:
+        return Folded(text=text)  # a rehearsal's text has no values
     used = text.ne(0).any(-1).any(0).nonzero()  # [n, 1]
     kept = int(used[-1]) + 1 if len(used) else 0
     zeros = text.shape[1] - kept
