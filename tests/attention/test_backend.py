@@ -28,10 +28,6 @@ def test_not_installed_says_what_to_install(name):
     assert backend.install in backend.refuses(device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
-def test_what_no_package_would_mend_is_said_first():
-    assert "not on cpu" in backend_of("sage").refuses(device=torch.device("cpu"), dtype=torch.float16)
-
-
 def test_a_head_or_a_mask_that_it_does_not_take_is_named():
     attend = within_bounds(replace(NATIVE, name="sage", masks=False, depth=16))
     q = torch.randn(1, 5, 2, 16)

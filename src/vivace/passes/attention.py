@@ -33,6 +33,8 @@ def _choice(target: Target) -> tuple[Backend, str]:
     named = _named(target.config)
     if target.config.attention != "auto_fp8":
         return named, ""
+    if target.device.type not in CUDNN_FP8.devices:
+        return named, f"no fp8: it is not for {target.device.type}"  # with no package
     fp8 = where_it_wins(target.device)
     if reason := CUDNN_FP8.refuses(device=target.device, dtype=target.dtype):
         return named, f"no fp8: {reason}"
