@@ -72,7 +72,8 @@ def test_wrong_requests_are_refused_at_once(engine, fields, field, order):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"steps": 2.5}, {"steps": "3"}, {"seed": 1.5}, {"prompt": ["a", "b"]}, {"prompt": None}, {"size": "64x64"},
+        {"steps": 2.5}, {"steps": "3"}, {"steps": True}, {"guidance": True}, {"seed": 1.5}, {"prompt": ["a", "b"]},
+        {"prompt": None}, {"size": "64x64"},
         {"size": (64,)}, {"size": (64.0, 64)}, {"guidance": "high"}, {"lora": "style"}, {"lora": {"style": "x"}},
         {"images": "x.png"}, {"images": ("x.png",)}, {"mask": "x.png"}, {"scheduler": 5}, {"cache": 5},
         {"priority": "x"}, {"arguments": ["x"]}, {"arguments": {"num_images_per_prompt": 3}},

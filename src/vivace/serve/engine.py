@@ -82,6 +82,7 @@ class Engine:
         self._closing = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._places = threads
         self._threads = [
             threading.Thread(target=self._serve, name=f"vivace-request-{i}", daemon=True) for i in range(threads)
         ]
@@ -104,6 +105,11 @@ class Engine:
     @property
     def most_queued(self) -> int:
         return self._backlog.most
+
+    @property
+    def most_taken(self) -> int:
+        """Requests that there is room for when there are no others, running and waiting."""
+        return self._backlog.most + self._places
 
     @property
     def queued(self) -> int:
@@ -284,7 +290,7 @@ class Engine:
     def _wait_estimate(self) -> float:
         """Seconds until the queue has moved, from what requests took lately."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
-        return max(1.0, usual * len(self._backlog) / (len(self._threads) - 1))
+        return max(1.0, usual * len(self._backlog) / self._places)
 
 
 def _spec(what: Any) -> Spec:

@@ -112,7 +112,7 @@ class Request:
         for name, (kind, words) in KINDS.items():
             value = getattr(self, name)
             left_out = value is None and getattr(type(self), name, kind) is None
-            if not left_out and not isinstance(value, kind):
+            if not left_out and not _is(value, kind):
                 raise FieldError(name, f"{name} is {value!r:.100}; it has to be {words}")
         parts: dict[str, tuple[Any, Any]] = {
             "size": (self.size or (), Integral),
@@ -120,7 +120,7 @@ class Request:
             "images": (self.images, Image.Image),
         }
         for name, (values, kind) in parts.items():
-            if not all(isinstance(value, kind) for value in values):
+            if not all(_is(value, kind) for value in values):
                 raise FieldError(name, f"{name} is {getattr(self, name)!r:.100}; it has to be {KINDS[name][1]}")
         if self.size is not None and len(self.size) != 2:
             raise FieldError("size", f"size is {self.size!r:.100}; it has to be {KINDS['size'][1]}")
@@ -132,3 +132,8 @@ class Request:
         if self.preview_every:
             return step % self.preview_every == 0
         return step in {of * number // (self.previews + 1) for number in range(1, self.previews + 1)}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    # Python counts True as 1.
+    return isinstance(value, kind) and not (kind in (Integral, Real) and isinstance(value, bool))

@@ -34,6 +34,11 @@ class Studio(Protocol):
     def most_queued(self) -> int: ...
 
     @property
+    def most_taken(self) -> int:
+        """Requests that there is room for when there are no others, running and waiting."""
+        ...
+
+    @property
     def queued(self) -> int:
         """Requests that wait to begin."""
         ...

@@ -63,6 +63,8 @@ def test_what_is_wrong_is_said_at_the_door(live):
     with pytest.raises(openai.BadRequestError) as error:
         live.client.images.generate(prompt="a", size="63x64")
     assert error.value.param == "size"
+    with pytest.raises(openai.BadRequestError, match="room for 8"):
+        live.client.images.generate(prompt="a", size="64x64", n=9)
 
 
 def test_a_video_from_beginning_to_end(live, until):

@@ -44,7 +44,7 @@ class Replicas:
 
 def drawn(replicas: Replicas, request: Request):
     async def draw():
-        fleet = Fleet(replicas, {"builtin": Spec()}, queue=4, places=4, alive=lambda: 1)
+        fleet = Fleet(replicas, {"builtin": Spec()}, queue=4, places=4, replicas=1, alive=lambda: 1)
         return await fleet.submit(request)
 
     return asyncio.run(draw())

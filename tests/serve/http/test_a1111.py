@@ -50,6 +50,7 @@ def test_pictures_from_text_and_from_pictures(server):
         ({"width": 60}, "width"),
         ({"sampler_name": "DDIM"}, "sampler_name"),
         ({"batch_size": 11}, "batch_size"),
+        ({"batch_size": True}, "batch_size"),
         ({"height": None}, "width"),
         ({"sampler_name": "best"}, "sampler_name"),
     ],

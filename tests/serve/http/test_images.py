@@ -8,6 +8,8 @@ import openai
 import pytest
 from PIL import Image
 
+from vivace.families import FAMILIES
+
 EXTRA = {"steps": 2, "seed": 7}
 
 
@@ -164,6 +166,9 @@ def test_models(client):
         ({"extra_body": {"image_url": "http://127.0.0.1/"}}, "image_url", "unknown field"),
         ({"extra_body": {"output_path": "/tmp/x"}}, "output_path", "unknown field"),
         ({"stream": True, "n": 2}, "n", "one picture"),
+        ({"n": True}, "n", "has to be a number"),
+        ({"extra_body": {"guidance_scale": False}}, "guidance_scale", "has to be a number"),
+        ({"extra_body": {"lora": {"style": True}}}, "lora.style", "has to be a number"),
     ],
 )
 def test_wrong_requests_are_400_and_named(client, fields, param, said):
@@ -172,6 +177,16 @@ def test_wrong_requests_are_400_and_named(client, fields, param, said):
     assert error.value.body["type"] == "invalid_request_error"
     assert error.value.param == param
     assert said in error.value.body["message"]
+
+
+def test_more_pictures_than_ever_find_room_are_no_full_queue(launch, wanted):
+    server = launch({"tiny": FAMILIES["sd3"].tiny()}, engine={"queue": 1, "threads": 2})
+    with server.http as http:
+        answer = http.post("/v1/images/generations", json=wanted | {"n": 4})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "n"
+        assert "room for 3" in answer.json()["error"]["message"]
+        assert len(http.post("/v1/images/generations", json=wanted | {"n": 3}).json()["data"]) == 3
 
 
 def test_unknown_model_is_404(client):

@@ -43,7 +43,7 @@ class Door:
         wanted = read_plan(plan)
         self._settings, self._replicas, self._alive = settings, replicas, 0
         self._answering = 0  # HTTP requests
-        limits = {"queue": wanted.max_queue, "places": wanted.max_running}
+        limits = {"queue": wanted.max_queue, "places": wanted.max_running, "replicas": wanted.most_replicas}
         self.fleet = Fleet(replicas, wanted.specs, alive=lambda: self._alive, **limits)
         self._looking = asyncio.get_running_loop().create_task(self._look(wanted.replicas))
 

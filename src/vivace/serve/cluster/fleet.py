@@ -35,7 +35,8 @@ class LostError(Exception):
 class Fleet:
     """Has the replicas behind `handle` draw; lives in the event loop where it is made.
 
-    At most `queue` requests wait for one of the `places` of each replica. `alive` says how many replicas run.
+    At most `queue` requests wait for one of the `places` of each replica. `alive` says how many of at most `replicas`
+    run.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Fleet:
         *,
         queue: int,
         places: int,
+        replicas: int,
         alive: Callable[[], int],
     ) -> None:
         self.models = {alias: Model(alias, spec) for alias, spec in specs.items()}
         self.most_queued = queue
+        self.most_taken = queue + places * replicas
         self.retried = 0  # times that a request was sent again
         self._draw = handle.options(method_name="draw", stream=True)
         self._places, self._alive = places, alive

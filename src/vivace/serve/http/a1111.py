@@ -22,7 +22,7 @@ from vivace.errors import InputError
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import json_body, make
-from vivace.serve.http.schema import Fields, ImageOrder, read, settings_of
+from vivace.serve.http.schema import Fields, ImageOrder, Number, Whole, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
 from vivace.serve.job import Progress
@@ -49,12 +49,12 @@ class Txt2Img(Fields):
 
     prompt: str = Field(min_length=1, max_length=100_000)
     negative_prompt: str = Field("", max_length=100_000)
-    seed: int = Field(-1, ge=-1, lt=2**63)
-    steps: int | None = Field(None, ge=1, le=10_000)
-    cfg_scale: float | None = Field(None, ge=0, le=100)
-    width: int | None = Field(None, ge=1, le=99_999)
-    height: int | None = Field(None, ge=1, le=99_999)
-    batch_size: int = Field(1, ge=1, le=100)
+    seed: Whole = Field(-1, ge=-1, lt=2**63)
+    steps: Whole | None = Field(None, ge=1, le=10_000)
+    cfg_scale: Number | None = Field(None, ge=0, le=100)
+    width: Whole | None = Field(None, ge=1, le=99_999)
+    height: Whole | None = Field(None, ge=1, le=99_999)
+    batch_size: Whole = Field(1, ge=1, le=100)
     n_iter: Literal[1] = 1
     sampler_name: str | None = Field(None, max_length=100)
     send_images: Literal[True] = True
@@ -93,7 +93,7 @@ class Img2Img(Txt2Img):
 
     init_images: list[str] = Field(min_length=1, max_length=1)
     mask: str | None = None
-    denoising_strength: float = Field(0.75, gt=0, le=1)
+    denoising_strength: Number = Field(0.75, gt=0, le=1)
 
 
 @router.post("/txt2img", openapi_extra=json_body(Txt2Img))

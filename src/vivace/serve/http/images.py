@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
 from vivace.serve.http.server import Server, note, read_json, server_of, while_connected
@@ -119,6 +120,9 @@ def _submit(request: Request, order: ImageOrder, **fields: Any) -> list[Job]:
     """The jobs of an order, one a picture; none where not all of them find room."""
     server = server_of(request)
     settings, engine = server.settings, server.engine
+    if order.n > engine.most_taken:
+        # Not a full queue, which would have room some time.
+        raise FieldError("n", f"n is {order.n}; this server has room for {engine.most_taken} at once")
     alias = server.alias(order.model, media="image")
     first = order.request(
         **fields,

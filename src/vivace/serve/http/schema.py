@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import FormData, UploadFile
 
 from vivace.config import PRESETS
@@ -28,6 +38,17 @@ QUALITIES = {
 SERVERS_OWN = ("auto", "standard")
 
 
+def _no_switch(value: Any) -> Any:
+    # Python counts True as 1.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "it has to be a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_switch)]
+Number = Annotated[float, BeforeValidator(_no_switch)]
+
+
 class Fields(BaseModel):
     """The fields of a request: no others are taken, and `null` is how clients spell one that is not given."""
 
@@ -47,14 +68,14 @@ class Order(Fields):
     prompt: str = Field(min_length=1, max_length=100_000)
     model: str | None = Field(None, max_length=200)
     size: str | None = Field(None, pattern=SIZE)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    steps: int | None = Field(None, ge=1, le=10_000)
-    guidance_scale: float | None = Field(None, ge=0, le=100)
-    true_cfg_scale: float | None = Field(None, ge=0, le=100)
+    seed: Whole | None = Field(None, ge=0, lt=2**63)
+    steps: Whole | None = Field(None, ge=1, le=10_000)
+    guidance_scale: Number | None = Field(None, ge=0, le=100)
+    true_cfg_scale: Number | None = Field(None, ge=0, le=100)
     negative_prompt: str | None = Field(None, max_length=100_000)
     scheduler: str | None = Field(None, max_length=100)
     cache: str | None = Field(None, max_length=200)
-    lora: dict[str, float] = Field(default_factory=dict, max_length=MOST_LORAS)
+    lora: dict[str, Number] = Field(default_factory=dict, max_length=MOST_LORAS)
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
 
@@ -105,15 +126,15 @@ class Order(Fields):
 class ImageOrder(Order):
     """POST /v1/images/generations."""
 
-    n: int = Field(1, ge=1, le=100)
+    n: Whole = Field(1, ge=1, le=100)
     quality: str = Field("auto", max_length=100)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(90, ge=0, le=100)
+    output_compression: Whole = Field(90, ge=0, le=100)
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto"] = "auto"
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
+    partial_images: Whole = Field(0, ge=0, le=3)
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> ImageOrder:
@@ -138,15 +159,15 @@ class ImageOrder(Order):
 class EditOrder(ImageOrder):
     """The fields of POST /v1/images/edits, besides its files."""
 
-    strength: float | None = Field(None, gt=0, le=1)
+    strength: Number | None = Field(None, gt=0, le=1)
 
 
 class VideoOrder(Order):
     """POST /v1/videos, besides its file."""
 
     seconds: str | None = Field(None, pattern=r"^[1-9][0-9]{0,2}$")
-    frames: int | None = Field(None, ge=1, le=100_000)
-    fps: int | None = Field(None, ge=1, le=120)
+    frames: Whole | None = Field(None, ge=1, le=100_000)
+    fps: Whole | None = Field(None, ge=1, le=120)
     quality: str = Field("auto", max_length=100)
 
     @model_validator(mode="after")
