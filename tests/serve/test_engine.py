@@ -40,6 +40,40 @@ def test_the_picture_is_the_pipelines_own(engine, pipe, order, pixels):
     assert set(result.timings) == {"queue_s", "text_s", "denoise_s", "decode_s", "total_s"}
 
 
+def test_a_warm_request_takes_a_step_more_and_tells_nothing_of_it(engine, pipe, order, gated, pixels):
+    gate = gated(pipe.transformer)
+    cold = engine.submit(order(deterministic=True)).result(60)
+    before = len(gate.sizes)
+    job = engine.submit(order(deterministic=True, warm=True, previews=2))
+    warm = job.result(60)
+    assert len(gate.sizes) - before == 4
+    assert (pixels(warm.pictures[0]) == pixels(cold.pictures[0])).all()
+    assert [one.step for one in job.events if isinstance(one, Progress)] == [0, 1, 2, 3]
+    assert warm.effective == cold.effective
+    assert warm.calls["denoiser"] == cold.calls["denoiser"] == 3
+    parts = [warm.timings[name] for name in ("queue_s", "text_s", "denoise_s", "decode_s")]
+    assert warm.timings["total_s"] >= sum(parts) - 0.01  # what it was warmed up for is a wait
+
+
+def test_an_edit_is_warmed_up_with_a_step(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    picture = Image.new("RGB", (SIDE, SIDE), "red")
+    engine.submit(order(images=(picture,), strength=0.4, steps=5, warm=True)).result(60)
+    assert len(gate.sizes) == 3
+
+
+def test_a_cancel_ends_a_warm_up(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    job = engine.submit(order(warm=True))
+    assert gate.reached.wait(120)
+    job.cancel()
+    gate.open.set()
+    with pytest.raises(Cancelled):
+        job.result(60)
+    assert len(gate.sizes) == 1
+
+
 def test_a_seed_is_drawn_and_told(engine, order):
     one, two = (engine.submit(order(seed=None)).result(60).effective["seed"] for _ in range(2))
     assert one != two

@@ -29,7 +29,13 @@ def admit(request: Request, models: Mapping[str, Model], *, most_pixels: int | N
     # Such pipelines put attention processors into the shared denoiser while they run.
     if hasattr(prepared.pipeline, "set_pag_applied_layers"):
         mode = replace(mode, alone=job.id)
-    return Entry(job=job, prepared=prepared, model=model, mode=mode)
+    warm = prepare(_one_step(request), model.source) if request.warm else None
+    return Entry(job=job, prepared=prepared, warm=warm, model=model, mode=mode)
+
+
+def _one_step(request: Request) -> Request:
+    # Of an edit's steps only the share `strength` is taken: of one step that would be none.
+    return replace(request, steps=1, strength=None if request.strength is None else 1.0)
 
 
 def model_of(models: Mapping[str, Model], alias: str | None) -> Model:

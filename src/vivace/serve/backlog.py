@@ -21,6 +21,7 @@ class Entry:
 
     job: Job
     prepared: Prepared
+    warm: Prepared | None = None  # what is run before it
     model: Model
     mode: Mode
     order: int = field(default_factory=itertools.count().__next__)

@@ -244,8 +244,11 @@ class Engine:
             model.ready(entry.mode, room=partial(self._room_for, model, job.check))
         except InputError as error:
             raise _named(error, job.request) from None
+        run = partial(Run, job, model=model, worker=self._worker(model))
+        if entry.warm is not None:
+            run(entry.warm, shown=False)()
         started = time.monotonic()
-        result = Run(job, entry.prepared, model=model, worker=self._worker(model))()
+        result = run(entry.prepared)()
         self._recent.append(time.monotonic() - started)
         return result
 

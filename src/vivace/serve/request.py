@@ -60,6 +60,7 @@ class Request:
     fps: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # more of the pipeline's call, such as control_image
     deterministic: bool = False  # never batched: the same bits every time
+    warm: bool = False  # a step is drawn and thrown away first, so that the time says what the next picture's will be
     priority: int = 0  # higher goes first
     queue_seconds: float | None = None  # the longest it may wait
     run_seconds: float | None = None  # the longest it may run

@@ -35,10 +35,10 @@ DIGESTS = 32  # tensors of which one request remembers the contents' digest
 
 
 class Run:
-    """Runs a prepared job once."""
+    """Runs what was prepared of a job once. One that is not `shown` tells the job nothing."""
 
-    def __init__(self, job: Job, prepared: Prepared, *, model: Model, worker: Worker) -> None:
-        self.job, self.prepared, self.model, self.worker = job, prepared, model, worker
+    def __init__(self, job: Job, prepared: Prepared, *, model: Model, worker: Worker, shown: bool = True) -> None:
+        self.job, self.prepared, self.model, self.worker, self.shown = job, prepared, model, worker, shown
         self._denoisers = _denoisers(model)
         self._total = 0
         self._denoised = 0  # denoiser calls that were computed, if only in part
@@ -50,7 +50,7 @@ class Run:
 
     def __call__(self) -> Result:
         """The result. Raises what the pipeline raised, or the job's Failure."""
-        request, source = self.job.request, self.model.source
+        request, source = self.prepared.request, self.model.source
         whole = self.model.as_class(self.prepared.pipeline)
         pipe = view(
             whole,
@@ -77,7 +77,7 @@ class Run:
             hits, sample = _hits(scope, self.model), scope.sample
         self.job.check()
         pictures = tuple(out.frames[0] if hasattr(out, "frames") else out.images[:1])
-        if request.preview_every or request.previews or not self.model.sketch.learned:
+        if self.shown and (request.preview_every or request.previews or not self.model.sketch.learned):
             self._learn(sample, pictures[len(pictures) // 2])
         ended = time.monotonic()
         timings = {
@@ -141,12 +141,14 @@ class Run:
 
     def _tell(self, done: int, total: int) -> None:
         self.job.check()
+        if not self.shown:
+            return
         self._total = total
         spent = time.monotonic() - (self._first or time.monotonic())
         self.job.tell(
             Progress(step=done, total=total, seconds_left=round(spent / done * (total - done), 3) if done else None)
         )
-        if self.job.request.previewed(done, of=total) and (now := current()) and now.sample is not None:
+        if self.prepared.request.previewed(done, of=total) and (now := current()) and now.sample is not None:
             picture = self.model.sketch.draw(now.sample, size=self.prepared.size or (1, 1))
             if picture is not None:
                 self.job.tell(Preview(step=done, picture=picture))
@@ -172,7 +174,7 @@ class Run:
 
     def _effective(self, pipe: Any, pictures: tuple[Any, ...]) -> dict[str, Any]:
         """Everything that decided the pixels, as plain values."""
-        call, request = self.prepared.call, self.job.request
+        call, request = self.prepared.call, self.prepared.request
         defaults = {name: one.default for name, one in arguments(self.prepared.pipeline).items()}
         guidance = call.get(CALL["guidance"], defaults.get(CALL["guidance"]))
         found = {

@@ -65,12 +65,16 @@ def full(live, until, aside):
         until(lambda: aside(live.idle))
 
 
-def draw(page, prompt, *, steps):
+def fill(page, prompt, *, steps):
     page.locator("#prompt textarea").fill(prompt)
     page.locator("#size input").fill("64x64")
     page.locator("#size input").press("Enter")
     page.locator("#steps input[type=number]").fill(str(steps))
     page.locator("#steps input[type=number]").press("Tab")
+
+
+def draw(page, prompt, *, steps):
+    fill(page, prompt, steps=steps)
     page.locator("#draw").click()
 
 
@@ -82,6 +86,19 @@ def test_a_picture_and_what_was_applied(page):
     page.locator("#stage .applied summary").click()
     expect(page.locator("#stage .applied")).to_contain_text("attention")
     expect(page.locator("#stage .applied")).to_contain_text("3 denoiser calls")
+
+
+def test_a_comparison_is_warmed_up_where_it_is_drawn(page, live, until, aside):
+    """Two requests, so that neither's warming up can go to another replica than its picture."""
+    done = aside(live.outcomes, "done")
+    fill(page, "a red circle", steps=3)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#both").click()
+    page.locator("#compare [data-state=compared]").wait_for()
+    for number in range(2):
+        expect(page.locator("#compare .side .took").nth(number)).to_have_text(re.compile(r"\d s$"))
+    until(lambda: aside(live.idle))
+    assert aside(live.outcomes, "done") == done + 2
 
 
 def test_cancel_reaches_the_replica(page, live, until, aside):

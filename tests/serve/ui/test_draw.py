@@ -142,6 +142,8 @@ def test_two_ways(studio):
     assert one["effective"]["seed"] == other["effective"]["seed"]
     assert other["effective"]["cache"].startswith("firstblock")
     assert min(one["seconds"], other["seconds"]) > 0
+    assert [side["timings"]["total_s"] for side in (one, other)] == [one["seconds"], other["seconds"]]
+    assert one["timings"]["queue_s"] == 0.0
     assert one["form"]["cache"] == "none"
     assert 0 <= last["difference"] <= 1
 

@@ -61,7 +61,7 @@ def _request() -> Any:
 
 @pytest.fixture
 def visit(browser, site) -> Iterator[Callable[..., Any]]:
-    """Opens the page; at the end nothing was asked of any other server, and nothing went wrong in the page."""
+    """Opens the page; at the end it scrolls down alone, asked no other server for anything, and nothing went wrong."""
     opened, hosts, wrong = [], set(), []
 
     def watch(page: Any) -> None:
@@ -83,8 +83,11 @@ def visit(browser, site) -> Iterator[Callable[..., Any]]:
         return page
 
     yield visit
+    pages = [page for context in opened for page in context.pages]
+    sideways = [page.url for page in pages if page.evaluate("document.documentElement.scrollWidth > innerWidth")]
     for context in opened:
         context.close()
+    assert sideways == []
     assert {host for host in hosts if host} == {urlsplit(site.url).netloc}
     assert wrong == []
 
@@ -141,7 +144,6 @@ def test_draw(visit, held, size):
     expect(page.locator("#stage .applied")).to_contain_text("3 denoiser calls")
     expect(page.locator("#gallery .cards li")).to_have_count(1)
     expect(page.locator("#draw")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
 
 
 def test_previews_and_seconds_left(visit):
@@ -193,13 +195,15 @@ def test_leaving_ends_what_is_drawn(visit, site, held, until):
     until(lambda: site.engine.running == 0)
 
 
-def test_a_mistake_is_told_where_it_is(visit):
-    page = visit()
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mistake_is_told_where_it_is(visit, size):
+    page = visit(size)
     ask(page, size="100x100")
     page.locator("#draw").click()
     done(page, state="error")
     expect(page.locator("#stage [role=alert]")).to_contain_text("multiples of 16; the nearest is 96x96")
     expect(page.locator("#size")).to_have_class(re.compile("wrong"))
+    expect(page.locator("#stage [role=alert]")).to_be_in_viewport()
     ask(page, size="64x64")
     page.locator("#draw").click()
     done(page)
@@ -261,23 +265,37 @@ def test_the_gallery_outlives_a_reload(visit):
     assert loaded(page, "#stage .frame img") == [256, 256]
 
 
-def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch):
+def paint(page: Any, *, right: float, top: float, bottom: float, touch: bool) -> None:
+    """A stroke down the picture, with a finger or the mouse; places are shares of its sides."""
+    easel = page.locator("#input canvas")
+    easel.scroll_into_view_if_needed()
+    box = easel.bounding_box()
+    x, (begin, end) = box["x"] + right * box["width"], (box["y"] + at * box["height"] for at in (top, bottom))
+    along = [{"x": x, "y": begin + (end - begin) * step / 6} for step in range(7)]
+    if not touch:
+        page.mouse.move(*along[0].values())
+        page.mouse.down()
+        for at in along:
+            page.mouse.move(*at.values())
+        page.mouse.up()
+        return
+    finger = page.context.new_cdp_session(page)  # playwright's own finger only taps
+    for kind, points in [("touchStart", along[:1]), *(("touchMove", [at]) for at in along), ("touchEnd", [])]:
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch, size):
     asked, submit = [], site.engine.submit
     monkeypatch.setattr(site.engine, "submit", lambda request, **more: asked.append(request) or submit(request, **more))
     picture = Image.new("RGB", (320, 256), "#ffd800")
     ImageDraw.Draw(picture).ellipse((40, 60, 140, 160), fill="#ee2222")
     picture.save(tmp_path / "in.png")
-    page = visit()
+    page = visit(size)
     ask(page, "a blue square", steps=4)
     page.locator("#editing > button").click()
     page.locator("#input input[type=file]").set_input_files(tmp_path / "in.png")
-    easel = page.locator("#input canvas")
-    easel.scroll_into_view_if_needed()
-    box = easel.bounding_box()
-    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.2 * box["height"])
-    page.mouse.down()
-    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.8 * box["height"], steps=6)
-    page.mouse.up()
+    paint(page, right=0.75, top=0.2, bottom=0.8, touch=size == "phone")
     expect(page.locator("#input .note")).to_have_text("Only what you painted is drawn anew.")
     page.locator("#draw").click()
     done(page)
@@ -313,16 +331,18 @@ def test_a_finished_picture_can_be_edited(visit):
     expect(page.locator("#input .drop")).to_be_visible()
 
 
-def test_what_is_no_picture(visit, tmp_path):
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_no_picture(visit, tmp_path, size):
     (tmp_path / "no.png").write_bytes(b"no picture")
-    page = visit()
+    page = visit(size)
     page.locator("#editing > button").click()
     page.locator("#input input[type=file]").set_input_files(tmp_path / "no.png")
     expect(page.locator("#input [role=alert]")).to_contain_text("no picture")
 
 
-def test_compare(visit):
-    page = visit()
+@pytest.mark.parametrize("size", SIZES)
+def test_compare(visit, size):
+    page = visit(size)
     ask(page, steps=6, seed="3")
     page.get_by_role("tab", name="Compare").click()
     page.locator("#right-cache input").click()
@@ -330,8 +350,8 @@ def test_compare(visit):
     page.locator("#both").click()
     done(page, "compare", "compared")
     expect(page.locator("#compare .side")).to_have_count(2)
-    for number, title in enumerate(("exact", "teacache")):
-        expect(page.locator("#compare .side").nth(number)).to_contain_text(title)
+    for number, title in enumerate(("exact", "fast + teacache")):
+        expect(page.locator("#compare .side .title").nth(number)).to_have_text(title)
         assert re.search(r"\d s$", page.locator("#compare .side .took").nth(number).inner_text())
     expect(page.locator("#compare .verdict")).to_contain_text("Same seed, 3;")
     page.wait_for_function("() => [...document.querySelectorAll('#compare .overlay img')].every(p => p.naturalWidth)")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vivace.serve.request import Request
 from vivace.serve.ui.draw import State, Studio, failed
 from vivace.serve.ui.form import NO_CACHE, Form
 
@@ -28,7 +27,11 @@ class Way:
 
 
 async def compare(studio: Studio, form: Form, *, ways: tuple[Way, Way], visitor: str | None) -> AsyncIterator[State]:
-    """The states of a comparison: for each side a warm-up of one step, then the picture; last of all both."""
+    """The states of a comparison: for each side a warm-up of one step, then the picture; last of all both.
+
+    A preset's first call sets things up; a time with that in it would say nothing of the next picture's. So a side is
+    one request, which is warmed up where it is drawn: on a cluster two requests may go to two replicas.
+    """
     engine, settings = studio.server.engine, studio.server.settings
     made: list[tuple[State, Image.Image]] = []
     try:
@@ -38,17 +41,15 @@ async def compare(studio: Studio, form: Form, *, ways: tuple[Way, Way], visitor:
         seed = requests[0].seed
         for one, way, request in zip(forms, ways, requests, strict=True):
             side = {"side": len(made), "title": way.title}
-            # A preset's first call sets things up; a time with that in it would say nothing of the next picture's.
-            async for _ in studio.follow(warm := engine.submit(_warmed(request)), visitor=visitor):
-                yield {"state": "warming", **side}
-            await warm
-            job = engine.submit(replace(request, seed=seed), most_pixels=settings.most_pixels)
+            job = engine.submit(replace(request, seed=seed, warm=True), most_pixels=settings.most_pixels)
             async for state in studio.follow(job, visitor=visitor):
-                yield {**state, **side}
+                warming = state["state"] == "waiting" and not state["ahead"]
+                yield {**state, **side, **({"state": "warming"} if warming else {})}
             result = await job
             seed = job.seed  # where it was left open, the second side takes the first one's
             entry = await asyncio.to_thread(studio.entry, job, result, one)
-            entry |= {"title": way.title, "seconds": _seconds(result.timings)}
+            timings = _of_the_picture(result.timings)
+            entry |= {"title": way.title, "seconds": timings["total_s"], "timings": timings}
             made.append((entry, result.pictures[0]))
         (first, one), (second, other) = made
         apart = await asyncio.to_thread(difference, one, other)
@@ -67,12 +68,6 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(abs(a - b).mean() / 255)
 
 
-def _warmed(request: Request) -> Request:
-    # Of an edit's steps only the share `strength` is taken: of one step that would be none.
-    strength = None if request.strength is None else 1.0
-    return replace(request, steps=1, strength=strength, seed=0, previews=0)
-
-
-def _seconds(timings: Any) -> float:
-    """From the first text to the picture, without the wait."""
-    return round(timings["total_s"] - timings["queue_s"], 4)
+def _of_the_picture(timings: Mapping[str, float]) -> dict[str, float]:
+    """The times without the wait, and the warming up that is a part of it."""
+    return {**timings, "queue_s": 0.0, "total_s": round(timings["total_s"] - timings["queue_s"], 4)}
