@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a large green triangle to the right of a small red circle on a yellow background
 PYTEST ?=
+REHEARSE ?=
 
-.PHONY: calibrations demo test test-all check lint size format timings clean
+.PHONY: calibrations demo test test-all check lint size format timings rehearsal clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this machine has
@@ -34,6 +35,9 @@ size:
 
 timings: $(VENV)/.run  ## cold starts of this machine, to benchmarks/<date>-cpu-timings.json
 	$(BIN)/python -m vivace.bench.timings
+
+rehearsal: $(VENV)/.test  ## the Dockerfiles' and the README's steps in fresh roots, to benchmarks/; as root
+	$(BIN)/python docker/rehearse.py -o benchmarks/$$(date -u +%F)-cpu-rehearsal.json $(REHEARSE)
 
 calibrations: $(VENV)/.run  ## fits the step caches to the built-in model; a GPU needs minutes
 	mkdir -p src/vivace/cache/calibrations
