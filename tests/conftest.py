@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -41,6 +43,32 @@ def cluster() -> Iterator[None]:
 
     with connect(cpus=2, store_bytes=100 * 2**20):
         yield
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Callable[..., Callable[..., Any]]:
+    """Makes workers of which one is lost: `mortal(make, chosen=...)` makes what `make` makes, whose process is killed
+    once, when it has done a task that is `chosen` and has told nobody; `mortal.killed()` says whether that was.
+    """
+    mark = tmp_path / "killed"
+
+    def wrap(make: Callable[..., Callable[[Any], Any]], *, chosen: Callable[[Any], bool]) -> Callable[..., Any]:
+        def made(*given: Any) -> Callable[[Any], Any]:
+            go = make(*given)
+
+            def do(task: Any) -> Any:
+                result = go(task)
+                if chosen(task) and not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return do
+
+        return made
+
+    wrap.killed = mark.exists
+    return wrap
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vivace.errors import InputError
 from vivace.evals.contest import Order, contestants
@@ -66,6 +68,17 @@ def test_a_killed_worker_goes_on_where_its_records_end(cluster, order):
     assert {key for key in made if key[0] in names} == {(name, index) for name in names for index in range(6)}
     kept = [key for key in made if key[0] == "exact"]
     assert len(kept) == len(set(kept)), "something was drawn twice"
+    calm = replace(order, folder=order.folder.parent / "calm")
+    for one in (drawn.reference, drawn.others[0]):
+        for rank in range(order.ranks):
+            worker(calm)(Share(contestant=one, rank=rank))
+    assert {path.relative_to(calm.folder) for path in calm.folder.rglob("*.safetensors")} <= {
+        path.relative_to(order.folder) for path in order.folder.rglob("*.safetensors")
+    }
+    for path in calm.folder.rglob("*.safetensors"):
+        same, there = load_file(path), load_file(order.folder / path.relative_to(calm.folder))
+        for name, apart in (("latents", 1e-3), ("frames", 1)):  # a worker may have other threads than this process
+            torch.testing.assert_close(there[name].float(), same[name].float(), rtol=0, atol=apart)
     contest = order.contest(None, prediction="flow", place=drawn.place)
     assert [record.index for record in contest.of(drawn.reference)] == [*range(6)]
     assert draw(replace(order, ranks=1)).place == drawn.place

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vivace.builtin.reader import load_reader
-from vivace.evals import builtin
+from vivace.evals import builtin, spread_exam
 from vivace.evals.spread_exam import Order, take
 from vivace.load import load
 
@@ -40,3 +40,20 @@ def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkey
         take(replace(order, captions=4, contents="others"), tmp_path, workers=1)
     assert "another captions (7, now 4), contents (these, now others)" in caplog.text
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_worker_changes_no_answer(cluster, tmp_path, monkeypatch, mortal, caplog):
+    order = Order(
+        captions=10, contents="these", steps=1, seed=3, call={"height": 64, "width": 64}, device="cpu", batch=4
+    )
+    calm, place = take(order, tmp_path / "calm", workers=2)
+    monkeypatch.setattr(spread_exam, "examiner", mortal(spread_exam.examiner, chosen=lambda first: first == 4))
+    told = []
+    with caplog.at_level(logging.WARNING, "vivace"):
+        answers, where = take(order, tmp_path / "disturbed", workers=2, on_pictures=told.append)
+    assert mortal.killed()
+    assert "with the captions from 4 on, which is done again by another" in caplog.text
+    assert (answers.verdicts, where) == (calm.verdicts, place)
+    assert torch.equal(answers.features, calm.features)
+    assert told[-1] == len(answers.verdicts) == 10
+    assert sorted(told) == told, "captions were counted twice"

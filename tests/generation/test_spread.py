@@ -15,13 +15,17 @@ from vivace.generation.job import Job
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
 
 
-def test_pictures_are_those_of_one_process_and_are_made_once(cluster, tmp_path, monkeypatch):
+def test_pictures_are_those_of_one_process_and_are_made_once(cluster, tmp_path, monkeypatch, mortal):
+    """Though a worker is killed over one of them."""
     monkeypatch.chdir(tmp_path)
     FAMILIES["sd3"].tiny().save_pretrained("tiny")
     job = Job(model="tiny", prompts=("one", "two", "three"), steps=2, size=(64, 64), seed=5, output=Path("a/out.png"))
     Path("a").mkdir()
     Path("b").mkdir()
-    made = spread.generate(job, workers=2).made
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "_drawer", mortal(spread._drawer, chosen=lambda task: task.index == 1))
+        made = spread.generate(job, workers=2).made
+    assert mortal.killed()
     assert [one.path.name for one in made] == ["out-1.png", "out-2.png", "out-3.png"]
     alone = generate(Job(**{**vars(job), "output": Path("b/out.png")})).made
     for one, other in zip(made, alone, strict=True):
