@@ -35,6 +35,24 @@ told["without_key"] = {{path: ask(path)[0] for path in ("/ui/", "/v1/models", "/
 print(json.dumps(told))
 """
 
+INSTALLED = """
+import json
+from importlib.metadata import distributions
+found = list(distributions())
+exactly = [one for dist in found for one in dist.requires or () if "==" in one.partition(";")[0]]
+print(json.dumps({"installed": {dist.name: dist.version for dist in found}, "exactly": exactly}))
+"""
+# What Triton does on a GPU before it launches a kernel: a module of Python's in C, compiled by who runs it.
+COMPILED = """
+import subprocess, sys, sysconfig
+code = "#include <Python.h>\\nstatic struct PyModuleDef d = {PyModuleDef_HEAD_INIT, \\"tried\\"};"
+open("tried.c", "w").write(code + "PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&d); }")
+gcc = ["gcc", "-shared", "-fPIC", "-I", sysconfig.get_path("include"), "tried.c", "-o", "tried.so"]
+subprocess.run(gcc, check=True)
+sys.path.insert(0, "")
+import tried
+"""
+
 
 def rehearse(name: str, root: Root, *, told: Callable[[str], None]) -> dict[str, Any]:
     """Carry out `docker/<name>` and use what it makes; what was done, with the seconds of each part.
@@ -47,24 +65,27 @@ def rehearse(name: str, root: Root, *, told: Callable[[str], None]) -> dict[str,
         image.apply(step)
         done.append({"step": f"{step.kind} {step.rest}", "seconds": round(time.monotonic() - begun, 1)})
         told(f"{name}: {done[-1]['seconds']:6.1f} s  {done[-1]['step']}")
-    return {"steps": done, "bytes": root.size(), "not_pinned": not_pinned(image), "container": container(image)}
+    facts = {"bytes": root.size(), "not_pinned": not_pinned(image)}
+    if (root.folder / "usr/bin/gcc").exists():
+        root.ask([image.commands["HEALTHCHECK"][0], "-c", COMPILED], image.place)
+        facts["compiles"] = True
+    return {"steps": done, **facts, "container": container(image)}
 
 
 def not_pinned(image: Image) -> list[str]:
-    """What is installed beyond constraints.txt, which is torch's own; all that is in it has the version it says."""
+    """What is installed in a version that neither constraints.txt nor another package names; else it is as they say."""
     lines = (PROJECT / "constraints.txt").read_text().splitlines()
-    pinned = dict(_plain(line).split("==") for line in lines if "==" in line)
-    code = "from importlib.metadata import distributions as d; print(*{f'{x.name}=={x.version}' for x in d()})"
+    pinned = {_name(line): line.split("==")[1] for line in lines if "==" in line}
     python = image.commands["HEALTHCHECK"][0]
-    installed = dict(_plain(word).split("==") for word in image.root.ask([python, "-c", code], image.place).split())
+    told = json.loads(image.root.ask([python, "-c", INSTALLED], image.place))
+    installed = {_name(name): version for name, version in told["installed"].items()}
     wrong = {name: version for name, version in installed.items() if pinned.get(name, version) != version}
     assert not wrong, f"not as constraints.txt says: {wrong}"
-    return sorted(f"{name}=={version}" for name, version in installed.items() if name not in pinned)
+    return sorted(installed.keys() - pinned.keys() - {_name(one) for one in told["exactly"]})
 
 
-def _plain(requirement: str) -> str:
-    name, _, version = requirement.partition("==")
-    return f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
+def _name(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def container(image: Image) -> dict[str, Any]:

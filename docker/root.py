@@ -74,7 +74,8 @@ class Root:
         ).stdout.split()
         name, local = f"python{version}", self.folder / "usr/local"
         left = shutil.ignore_patterns("__pycache__", "site-packages", "dist-packages", "config-*", "test")
-        shutil.copytree(Path(prefix, "lib", name), local / "lib" / name, ignore=left)
+        for part in ("lib", "include"):
+            shutil.copytree(Path(prefix, part, name), local / part / name, ignore=left)
         for library in Path(prefix, "lib").glob(f"libpython{version}.so*"):
             shutil.copy(library, local / "lib")
         shutil.copy(Path(prefix, "bin", name), local / "bin")
