@@ -130,7 +130,7 @@ def test_draw(visit, held, size):
     held.shut()
     page.locator("#draw").click()
     expect(page.locator("#stage .now")).to_have_text(re.compile("Step 0 of 3|Starting"))
-    expect(page.locator("#cancel")).to_be_visible()
+    expect(page.locator("#cancel")).to_be_in_viewport(ratio=1)
     held.open.set()
     done(page)
     assert loaded(page, "#stage .frame img") == [256, 256]
@@ -297,6 +297,8 @@ def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch, size):
     page.locator("#input input[type=file]").set_input_files(tmp_path / "in.png")
     paint(page, right=0.75, top=0.2, bottom=0.8, touch=size == "phone")
     expect(page.locator("#input .note")).to_have_text("Only what you painted is drawn anew.")
+    if size == "phone":
+        expect(page.locator("#draw")).to_be_in_viewport(ratio=1)
     page.locator("#draw").click()
     done(page)
     (request,) = asked
@@ -320,13 +322,14 @@ def test_every_size_can_be_made(visit, site):
         )
 
 
-def test_a_finished_picture_can_be_edited(visit):
-    page = visit()
+@pytest.mark.parametrize("size", SIZES)
+def test_a_finished_picture_can_be_edited(visit, size):
+    page = visit(size)
     ask(page, steps=2)
     page.locator("#draw").click()
     done(page)
     page.locator("#stage").get_by_text("Edit", exact=True).click()
-    expect(page.locator("#input canvas")).to_be_visible()
+    expect(page.locator("#input canvas")).to_be_in_viewport(ratio=1)
     page.locator("#input").get_by_text("Remove").click()
     expect(page.locator("#input .drop")).to_be_visible()
 
@@ -354,6 +357,9 @@ def test_compare(visit, size):
         expect(page.locator("#compare .side .title").nth(number)).to_have_text(title)
         assert re.search(r"\d s$", page.locator("#compare .side .took").nth(number).inner_text())
     expect(page.locator("#compare .verdict")).to_contain_text("Same seed, 3;")
+    if size == "phone":
+        expect(page.locator("#compare .verdict")).to_be_in_viewport(ratio=1)
+        expect(page.locator("#draw")).to_be_in_viewport(ratio=1)
     page.wait_for_function("() => [...document.querySelectorAll('#compare .overlay img')].every(p => p.naturalWidth)")
     page.locator("#compare .overlay input").fill("20")
     cut = "() => getComputedStyle(document.querySelector('#compare .over')).clipPath"

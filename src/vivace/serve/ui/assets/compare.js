@@ -40,7 +40,10 @@ const render = (state) => fill(element, state, VIEWS, IDLE);
 
 watch("value", () => {
   const state = props.value;
+  const done = state?.state === "compared";
+  const turns = done || !element.querySelector(".working"); // from nothing to a picture on its way, or from that to both
   render(state);
-  if (state?.state === "compared") state.sides.forEach((side) => vivace.add(side));
+  if (state?.state && turns) element.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  if (done) state.sides.forEach((side) => vivace.add(side));
 });
 render(props.value);

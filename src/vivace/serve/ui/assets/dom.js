@@ -68,8 +68,8 @@ vivace.edit = async (picture) => {
   if (!fold.classList.contains("open")) fold.click();
   while (!vivace.choose) await new Promise(requestAnimationFrame);
   const answer = await fetch(picture.url);
-  vivace.choose(await (answer.ok ? answer : await fetch(picture.thumb)).blob());
-  document.getElementById("editing").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  await vivace.choose(await (answer.ok ? answer : await fetch(picture.thumb)).blob());
+  document.getElementById("input").scrollIntoView({ block: "center", behavior: "smooth" });
 };
 
 // Where a mistake is: the API's name of a field -> the part of the page.
