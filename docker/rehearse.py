@@ -63,15 +63,18 @@ def main() -> int:
     asked.add_argument("--picture", type=Path, help="Where the page goes, as a browser shows it.")
     asked.add_argument("--python", help="The interpreter whose files the root gets.")
     given = asked.parse_args()
-    try:
-        parts = {name: rehearse(name, python=given.python, picture=given.picture) for name in given.names}
-    except CannotError as error:
-        print(f"rehearse: {error}", file=sys.stderr)
-        return 2
-    date = datetime.now(UTC).date().isoformat()
-    command = f"python docker/rehearse.py {' '.join(given.names)}"
-    text = json.dumps({"command": command, "date": date, "machine": machine(gpus=False), "parts": parts}, indent=1)
-    given.output.write_text(f"{text}\n") if given.output else print(text)
+    command, date = f"python docker/rehearse.py {' '.join(given.names)}", datetime.now(UTC).date().isoformat()
+    record: dict[str, Any] = {"command": command, "date": date, "machine": machine(gpus=False), "parts": {}}
+    for name in given.names:
+        try:
+            record["parts"][name] = rehearse(name, python=given.python, picture=given.picture)
+        except CannotError as error:
+            print(f"rehearse: {error}", file=sys.stderr)
+            return 2
+        if given.output:
+            given.output.write_text(json.dumps(record, indent=1) + "\n")
+    if not given.output:
+        print(json.dumps(record, indent=1))
     return 0
 
 
