@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Beyond Debian's smallest, what the slim images of Python have.
-PACKAGES = "ca-certificates netbase tzdata libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3"
+# Beyond Debian's smallest, what the slim images of Python have, by the names of Debian 13 and later.
+PACKAGES = (
+    "ca-certificates,netbase,tzdata,libbz2-1.0,libffi8,liblzma5,libncursesw6,libreadline8t64,libsqlite3-0,libssl3t64"
+)
 MOUNTS = 'mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && shift && exec "$@"'
 OFFLINE = 'ip link set lo up && exec "$@"'
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -53,11 +55,8 @@ class Root:
             raise CannotError(f"needs {', '.join(missing)}")
         if shutil.disk_usage(folder.parent).free < SPACE:
             raise CannotError(f"needs {SPACE >> 30} GiB in {folder.parent}")
-        # Newer Debians have another name for two of them, and know them by the old one too; debootstrap does not.
-        packages = PACKAGES.replace("libreadline8", "libreadline8t64").replace("libssl3", "libssl3t64")
-        include = ",".join((PACKAGES if debian == "bookworm" else packages).split())
         # In mounts of its own, so that none of its is left where it fails.
-        made = ["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={include}", debian, str(folder)]
+        made = ["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={PACKAGES}", debian, str(folder)]
         done = subprocess.run(made, capture_output=True, text=True)
         if done.returncode:
             raise CannotError(f"debootstrap makes no Debian here: {(done.stdout + done.stderr).strip()[-300:]}")
