@@ -4,12 +4,16 @@ import itertools
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
 from vivace import Config, InputError
+from vivace.evals.sample import draw
 from vivace.families import FAMILIES
-from vivace.serve import Engine, Spec
+from vivace.few_step import FOLDER, use_few_step
+from vivace.load import find, load_source
+from vivace.serve import Engine, Request, Spec
 from vivace.serve.failures import Cancelled, Unavailable
 from vivace.serve.model import Mode, Model
 from vivace.serve.room import Room
@@ -203,3 +207,28 @@ def test_the_engine_gives_a_pipeline_back_as_it_was(pipe, order):
         assert type(pipe) is not kind
     assert type(pipe) is kind
     assert threading.active_count() == threads
+
+
+def test_a_models_few_step_student_is_served():
+    """At its own steps and guidance, beside the model itself, and as the pipeline alone draws it."""
+    orders = [Request(prompt=prompt, model="quick", seed=seed, deterministic=True) for prompt, seed in
+              (("a red circle", 3), ("a blue ring above a green star", 4))]  # fmt: skip
+    with Engine(models={"full": "builtin", "quick": Spec(few_step=True)}) as engine:
+        found = [job.result(300) for job in [engine.submit(order) for order in orders]]
+        with pytest.raises(InputError, match="brings its own scheduler; leave this one out"):
+            engine.submit(Request(prompt="a red circle", model="quick", scheduler="euler"))
+        assert engine.models["full"].pipe is None
+        assert engine.models["full"].source.defaults["steps"] > 4
+    source = find("builtin")
+    pipe = use_few_step(load_source(source), source.path / FOLDER)
+    for order, result in zip(orders, found, strict=True):
+        (alone,) = draw(pipe, [order.prompt], steps=4, seeds=[order.seed], guidance_scale=1.0, output_type="pil")
+        apart = np.asarray(alone, np.int16) - np.asarray(result.pictures[0], np.int16)
+        assert np.abs(apart).max() <= 3
+
+
+def test_a_few_step_student_that_is_not_there_is_said_at_once(folder, pipe):
+    with pytest.raises(InputError, match="has no few-step student"):
+        Engine(models={"quick": Spec(source=str(folder), few_step=True)})
+    with pytest.raises(InputError, match="put the student in"):
+        Engine(models={"quick": Spec(source=pipe, few_step=True)})

@@ -28,6 +28,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    few_step: Annotated[bool, typer.Option("--few-step", help="Every model with its few-step student.")] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that share a denoiser call.")] = 16,
@@ -81,7 +82,8 @@ def serve(
     plan = read_plan(
         {
             **{"models": _pairs(models or ("builtin=builtin",)), "loras": _pairs(lora or ())},
-            **{"preset": preset, "dtype": dtype, "device": device, "host": host, "a1111": a1111, "ui": ui},
+            **{"preset": preset, "dtype": dtype, "device": device, "few_step": few_step},
+            **{"host": host, "a1111": a1111, "ui": ui},
             **{"allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[ray] if drain is None else drain},
             **{"max_running": max_running, "max_queue": max_queue, "max_batch": max_batch},
             **{name: value for name, value in optional.items() if value is not None},

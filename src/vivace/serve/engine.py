@@ -305,6 +305,8 @@ def _spec(what: Any) -> Spec:
         raise InputError(f"{spec.source!r:.100} is no model; give what vivace.load takes, a pipeline, or a Spec")
     if spec.dtype or spec.device:
         raise InputError("a pipeline is served where it is and as it is: move it, and leave out dtype and device")
+    if spec.few_step:
+        raise InputError("few_step is for models that are loaded; put the student in: vivace.few_step.use_few_step")
     return spec
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vivace import few_step
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.cache import spell
 from vivace.checkpoint import header
@@ -43,6 +44,7 @@ class Spec:
     loras: Mapping[str, Path] = field(default_factory=dict)  # alias -> file
     dtype: str | None = None
     device: str | None = None
+    few_step: bool = False  # with the model's few-step student
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class Model:
             resolve(spec.preset)  # said now, not by the first request
 
     def mode_of(self, request: Request) -> Mode:
-        """The mode a request needs. Raises FieldError for an unknown preset or LoRA."""
+        """The mode a request needs. Raises FieldError for an unknown preset or LoRA, and for another scheduler than a
+        few-step student's."""
+        if self.spec.few_step and request.scheduler is not None:
+            raise FieldError("scheduler", "a few-step student brings its own scheduler; leave this one out")
         for name in request.lora:
             if name not in self.spec.loras:
                 known = ", ".join(self.spec.loras) or "none"
@@ -248,6 +253,8 @@ class Model:
             return
         try:
             self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+            if self.spec.few_step and self.source.path is not None:
+                few_step.use_few_step(self.pipe, self.source.path / few_step.FOLDER)
         except (torch.OutOfMemoryError, MemoryError):
             self.broken = True
             raise
@@ -348,7 +355,8 @@ def _free() -> None:
 
 def _source(alias: str, spec: Spec) -> Source:
     if isinstance(spec.source, str | Path):
-        return find(spec.source)
+        source = find(spec.source)
+        return few_step.source_of(source) if spec.few_step else source
     pipe = spec.source
     index = {**pipe.config, **pipe.components}
     return Source(name=alias, path=None, pipeline=type(pipe).__name__, family=known_family(pipe), index=index)

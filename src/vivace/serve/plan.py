@@ -31,6 +31,7 @@ class Plan(BaseModel):
     loras: dict[str, str] = {}  # alias -> file
     dtype: str | None = None
     device: str | None = None
+    few_step: bool = False  # every model with its few-step student
 
     max_running: int = Field(default=16, ge=1)  # requests that run at a time
     max_queue: int = Field(default=64, ge=1)  # requests that wait
@@ -63,8 +64,8 @@ class Plan(BaseModel):
     @property
     def specs(self) -> dict[str, Spec]:
         loras = {alias: Path(path).expanduser() for alias, path in self.loras.items()}
-        facts = {"preset": self.preset, "loras": loras, "dtype": self.dtype, "device": self.device}
-        return {alias: Spec(source=source, **facts) for alias, source in self.models.items()}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in ("preset", "dtype", "device", "few_step")}
+        return {alias: Spec(source=source, loras=loras, **facts) for alias, source in self.models.items()}
 
     def engine(self) -> Engine:
         """One engine for all the models. Raises InputError for a model that cannot be one."""
