@@ -17,10 +17,19 @@ from vivace.distill import DistillConfig, Stage, read_config, train
 
 
 def of_stages(**fields: float) -> Callable[[DistillConfig], DistillConfig]:
-    """Every stage with these fields."""
-    return lambda config: dataclasses.replace(
-        config, stages=tuple(dataclasses.replace(stage, **fields) for stage in config.stages)
-    )
+    """Every stage with these fields; one that then weighs nothing has the distance, which every method has."""
+
+    def changed(config: DistillConfig) -> DistillConfig:
+        stages = [dataclasses.replace(stage, **fields) for stage in config.stages]
+        idle = [not (stage.distillation or stage.matching or stage.adversarial) for stage in stages]
+        stages = [
+            dataclasses.replace(stage, distillation=1.0) if one else stage
+            for one, stage in zip(idle, stages, strict=True)
+        ]
+        critic = config.critic if any(stage.matching for stage in stages) else None
+        return dataclasses.replace(config, stages=tuple(stages), critic=critic)
+
+    return changed
 
 
 def one_stage(config: DistillConfig) -> DistillConfig:
@@ -31,7 +40,8 @@ def one_stage(config: DistillConfig) -> DistillConfig:
 def consistency(config: DistillConfig) -> DistillConfig:
     """LCM's way: one solver step, uniform times, no other loss."""
     stage = Stage(batches=config.batches, steps=32, guidance=config.stages[0].guidance)
-    return dataclasses.replace(config, method="consistency", timesteps="uniform", distance="huber", stages=(stage,))
+    own = {"method": "consistency", "timesteps": "uniform", "distance": "huber", "critic": None}
+    return dataclasses.replace(config, stages=(stage,), **own)
 
 
 VARIANTS: dict[str, Callable[[DistillConfig], DistillConfig]] = {
@@ -42,6 +52,7 @@ VARIANTS: dict[str, Callable[[DistillConfig], DistillConfig]] = {
         stages=tuple(dataclasses.replace(stage, distillation=0.0) for stage in config.stages if stage.matching),
     ),
     "without-matching": of_stages(matching=0.0),
+    "without-critic": lambda config: dataclasses.replace(config, critic=None),
     "without-adversary": of_stages(adversarial=0.0),
     "distillation-only": of_stages(matching=0.0, adversarial=0.0),
     "uniform-times": lambda config: dataclasses.replace(config, timesteps="uniform"),
