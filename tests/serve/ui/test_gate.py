@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -130,6 +131,20 @@ def test_the_page_may_reach_nothing_else(http):
     style = http.get("/ui/theme.css").text
     assert "@import" not in style
     assert not re.search(r"url\(\s*['\"]?(https?:)?//", style)
+
+
+def test_the_log_has_the_page_but_not_its_parts(http, caplog, until):
+    def logged():
+        found = [record.facts for record in caplog.records if hasattr(record, "facts")]
+        return [facts["status"] for facts in found if facts["method"] == "GET"]
+
+    with caplog.at_level(logging.INFO, "vivace.serve.access"):
+        script = re.search(r"assets/[\w.-]+\.js", http.get("/ui/").text)
+        assert script is not None
+        for path in (f"/ui/{script[0]}", "/ui/theme.css", "/ui/assets/none.js", "/v1/models"):
+            http.get(path)
+        until(lambda: len(logged()) >= 3)  # a line comes after its answer
+    assert logged() == [200, 404, 200]
 
 
 def test_only_files_with_a_hash_are_kept_by_browsers(http):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.types import Scope
@@ -23,6 +24,9 @@ from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
 from vivace.serve.request import Request
 from vivace.serve.studio import Studio
+
+if TYPE_CHECKING:
+    from vivace.serve.ui.mount import Mounted
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,13 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
 
         page = mount(app, server)
 
+    _guard(app, server, page)
+    return app
+
+
+def _guard(app: FastAPI, server: Server, page: Mounted | None) -> None:
+    """Put the guard before everything, the page's own ways past it included."""
+
     def passes(scope: Scope) -> bool:
         signed = server.links.signed(scope["path"], scope["query_string"].decode("latin-1"))
         return signed or (page is not None and page.admits(scope))
@@ -80,8 +91,10 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
     def full(scope: Scope) -> ApiError | None:
         return None if page is not None and page.takes_no_place(scope) else server.full()
 
-    app.add_middleware(Guard, settings=settings, passes=passes, full=full, count=gauges.http)
-    return app
+    def quiet(scope: Scope) -> bool:
+        return page is not None and page.loads(scope)
+
+    app.add_middleware(Guard, settings=server.settings, passes=passes, full=full, quiet=quiet, count=server.gauges.http)
 
 
 async def _warm(engine: Studio, *, drawn: bool) -> None:

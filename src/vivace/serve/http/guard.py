@@ -31,7 +31,8 @@ class Guard:
     """Checks every request before a route sees it, gives it an id, and logs what came of it.
 
     `passes` says whether a request carries something of ours that stands in for the key. `full` says whether the
-    queue is full for it, so that a body which would only be thrown away is not read.
+    queue is full for it, so that a body which would only be thrown away is not read. `quiet` says whether it is one of
+    many that say nothing by themselves; where it goes well, only a debugging log has it.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Guard:
         settings: Settings,
         passes: Callable[[Scope], bool],
         full: Callable[[Scope], ApiError | None],
+        quiet: Callable[[Scope], bool],
         count: Callable[[str, int, float], None],
     ) -> None:
-        self.app, self.settings, self.passes, self.full, self.count = app, settings, passes, full, count
+        self.app, self.settings, self.count = app, settings, count
+        self.passes, self.full, self.quiet = passes, full, quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # no route speaks it, and none that some library brings shall
@@ -52,8 +55,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id, started, status = secrets.token_hex(8), time.monotonic(), 499
-        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.monotonic(), 499
+        # What is around the application may have named it.
+        request_id = scope.setdefault("state", {}).setdefault("request_id", secrets.token_hex(8))
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -76,7 +80,8 @@ class Guard:
             facts = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
             # What the engine's own lines about a request go by.
             jobs = {"jobs": made} if (made := scope["state"].get("jobs")) else {}
-            logger.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4), **jobs}})
+            level = logging.DEBUG if status < 400 and self.quiet(scope) else logging.INFO
+            logger.log(level, "request", extra={"facts": {**facts, "seconds": round(seconds, 4), **jobs}})
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for a request that may not pass."""

@@ -34,6 +34,10 @@ class Mounted:
         """Whether a request is let in while the queue is full: signing in, and events of the page, which says so."""
         return scope["path"] in (AT + JOIN, SIGN_IN)
 
+    def loads(self, scope: Scope) -> bool:
+        """Whether a request is for one of the page's dozens of parts, not for the page itself."""
+        return scope["method"] == "GET" and below(scope["path"]) and scope["path"] not in (AT, f"{AT}/")
+
 
 def mount(app: FastAPI, server: Server) -> Mounted:
     """Serve the page below /ui, and / leads to it. Raises InputError where no model makes pictures."""
