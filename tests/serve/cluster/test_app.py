@@ -31,6 +31,7 @@ def test_a_picture_is_the_plain_engines(live):
     with live.http as http:
         answer = http.post("/v1/images/generations", json=WANTED)
         assert answer.status_code == 200, answer.text
+        assert len(answer.headers.get_list("x-request-id")) == 1
         models = http.get("/v1/models").json()["data"]
     assert [(one["id"], one["media"], one["loaded"]) for one in models] == [
         ("tiny", "image", True),
@@ -57,6 +58,18 @@ def test_who_has_no_key_gets_nothing(live):
         assert http.get("/v1/models").status_code == 401
         assert http.post("/v1/images/generations", json=WANTED).status_code == 401
         assert http.get("/metrics").status_code == 401
+
+
+def test_every_process_listens_on_this_machine_only(live):
+    """Those of Serve too: what Ray opens in each for calls between them takes pickles."""
+    import psutil
+
+    ours = {process.pid: process.cmdline() for process in psutil.Process().children(recursive=True)}
+    found = [one for one in psutil.net_connections("inet") if one.status == psutil.CONN_LISTEN and one.pid in ours]
+    serving = [one.pid for one in found if "ServeReplica" in " ".join(ours[one.pid])]
+    assert len(set(serving)) == 3  # the door and two replicas
+    assert len(serving) == 6, "Ray no longer opens it"
+    assert {one.laddr.ip for one in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_what_is_wrong_is_said_at_the_door(live):

@@ -11,9 +11,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
+from starlette.datastructures import Headers, MutableHeaders
 
 from vivace.cluster.connect import gpus
 from vivace.serve.cluster.fleet import Fleet
+from vivace.serve.cluster.inside import stay_inside
 from vivace.serve.cluster.replica import Replica
 from vivace.serve.http.app import create_app
 from vivace.serve.http.log import configure
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 NAME = "vivace"  # of the application
 HEAD = "node:__internal_head__"  # a resource that Ray gives to the machine of its head alone
 MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
+LONGEST_NAME = 64  # of a request, which a client may have chosen, in the log
 PACE = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0, "metrics_interval_s": 5.0, "look_back_period_s": 10.0}
 """How soon there are more replicas, and fewer: a replica takes as long to come as its weights take to load."""
 LOOK, SOON = 5.0, 1.0
@@ -40,6 +43,7 @@ class Door:
     def __init__(self, replicas: DeploymentHandle, plan: dict[str, object], settings: Settings) -> None:
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
         configure()
+        stay_inside()
         wanted = read_plan(plan)
         self._settings, self._replicas, self._alive = settings, replicas, 0
         self._answering = 0  # HTTP requests
@@ -54,7 +58,7 @@ class Door:
         async def counted(scope: Any, receive: Any, send: Any) -> None:
             self._answering += 1
             try:
-                await app(scope, receive, send)
+                await app(*_with_rays_name(scope, receive, send))
             finally:
                 self._answering -= 1
 
@@ -85,6 +89,21 @@ class Door:
             except Exception as error:  # Ray's controller restarts now and then; the count stays as it was
                 logger.warning("the replicas cannot be counted: %s", type(error).__name__)
             await asyncio.sleep(LOOK if self._alive >= wanted else SOON)
+
+
+def _with_rays_name(scope: Any, receive: Any, send: Any) -> tuple[Any, Any, Any]:
+    """A request under the id that Ray gives it and puts into its answer, lest there be two."""
+    name = Headers(scope=scope).get("x-request-id")
+    if name is None:
+        return scope, receive, send
+    scope.setdefault("state", {})["request_id"] = name[:LONGEST_NAME]
+
+    async def answer(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            del MutableHeaders(scope=message)["x-request-id"]
+        await send(message)
+
+    return scope, receive, answer
 
 
 def running(deployment: str = Replica.__name__, *, application: str = NAME) -> int:

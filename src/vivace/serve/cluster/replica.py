@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from vivace.errors import InputError
+from vivace.serve.cluster.inside import stay_inside
 from vivace.serve.failures import Failure
 from vivace.serve.http.log import configure
 from vivace.serve.http.run import LOST
@@ -46,6 +47,7 @@ class Replica:
         # Before diffusers is imported: no model may bring code of its own.
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
         configure()
+        stay_inside()
         # What waits, waits at the door: a request that is here has its place.
         self.engine = read_plan(plan).engine()
         self.outcomes: Counter[str] = Counter()
