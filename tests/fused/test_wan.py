@@ -36,7 +36,8 @@ def drawn(model, *, kept, dtype):
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.15)
         parameter.data = parameter.data.to(torch.float32 if not {*apart}.isdisjoint(name.split(".")) else dtype)
-    return model.requires_grad_(False)
+    # A cast of the whole takes the rotary tables along.
+    return (model if kept else model.to(dtype)).requires_grad_(False)
 
 
 def inputs(model, *, size=(32, 48), text_tokens=7, **extra):

@@ -111,7 +111,8 @@ def _heads(qkv, *, q, k, v=None, v_scale=None, offset=0, **options):
 def _heads_as_they_are(qkv, *, q, k, v, offset, q_weight=None, k_weight=None, cos=None, sin=None, eps=1e-6):
     tokens = slice(offset, offset + qkv.shape[1])
     q_in, k_in, v_in = qkv.unflatten(-1, (3, *q.shape[2:])).unbind(2)
-    turn = None if cos is None or sin is None else torch.complex(cos, sin).unsqueeze(-2)  # [(B,) S, 1, D / 2]
+    # [(B,) S, 1, D / 2]
+    turn = None if cos is None or sin is None else torch.complex(_wide(cos), _wide(sin)).unsqueeze(-2)
     for x, weight, out in ((q_in, q_weight, q), (k_in, k_weight, k)):
         if weight is not None:
             x = F.rms_norm(x.flatten(2).unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).view(x.shape)
@@ -121,9 +122,12 @@ def _heads_as_they_are(qkv, *, q, k, v, offset, q_weight=None, k_weight=None, co
 
 
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(torch.view_as_complex(_wide(x).unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
     # There are no 16-bit complex numbers to speak of.
-    wide = x if x.dtype == torch.float64 else x.float()
-    return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    return x.float() if x.dtype.itemsize == 2 else x
 
 
 def _linear_gelu(linear, x, *, quantize=None):
@@ -147,7 +151,7 @@ def _picture_norm(x, *, groups, weight, bias, eps=1e-5, silu=True, add=None):
 
 def _channel_norm(x, *, weight, silu=True):
     # In the order of the stock norms, and of their roundings.
-    y = F.normalize(x.float() if x.dtype.itemsize == 2 else x, dim=1).to(x.dtype)
+    y = F.normalize(_wide(x), dim=1).to(x.dtype)
     y = y * x.shape[1] ** 0.5 * weight[(..., *[None] * (x.ndim - 2))]
     return F.silu(y, inplace=True) if silu else y
 
