@@ -60,8 +60,26 @@ def test_few_rows_are_multiplied_with_the_int8_weight_as_it_is(inputs, bias):
         on_a_gpu = few_rows_linear(x[:rows], layer.values, scales=layer.scales, bias=layer.bias)
         torch.testing.assert_close(on_a_gpu, many[:rows], rtol=1e-5, atol=1e-4)
     assert layer(x[None, None, :2]).shape == (1, 1, 2, 80)
+    torch.testing.assert_close(layer(x[:3].t().contiguous().t()), layer(x[:3]))
     with pytest.raises(ValueError, match="x must be"):
         few_rows_linear(x[None], layer.values, scales=layer.scales)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_rows(name):
+    """As of a video model's image embedding where there is no image."""
+    layer = QuantLinear.of(linear(), format=format_of(name))
+    for shape in ((2, 0), (0, 3), (0,)):
+        assert layer(torch.empty(*shape, 192, dtype=torch.bfloat16)).shape == (*shape, 80)
+
+
+def test_a_weight_at_any_address():
+    """torch's kernel for the CPU ends the process at an address that is no multiple of 16, from four rows on."""
+    layer = QuantLinear.of(linear(), format=format_of("int8_weights"))
+    x, moved = torch.randn(4, 192), copy.deepcopy(layer)
+    moved.values = torch.empty(layer.values.numel() + 1, dtype=torch.int8)[1:].view_as(layer.values)
+    moved.values.copy_(layer.values)
+    assert error(moved(x)[None], layer(x)[None]) < 0.008
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -40,6 +40,8 @@ STORED = {
 """The types in such a file, as its header names them."""
 PIECE = 64 * 2**20
 """Bytes that are hashed in one go; pieces are hashed side by side, so that checking keeps up with reading."""
+ALIGNED = 64
+"""Bytes to whose multiples torch aligns what it makes on the CPU."""
 
 
 def write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> None:
@@ -104,12 +106,17 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
     with init_empty_weights():
         denoiser = made.from_config(made.load_config(room))
     with safe_open(path, framework="pt", device=str(device)) as opened:
-        plain = _put_layers(denoiser, record, {key: opened.get_tensor(key) for key in held})
+        plain = _put_layers(denoiser, record, {key: _placed(opened.get_tensor(key)) for key in held})
     missing, unexpected = denoiser.load_state_dict(plain, strict=False, assign=True)
     if missing or unexpected:
         raise InputError(f"{path} does not fit {room / 'config.json'}: {', '.join([*missing, *unexpected][:3])}")
     denoiser.to(device, dtype or getattr(torch, record["dtype"]))
     return denoiser.eval()
+
+
+def _placed(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as torch places those that it makes: in a mapped file one lies at any address, kernels want some."""
+    return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()
 
 
 def put_shapes(denoiser: torch.nn.Module, room: Path) -> None:

@@ -76,6 +76,9 @@ class QuantLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
         """[..., K] or its row-scaled form -> [..., N]."""
+        if isinstance(x, torch.Tensor) and not x.numel():
+            # No rows have no range to scale.
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         return self.format.product(self, x)
 
     def dequantised(self) -> torch.Tensor:

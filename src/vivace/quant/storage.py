@@ -17,6 +17,8 @@ from vivace.quant.linear import QuantLinear
 
 GROUP = 64
 """Inputs that share a scale and an offset in 4 bits: 4.5 bits a weight in all."""
+ALIGNED = 16
+"""Bytes to whose multiples torch's int8 kernel for the CPU wants a weight's address: it ends the process at another."""
 
 
 def product(layer: QuantLinear, x: torch.Tensor | RowScaled) -> torch.Tensor:
@@ -33,10 +35,11 @@ def product_int8(layer: QuantLinear, x: torch.Tensor | RowScaled) -> torch.Tenso
         return product(layer, x)
     if x.device.type != "cpu":
         y = few_rows_linear(rows, layer.values, scales=layer.scales, bias=layer.bias)
-    elif layer.in_features % 32 == 0 and layer.out_features % 4 == 0:
-        # torch's own kernel for the CPU, which is quick in bf16 and right for such sizes only.
+    elif layer.in_features % 32 == 0 and layer.out_features % 4 == 0 and layer.values.data_ptr() % ALIGNED == 0:
+        # torch's own kernel for the CPU, which is quick in bf16 and right for such sizes and addresses only.
         ones = torch.ones(layer.out_features, dtype=torch.bfloat16)
-        y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), layer.values, ones).float() * layer.scales[:, 0]
+        rows = rows.to(torch.bfloat16).contiguous()
+        y = torch._weight_int8pack_mm(rows, layer.values, ones).float() * layer.scales[:, 0]
         y = (y if layer.bias is None else y + layer.bias).to(layer.dtype)
     else:
         return product(layer, x)
