@@ -1,5 +1,7 @@
 """An autoencoder that overflows in float16 is brought into its range, and back to the bit."""
 
+import copy
+import pickle
 from contextlib import ExitStack
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from vivace.families import FAMILIES
 from vivace.fused import vae_range
+from vivace.one_off import give_class
 
 
 @pytest.fixture
@@ -52,6 +55,21 @@ def test_float16_without_float32(vae, tmp_path):
     saved = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert saved.config.force_upcast
     assert all(torch.equal(tensor, stock[name]) for name, tensor in saved.state_dict().items())
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae))], ids=["copy", "pickle"])
+def test_copies_are_as_they_were(vae, made):
+    half = vae.to(torch.float16)
+    stock = copy.deepcopy(half)
+    with ExitStack() as undo:
+        vae_range.Scaled(half, 6).install(undo=undo)
+        undo.callback(give_class(half, {"decode": type(half).decode}))
+        again = made(half)
+        assert not vae_range.overflows(half)
+    assert type(again) is AutoencoderKL
+    assert vae_range.overflows(again)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in stock.state_dict().items())
+    assert [norm.eps for norm in vae_range._norms(again)] == [norm.eps for norm in vae_range._norms(stock)]
 
 
 def test_in_float32_a_power_of_two_changes_nothing(vae):

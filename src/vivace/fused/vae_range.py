@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,20 +77,30 @@ class Scaled:
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def install(self, *, undo: ExitStack) -> None:
-        """Scale it, and let its pipeline know that it need not widen it; what is saved is as it was."""
+        """Scale it, and let its pipeline know that it need not widen it; what is saved or copied is as it was."""
         scaled, stock = self, type(self.vae)
 
         @functools.wraps(stock.save_pretrained)
         def save_pretrained(vae: Any, *args: Any, **kwargs: Any) -> Any:
-            scaled.take_back()
-            try:
+            with scaled.lifted():
                 return stock.save_pretrained(vae, *args, **kwargs)
-            finally:
-                scaled.put_on()
+
+        def __getstate__(vae: Any) -> dict[str, Any]:
+            with scaled.lifted():
+                return copy.deepcopy(vae.__dict__)
 
         self.put_on()
         undo.callback(self.take_back)
-        undo.callback(give_class(self.vae, {"save_pretrained": save_pretrained}))
+        undo.callback(give_class(self.vae, {"save_pretrained": save_pretrained, "__getstate__": __getstate__}))
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The weights as they were, for a while."""
+        self.take_back()
+        try:
+            yield
+        finally:
+            self.put_on()
 
     def put_on(self) -> None:
         for parameter in _writers(self.vae):
