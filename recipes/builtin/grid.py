@@ -23,6 +23,7 @@ from vivace.builtin.judge import judge
 from vivace.builtin.reader import load_reader, read
 from vivace.evals.builtin import draw_exam
 from vivace.evals.sample import sample
+from vivace.few_step import FOLDER
 from vivace.load import find
 
 SIDE = 160  # pixels of a picture in the grid
@@ -67,12 +68,12 @@ def write(rows: list[dict[str, Any]], *, weights: str, path: Path) -> None:
 
 
 def identity(model: Path) -> str:
-    """What tells a model's weights from others, in a few letters.
+    """What tells a model's weights from others, in a few letters; its few-step student draws none of the grid.
 
     Zeros are left out: widening the latents by channels of zeros (as stock inpainting needs) changes no picture.
     """
     digest = hashlib.sha256()
-    for component in sorted(path for path in model.iterdir() if path.is_dir()):
+    for component in sorted(path for path in model.iterdir() if path.is_dir() and path.name != FOLDER):
         tensors = {name: t for file in component.glob("*.safetensors") for name, t in load_file(file).items()}
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{component.name} {name}\n".encode())
