@@ -13,7 +13,10 @@ import openai
 import pytest
 from PIL import Image
 
+from vivace.errors import InputError
 from vivace.serve import Engine, Request
+from vivace.serve.cluster.run import serving
+from vivace.serve.plan import Plan
 
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
 
@@ -116,6 +119,18 @@ def test_a_client_that_goes_away_ends_its_picture(live, until):
         until(lambda: live.facts()["running"])
     until(live.idle)
     until(lambda: live.outcomes("cancelled") == cancelled + 1)
+
+
+@pytest.mark.parametrize(("host", "further"), [("localhost", 0), ("127.0.0.1", 1)])
+def test_a_second_start_at_another_place_is_refused(live, host, further):
+    """Ray Serve goes on listening where it began: for anybody, where a start on the loopback device asks for no key."""
+    port = int(live.url.rpartition(":")[2])
+    said = rf"listens on 127\.0\.0\.1:{port}, not on {host}:{port + further}; give --host 127\.0\.0\.1 --port {port}"
+    plan = Plan(gpus=0, host=host)
+    with pytest.raises(InputError, match=said), serving(plan, api_key=None, port=port + further, own=False):
+        pytest.fail("it is served somewhere else than was asked for")
+    with live.http as http:
+        assert http.get("/readyz").status_code == 200
 
 
 def test_a_killed_replica_loses_no_request(live, until):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from vivace.cluster.connect import connect, token
 from vivace.cluster.places import Machines, grows, machines, places
@@ -59,6 +59,7 @@ def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> 
     # Without a timeout of its own: the door has one for every request, and a video has none.
     http = {"host": plan.host, "port": port, "keep_alive_timeout_s": IDLE_SECONDS}
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "WARNING"})
+    check_place(plan.host, port)
     try:
         try:
             yield serve.run(made, name=NAME, logging_config={"log_level": "WARNING"})
@@ -66,6 +67,21 @@ def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> 
             raise InputError(f"the replicas do not start: {first_line(error)}; Ray's log says more") from error
     finally:
         serve.shutdown() if own else serve.delete(NAME)
+
+
+def check_place(host: str, port: int) -> None:
+    """Raise InputError where Ray Serve ran already and listens elsewhere: it keeps the place that it began with.
+
+    A door made for the loopback device, which asks for no key, would otherwise stand open to the network.
+    """
+    from ray.serve.context import _get_global_client  # nothing public says where it listens
+
+    found = cast("Any", _get_global_client()).http_config
+    if (found.host, found.port) != (host, port):
+        raise InputError(
+            f"Ray Serve runs on this cluster already and listens on {found.host}:{found.port}, not on {host}:{port}; "
+            f"give --host {found.host} --port {found.port}, or end it first with `serve shutdown`"
+        )
 
 
 def check_room(plan: Plan, found: Machines, *, cards: float, grows: bool) -> None:
