@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import signal
 import socket
@@ -15,13 +16,15 @@ from PIL import Image
 
 from vivace.errors import InputError
 from vivace.serve import Engine, Request
-from vivace.serve.cluster.run import serving
+from vivace.serve.cluster.run import drain, serving
 from vivace.serve.plan import Plan
 
 pytestmark = pytest.mark.timeout(600)  # clusters start slowly on a busy machine
 
 WANTED = {"prompt": "a red circle", "size": "64x64", "steps": 3, "seed": 7, "deterministic": True}
 LONG = {"prompt": "a", "size": "64x64", "steps": 150, "frames": 65}
+BEAT = "/ui/gradio_api/heartbeat/a-tab"
+PATIENCE = 120  # seconds
 HEAVY = {"prompt": "a", "size": "256x256", "steps": 150, "deterministic": True}
 
 
@@ -154,3 +157,17 @@ def test_a_killed_replica_loses_no_request(live, until):
     for answer in answers.values():
         assert answer.status_code == 200 or (answer.status_code == 503 and answer.headers["retry-after"]), answer.text
     assert any(answer.status_code == 200 for answer in answers.values())
+
+
+def test_an_open_page_does_not_hold_up_the_end(live, until):
+    """Last of all: the door takes nothing more."""
+    pytest.importorskip("gradio", reason="needs the extra [ui]")
+    until(live.idle)
+    with live.http as http, http.stream("GET", BEAT) as beats:
+        lines = beats.iter_lines()
+        assert next(lines) == "data: ALIVE"
+        drain(live.door, seconds=PATIENCE)
+        assert not live.door.busy.remote().result(timeout_s=PATIENCE)
+        # By itself it goes on for ever, a line every 15 seconds.
+        assert len(list(itertools.islice(filter(None, lines), 9))) < 9
+        assert http.get(BEAT).status_code == 503

@@ -17,6 +17,7 @@ from vivace.cluster.connect import gpus
 from vivace.serve.cluster.fleet import Fleet
 from vivace.serve.cluster.inside import stay_inside
 from vivace.serve.cluster.replica import Replica
+from vivace.serve.cluster.tabs import Tabs, beats
 from vivace.serve.http.app import create_app
 from vivace.serve.http.log import configure
 from vivace.serve.http.settings import Settings
@@ -47,6 +48,7 @@ class Door:
         wanted = read_plan(plan)
         self._settings, self._replicas, self._alive = settings, replicas, 0
         self._answering = 0  # HTTP requests
+        self._tabs = Tabs()
         limits = {"queue": wanted.max_queue, "places": wanted.max_running, "replicas": wanted.most_replicas}
         self.fleet = Fleet(replicas, wanted.specs, alive=lambda: self._alive, **limits)
         self._looking = asyncio.get_running_loop().create_task(self._look(wanted.replicas))
@@ -58,19 +60,24 @@ class Door:
         async def counted(scope: Any, receive: Any, send: Any) -> None:
             self._answering += 1
             try:
-                await app(*_with_rays_name(scope, receive, send))
+                await app(scope, receive, send)
             finally:
                 self._answering -= 1
 
         async def answer(scope: Any, receive: Any, send: Any) -> None:
-            # The application's own life is one long call.
-            await (counted if scope["type"] == "http" else app)(scope, receive, send)
+            if scope["type"] != "http":  # the application's own life is one long call
+                await app(scope, receive, send)
+            elif beats(scope):
+                await self._tabs.answer(app, *_with_rays_name(scope, receive, send))
+            else:
+                await counted(*_with_rays_name(scope, receive, send))
 
         return answer
 
     async def drain(self) -> None:
-        """Take no more requests; those that wait fail, those that run go on."""
+        """Take no more requests; those that wait fail, those that run go on. Pages stay open and learn no more."""
         self.fleet.drain()
+        self._tabs.end()
 
     async def busy(self) -> int:
         """Requests that are not over, and answers that are still on their way out."""
