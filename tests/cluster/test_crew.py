@@ -47,6 +47,43 @@ def test_a_lost_machines_task_goes_to_the_living(machine, tmp_path, caplog):
     assert re.search(r"lost process \d+ on 127.0.0.1 with number \d, ", said)
 
 
+def squares():
+    return lambda number: number * number
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("OutOfMemoryError", ("the machine has no memory left",)),
+        ("ObjectLostError", ("00", None, "")),
+        ("ObjectReconstructionFailedError", ("00",)),
+    ],
+)
+def test_a_result_that_is_lost_is_made_again_by_another_worker(cluster, name, facts, monkeypatch, caplog):
+    """What Ray raises for a worker that its memory monitor ended, and for a machine that ends before it was asked."""
+    import ray
+    from ray import exceptions
+
+    get, given, lost = ray.get, [], getattr(exceptions, name)(*facts)
+
+    def loses_first(told):
+        result = get(told)
+        if result == 9:
+            given.append(result)
+            if len(given) == 1:
+                raise lost
+        return result
+
+    monkeypatch.setattr(ray, "get", loses_first)
+    # It has all processors, so that another one can only come when it is gone.
+    with Crew(squares, workers=1, most=1) as crew, caplog.at_level(logging.WARNING, "vivace"):
+        first = [worker.actor for worker in crew._coming.values()]
+        assert list(crew.do([3], called=lambda number: f"number {number}")) == [(3, 9)]
+        assert first[0] not in [worker.actor for worker in crew._idle]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == crews.__name__]
+    assert said.endswith(f"with number 3, which is done again by another ({name})")
+
+
 def only_there(machine: str):
     def do(number: int) -> int:
         os._exit(1)

@@ -119,7 +119,7 @@ class Crew(Generic[Task]):
     ) -> tuple[Task, Any] | None:
         """A task with what came of it; None where its worker was lost, and it waits again."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         worker, work = self._busy.pop(told)
         try:
@@ -129,7 +129,9 @@ class Crew(Generic[Task]):
             if isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
             raise
-        except RayActorError:
+        except RayError as error:
+            # The worker's end, or of the result alone: then it may live, and would keep its place from the next one.
+            ray.kill(worker.actor)
             work.lost += 1
             name = called(work.task)
             self._lost.append(worker.name)
@@ -138,7 +140,8 @@ class Crew(Generic[Task]):
                     f"{name} has cost {work.lost} workers, at last {worker.name}; what was made is kept, and the same "
                     "command goes on"
                 ) from None
-            logger.warning("lost %s with %s, which is done again by another", worker.name, name)
+            why = type(error).__name__
+            logger.warning("lost %s with %s, which is done again by another (%s)", worker.name, name, why)
             waiting.appendleft(work)
             self._start()
             return None
