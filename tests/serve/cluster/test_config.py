@@ -46,7 +46,10 @@ def test_the_examples_machines_have_what_a_replica_asks_for(example):
     cluster = example["rayClusterConfig"]
     (workers,) = cluster["workerGroupSpecs"]
     assert cluster["authOptions"] == {"mode": "token"}
-    assert workers["maxReplicas"] >= plan.most_replicas
+    assert workers["maxReplicas"] >= plan.most_replicas > plan.replicas
+    # Else KubeRay starts `replicas` of them and looks at no limit.
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"] == {"version": "v2"}
     assert example["rayClusterDeletionDelaySeconds"] > plan.drain_seconds
     users = re.findall(r"--uid (\d+)", (EXAMPLE.parents[1] / "docker" / "Dockerfile.cuda").read_text())
     for group in (cluster["headGroupSpec"], workers):
