@@ -7,11 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vivace.errors import InputError
 from vivace.serve.cluster.inside import stay_inside
 from vivace.serve.failures import Failure
+from vivace.serve.http.app import FIRST
 from vivace.serve.http.log import configure
 from vivace.serve.http.run import LOST
 from vivace.serve.job import Preview, Progress, Result
@@ -41,18 +43,24 @@ Told = Taken | Progress | Preview | Result | Failed
 
 
 class Replica:
-    """Draws requests, several at a time. Its weights are loaded before it counts as ready."""
+    """Draws requests, several at a time. Before it counts as ready its weights are loaded, and for the page a picture
+    is drawn, from which the previews are learned.
+    """
 
     def __init__(self, plan: dict[str, object]) -> None:
         # Before diffusers is imported: no model may bring code of its own.
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
         configure()
         stay_inside()
+        wanted = read_plan(plan)
         # What waits, waits at the door: a request that is here has its place.
-        self.engine = read_plan(plan).engine()
+        self.engine = wanted.engine()
+        self.engine.load()
+        if wanted.ui:
+            with suppress(Failure, InputError):
+                self.engine.submit(FIRST).result()
         self.outcomes: Counter[str] = Counter()
         self.engine.observe(batch=lambda batch: None, job=lambda job: self.outcomes.update([job.status]))
-        self.engine.load()
 
     async def ended(self) -> dict[str, int]:
         """How many of its requests were done, cancelled, failed. Ray answers when one of its places is free."""

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLOURFUL = "a red circle, a green square and a blue triangle on a yellow background"
+FIRST = Request(
+    prompt="a red circle, a green square and a blue triangle on a yellow background", steps=8, seed=0, priority=-8
+)
+"""A picture with many colours. Previews are learned from a first one, and the page's first visitor shall have them."""
 SWEEP = 60.0  # seconds between two looks for what is over its time
 
 
@@ -104,9 +107,8 @@ async def _warm(engine: Studio, *, drawn: bool) -> None:
     except (InputError, Failure) as error:
         logger.error("not all models are loaded: %s", error)
     if drawn:
-        # Previews are learned from a first picture. The page's first visitor shall have them.
         with suppress(InputError, Failure):
-            await engine.submit(Request(prompt=COLOURFUL, steps=8, seed=0, priority=-8))
+            await engine.submit(FIRST)
 
 
 async def _sweep(server: Server) -> None:
