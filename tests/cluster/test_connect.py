@@ -56,3 +56,41 @@ with connect(cpus=1, store_bytes=100 * 2**20, dashboard=True) as url:
     url, told, without, within = json.loads(done.stdout.strip().splitlines()[-1])
     assert url.startswith("http://127.0.0.1:")
     assert (told, without, within) == (["token"], 401, 200)
+
+
+JOIN = """
+import os, ray
+from vivace.cluster.connect import connect
+ray.util.get_node_ip_address = lambda: "192.0.2.1"  # as if it were on a network, which no test is to open it to
+with connect(os.environ["CLUSTER"]):
+    print("joined")
+"""
+OPEN = f"""
+import os, subprocess, sys
+from vivace.cluster.connect import connect
+with connect(cpus=1, store_bytes=100 * 2**20):
+    import ray
+    os.environ["CLUSTER"] = ray.get_runtime_context().gcs_address
+    # What the one who joins has is nothing to a cluster that asks for nothing.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    sys.exit(subprocess.run([sys.executable, "-c", {JOIN!r}]).returncode)
+"""
+
+
+def test_who_joins_a_cluster_that_is_open_to_its_network_is_warned():
+    free = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = free | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, timeout=240, env=env)
+    assert done.stdout.strip().endswith("joined"), done.stderr
+    assert "asks for no token: whoever reaches 192.0.2.1 runs code on it" in done.stderr
+    for export in ("RAY_USAGE_STATS_ENABLED=0", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=~/.ray/auth_token"):
+        assert export in done.stderr
+
+
+def test_who_joins_a_cluster_that_asks_for_its_token_is_not(cluster):
+    import ray
+
+    env = {**os.environ, "CLUSTER": ray.get_runtime_context().gcs_address}
+    done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, timeout=240, env=env)
+    assert done.stdout.strip().endswith("joined"), done.stderr
+    assert "token" not in done.stderr

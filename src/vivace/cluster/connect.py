@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vivace.errors import InputError, first_line, install
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 TOKEN = Path.home() / ".ray" / "auth_token"
+ANSWER = 30.0  # seconds that a cluster has for the question whether it asks for a token
 
 
 @contextmanager
@@ -30,8 +35,9 @@ def connect(
 
     Without an address a cluster of this process's own is started and ends with it: everything of it listens on the
     loopback device alone, and answers only who has its token. `cpus` and `store_bytes` are what it may use; `dashboard`
-    shows it in a browser on this machine, at the address that the block is given, to who has that token. An address,
-    or "auto", joins a cluster that somebody runs. With `logs`, what the cluster's processes say comes out here too.
+    shows it in a browser on this machine, at the address that the block is given, to who has that token. An address, or
+    "auto", joins a cluster that somebody runs; a warning says where that is open to its network. With `logs`, what the
+    cluster's processes say comes out here too.
     """
     prepare(own=address is None)
     try:
@@ -53,9 +59,38 @@ def connect(
         where = "a cluster on this machine cannot be started" if address is None else f"no Ray cluster at {address}"
         raise InputError(f"{where}: {first_line(error)}") from error
     try:
+        if address is not None and open_to_network():
+            logger.warning(
+                "this Ray cluster asks for no token: whoever reaches %s runs code on it; start it again, on every "
+                "machine after: export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%s",
+                ray.util.get_node_ip_address(),
+                "~/.ray/auth_token",
+            )
         yield f"http://{joined.dashboard_url}" if joined.dashboard_url else None
     finally:
         ray.shutdown()
+
+
+def open_to_network() -> bool:
+    """Whether the connected cluster can be reached from other machines and answers who has no token.
+
+    It is asked without one, whatever this process has: a cluster that wants none takes any.
+    """
+    import grpc
+    import ray
+    from ray.core.generated import gcs_service_pb2 as gcs
+    from ray.core.generated import gcs_service_pb2_grpc
+
+    where = getattr(ray.get_runtime_context(), "gcs_address", None)  # Ray's client, for ray://, knows none
+    if where is None or ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return False
+    with grpc.insecure_channel(where, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            asked = cast("Any", gcs).CheckAliveRequest()
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(asked, timeout=ANSWER)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def gpus() -> int:
