@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import threading
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -19,7 +22,9 @@ from vivace.serve import Engine
 from vivace.serve.http.app import create_app
 from vivace.serve.http.settings import Settings
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 240  # seconds, on a machine that does much else
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 @dataclass(kw_only=True)
@@ -72,6 +77,54 @@ def launch() -> Iterator[Callable[..., Site]]:
         yield lambda models=None, *, engine=None, warm=False, **settings: stack.enter_context(
             site(models, engine=engine or {}, warm=warm, **settings)
         )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Of one module alone: while it runs, no other test of the process can have an event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("this machine has no chromium; apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        running.selectors.set_test_id_attribute("id")
+        options = ["--disable-gpu", "--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else ["--disable-gpu"]
+        found = running.chromium.launch(executable_path=CHROMIUM, args=options)
+        playwright.expect.set_options(timeout=1000 * PATIENCE)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser, site) -> Iterator[Callable[..., Any]]:
+    """Opens the page of `site`; at the end it scrolls down alone, asked no other server, and nothing went wrong."""
+    opened, hosts, wrong = [], set(), []
+
+    def watch(page: Any) -> None:
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
+
+    def visit(size: str = "desktop", *, where: str = site.url, **options: Any) -> Any:
+        width, height = SIZES[size]
+        touch = {"is_mobile": True, "has_touch": True} if size == "phone" else {}
+        context = browser.new_context(viewport={"width": width, "height": height}, **touch, **options)
+        context.set_default_timeout(1000 * PATIENCE)
+        opened.append(context)
+        page = context.new_page()
+        watch(page)
+        page.goto(where)
+        if where == site.url:
+            page.locator("body[data-ready]").wait_for()
+        return page
+
+    yield visit
+    pages = [page for context in opened for page in context.pages]
+    sideways = [page.url for page in pages if page.evaluate("document.documentElement.scrollWidth > innerWidth")]
+    for context in opened:
+        context.close()
+    assert sideways == []
+    assert {host for host in hosts if host} == {urlsplit(site.url).netloc}
+    assert wrong == []
 
 
 class Hold:

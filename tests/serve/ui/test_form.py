@@ -56,7 +56,8 @@ def test_a_model_gets_only_what_it_takes(server, inputs):
     found = request(server, inputs, model="plain", negative="blue")
     assert found.negative == "blue"
     edit = {"id": inputs.add(Input(Image.new("RGB", (64, 64)), None))}
-    assert request(server, inputs, model="plain", edit=edit).strength is None
+    found = request(server, inputs, model="plain", edit=edit)
+    assert (found.images, found.strength, found.size) == ((), None, (64, 64))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ class Form:
     def request(self, server: Server, inputs: Inputs) -> Request:
         """The request of one picture. Raises ApiError, FieldError or InputError."""
         alias = server.alias(str(self.model) if self.model else None, media="image")
-        model, edited = server.engine.models[alias], inputs.get(self.edit)
+        model = server.engine.models[alias]
+        # The browser keeps a picture that was chosen for another model.
+        edited = inputs.get(self.edit) if takes(model, "image") else None
         fields = {
             "prompt": self.prompt,
             "negative_prompt": self.negative or None if takes(model, "negative") else None,

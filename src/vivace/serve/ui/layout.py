@@ -17,7 +17,7 @@ from vivace.serve.ui.draw import State, Studio
 from vivace.serve.ui.form import NO_CACHE, Form, defaults, restored, sizes, takes
 from vivace.serve.ui.look import asset, part
 
-Fields = dict[str, Any]  # name of a Form's field -> gradio component
+Fields = dict[str, Any]  # name of a Form's field, or "editing" -> gradio component
 
 NAMES = tuple(Form.__dataclass_fields__)
 MOST_RUNNING = 64  # events of all visitors at a time, besides those that wait in the engine's queue
@@ -142,13 +142,14 @@ def _settings(server: Server, models: list[str]) -> Fields:
         elem_id="negative",
         visible=takes(model, "negative"),
     )
-    with gr.Accordion("Edit a picture", open=False, elem_id="editing", visible=takes(model, "image")):
+    editing = gr.Accordion("Edit a picture", open=False, elem_id="editing", visible=takes(model, "image"))
+    with editing:
         found["edit"] = part("input")
         found["strength"] = gr.Slider(0.05, 1, value=0.7, step=0.05, label="Strength", elem_id="strength")
     with gr.Accordion("Step cache and LoRA", open=False, elem_id="more"):
         found["cache"] = gr.Dropdown([NO_CACHE, *POLICIES], value=NO_CACHE, label="Step cache", elem_id="cache")
         found["lora"] = part("lora", value=_loras(model))
-    return found
+    return {**found, "editing": editing}
 
 
 def _adapted(model: Model) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _adapted(model: Model) -> dict[str, Any]:
         "preset": gr.update(value=own["preset"]),
         "lora": gr.update(value=_loras(model)),
         "negative": gr.update(visible=takes(model, "negative")),
-        "edit": gr.update(visible=takes(model, "image")),
+        "editing": gr.update(visible=takes(model, "image")),
         "strength": gr.update(visible=takes(model, "strength")),
     }
 

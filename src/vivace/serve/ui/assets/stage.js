@@ -41,7 +41,7 @@ function finished(picture) {
         h("span", { class: "prompt" }, picture.prompt),
         h("span", { class: "actions" },
           h("a", { class: "button", href: picture.url, download: `vivace-${picture.effective.seed}.png` }, "Save"),
-          document.getElementById("editing") && h("button", { class: "button", onclick: () => vivace.edit(picture) }, "Edit"),
+          h("button", { class: "button edit", onclick: () => vivace.edit(picture) }, "Edit"),
           h("button", { class: "button", onclick: () => vivace.again(picture) }, "Use again"))),
       bar(picture.timings), facts(picture), applied(picture)));
 }
