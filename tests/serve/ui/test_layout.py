@@ -53,3 +53,27 @@ def test_a_picture_is_edited_by_the_models_that_take_one(visit, site, tmp_path, 
     assert [(request.model, len(request.images)) for request in asked] == [("edits", 1), ("plain", 0)]
     choose(page, "edits")
     expect(page.locator("#input .drop")).to_be_visible()
+
+
+def test_use_again_sets_another_model_s_fields_too(visit):
+    page = visit()
+    choose(page, "edits")
+    wanted = {"seed": "7", "guidance": "4.5", "size": "64x64", "negative": "a star"}
+    for name, value in wanted.items():
+        field = page.locator(f"#{name} :is(input:not([type=range]), textarea)").first
+        field.fill(value)
+        field.press("Enter" if name == "size" else "Tab")
+    draw(page, "one of another model")
+    choose(page, "plain")
+    expect(page.locator("#editing")).to_have_count(0)
+    draw(page, "one between")
+    page.locator("#gallery .cards li").nth(1).get_by_text("Use again").click()
+    # All of one answer: with this part, what was before it is there.
+    expect(page.locator("#editing")).to_be_visible()
+    for name, value in {**wanted, "model": "edits", "steps": "2", "prompt": "one of another model"}.items():
+        field = page.locator(f"#{name} :is(input:not([type=range]), textarea)").first
+        expect(field).to_have_value(value)
+    draw(page, "the same again")
+    facts = page.locator("#stage .facts")
+    for told in ("4.5", "64 × 64", "a star", "edits"):
+        expect(facts).to_contain_text(told)

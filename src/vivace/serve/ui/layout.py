@@ -20,6 +20,7 @@ from vivace.serve.ui.look import asset, part
 Fields = dict[str, Any]  # name of a Form's field, or "editing" -> gradio component
 
 NAMES = tuple(Form.__dataclass_fields__)
+FITTED = (*NAMES, "editing")
 MOST_RUNNING = 64  # events of all visitors at a time, besides those that wait in the engine's queue
 OWN: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "undocumented"}
 
@@ -60,9 +61,10 @@ def page(studio: Studio) -> gr.Blocks:
         gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND, **OWN).then(**idle)
         both.click(happen.compare, [*order, *ways], against, js=SEND, **OWN).then(**idle)
         cancel.click(happen.cancel, **OWN)
-        changed = [fields[name] for name in _adapted(server.engine.models[models[0]])]
-        fields["model"].change(happen.model, fields["model"], changed, **OWN)
-        gallery.again(happen.again, None, order, **OWN)
+        fitted = [fields[name] for name in FITTED]
+        # Not `change`: that comes of `again` too, and would undo it.
+        fields["model"].input(happen.model, fields["model"], fitted, **OWN)
+        gallery.again(happen.again, None, fitted, **OWN)
         blocks.load(None, js="() => document.body.setAttribute('data-ready', '')")
         blocks.unload(happen.cancel)
     most = server.engine.most_queued + MOST_RUNNING
@@ -91,13 +93,15 @@ class _Happenings:
         self.studio.cancel(request.session_hash)
 
     def model(self, alias: Any) -> list[Any]:
-        return [*_adapted(self.studio.server.engine.model(alias)).values()]
+        return _updates(_fitted(self.studio.server.engine.model(alias)))
 
     def again(self, event: gr.EventData) -> list[Any]:
         known = restored(event._data, self.studio.server)
+        model = self.studio.server.engine.model(known.get("model"))
         if "lora" in known:
-            known["lora"] = _loras(self.studio.server.engine.model(known.get("model")), known["lora"])
-        return [gr.update(value=known[name]) if name in known else gr.skip() for name in NAMES]
+            known["lora"] = _loras(model, known["lora"])
+        fitted = _fitted(model) if "model" in known else {}
+        return _updates(fitted | {name: {**fitted.get(name, {}), "value": value} for name, value in known.items()})
 
 
 def _comparing() -> tuple[list[Any], gr.Button]:
@@ -116,55 +120,53 @@ def _comparing() -> tuple[list[Any], gr.Button]:
 
 def _settings(server: Server, models: list[str]) -> Fields:
     model = server.engine.models[models[0]]
-    own, limits = defaults(model), server.settings
+    own = _fitted(model)
     found: Fields = {}
     with gr.Row(elem_classes="pair"):
         found["model"] = gr.Dropdown(models, value=models[0], label="Model", elem_id="model", min_width=120)
-        found["preset"] = gr.Dropdown(
-            list(PRESETS), value=own["preset"], label="Preset", elem_id="preset", min_width=120
-        )
+        found["preset"] = gr.Dropdown(list(PRESETS), label="Preset", elem_id="preset", min_width=120, **own["preset"])
     with gr.Row(elem_classes="pair"):
-        found["size"] = gr.Dropdown(
-            sizes(model), value=own["size"], label="Size", allow_custom_value=True, elem_id="size", min_width=120
-        )
+        found["size"] = gr.Dropdown(label="Size", allow_custom_value=True, elem_id="size", min_width=120, **own["size"])
         with gr.Row(elem_id="seeds"):
             found["seed"] = gr.Textbox(label="Seed", placeholder="any", elem_id="seed", max_lines=1, min_width=60)
             die = gr.Button("⚄", elem_id="die", min_width=44)
             die.click(None, None, found["seed"], js=DIE)
-    found["steps"] = gr.Slider(1, limits.most_steps, value=own["steps"], step=1, label="Steps", elem_id="steps")
-    found["guidance"] = gr.Slider(
-        0, 20, value=own["guidance"], step=0.1, label="Guidance", elem_id="guidance", visible=takes(model, "guidance")
-    )
+    most = server.settings.most_steps
+    found["steps"] = gr.Slider(1, most, step=1, label="Steps", elem_id="steps", **own["steps"])
+    found["guidance"] = gr.Slider(0, 20, step=0.1, label="Guidance", elem_id="guidance", **own["guidance"])
     found["negative"] = gr.Textbox(
-        label="Negative prompt",
-        max_lines=4,
-        placeholder="What to keep out",
-        elem_id="negative",
-        visible=takes(model, "negative"),
+        label="Negative prompt", max_lines=4, placeholder="What to keep out", elem_id="negative", **own["negative"]
     )
-    editing = gr.Accordion("Edit a picture", open=False, elem_id="editing", visible=takes(model, "image"))
+    editing = gr.Accordion("Edit a picture", open=False, elem_id="editing", **own["editing"])
     with editing:
         found["edit"] = part("input")
-        found["strength"] = gr.Slider(0.05, 1, value=0.7, step=0.05, label="Strength", elem_id="strength")
+        found["strength"] = gr.Slider(
+            0.05, 1, value=0.7, step=0.05, label="Strength", elem_id="strength", **own["strength"]
+        )
     with gr.Accordion("Step cache and LoRA", open=False, elem_id="more"):
         found["cache"] = gr.Dropdown([NO_CACHE, *POLICIES], value=NO_CACHE, label="Step cache", elem_id="cache")
-        found["lora"] = part("lora", value=_loras(model))
+        found["lora"] = part("lora", **own["lora"])
     return {**found, "editing": editing}
 
 
-def _adapted(model: Model) -> dict[str, Any]:
-    """The changes of fields when this model is chosen."""
+def _fitted(model: Model) -> dict[str, dict[str, Any]]:
+    """What fields have of the model that is chosen: name -> gradio's properties."""
     own = defaults(model)
     return {
-        "size": gr.update(choices=sizes(model), value=own["size"]),
-        "steps": gr.update(value=own["steps"]),
-        "guidance": gr.update(value=own["guidance"], visible=takes(model, "guidance")),
-        "preset": gr.update(value=own["preset"]),
-        "lora": gr.update(value=_loras(model)),
-        "negative": gr.update(visible=takes(model, "negative")),
-        "editing": gr.update(visible=takes(model, "image")),
-        "strength": gr.update(visible=takes(model, "strength")),
+        "size": {"choices": sizes(model), "value": own["size"]},
+        "steps": {"value": own["steps"]},
+        "guidance": {"value": own["guidance"], "visible": takes(model, "guidance")},
+        "preset": {"value": own["preset"]},
+        "lora": {"value": _loras(model)},
+        "negative": {"visible": takes(model, "negative")},
+        "editing": {"visible": takes(model, "image")},
+        "strength": {"visible": takes(model, "strength")},
     }
+
+
+def _updates(properties: dict[str, dict[str, Any]]) -> list[Any]:
+    """New properties of fields, in their order; a field without any stays as it is."""
+    return [gr.update(**properties.get(name, {})) for name in FITTED]
 
 
 def _loras(model: Model, chosen: Sequence[Any] = ()) -> dict[str, Any]:
