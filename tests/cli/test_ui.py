@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
@@ -63,6 +65,27 @@ def test_mistakes_are_one_line(arguments, said, capsys, monkeypatch):
     assert code_of("ui", *arguments) == 2
     text = capsys.readouterr().err
     assert said in text
+    assert text.count("\n") == 1
+
+
+class Other(BaseHTTPRequestHandler):
+    """Whoever has the port already, and answers as Vivace does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_another_s_page_is_not_announced(capsys):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        assert code_of("ui", "--no-open", "--port", str(other.server_port)) == 2
+        other.shutdown()
+    text = capsys.readouterr().err
+    assert f"port {other.server_port} of 127.0.0.1 is taken" in text
     assert text.count("\n") == 1
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vivace.errors import InputError, install
+
+if TYPE_CHECKING:
+    from vivace.serve.plan import Plan
 
 DRAIN = {False: 30.0, True: 600.0}
 """Seconds for what runs after SIGTERM, alone and on Ray, where a replica may be ended in the middle of a video."""
@@ -57,45 +60,44 @@ def serve(
     ] = False,
 ) -> None:
     """Serve pictures and videos over HTTP: POST /v1/images/generations and its kin."""
-    # Before diffusers is imported: no model may bring code of its own.
-    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
-    try:
-        from vivace.serve.http.run import run
-        from vivace.serve.plan import read_plan
-
-        if ui:
-            import gradio  # noqa: F401
-    except ImportError as error:
-        extra = "ui" if ui else "serve"
-        raise InputError(f"serving needs {error.name}; install it with: {install(extra)}") from error
     only = {"address": address, "replicas": replicas, "gpus": gpus, "cpus": cpus, "dashboard": dashboard or None}
     stray = [f"--{name}" for name, value in only.items() if value is not None]
     if stray and not ray:
         raise InputError(f"{stray[0]} needs --ray; add it, or leave {stray[0]} out")
-    optional = {
-        "gpus": gpus,
-        "cpus": cpus,
-        "memory": memory,
-        "parked": parked,
-        "folder": str(folder) if folder else None,
-    }
-    plan = read_plan(
-        {
-            **{"models": _pairs(models or ("builtin=builtin",)), "loras": _pairs(lora or ())},
-            **{"preset": preset, "dtype": dtype, "device": device, "few_step": few_step},
-            **{"host": host, "a1111": a1111, "ui": ui},
-            **{"allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[ray] if drain is None else drain},
-            **{"max_running": max_running, "max_queue": max_queue, "max_batch": max_batch},
-            **{name: value for name, value in optional.items() if value is not None},
-            **(_range(replicas) if replicas else {}),
-        }
+    plan = planned(
+        models,
+        lora,
+        **{"preset": preset, "dtype": dtype, "device": device, "few_step": few_step},
+        **{"host": host, "a1111": a1111, "ui": ui, "folder": str(folder) if folder else None},
+        **{"allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[ray] if drain is None else drain},
+        **{"max_running": max_running, "max_queue": max_queue, "max_batch": max_batch},
+        **{"gpus": gpus, "cpus": cpus, "memory": memory, "parked": parked},
+        **(_range(replicas) if replicas else {}),
     )
     if not ray:
-        settings = plan.settings(api_key=api_key, port=port)
-        raise typer.Exit(run(plan.engine(), settings))
+        from vivace.serve.http.run import run
+
+        raise typer.Exit(run(plan.engine(), plan.settings(api_key=api_key, port=port)))
     from vivace.serve.cluster.run import run as run_on_ray
 
     raise typer.Exit(run_on_ray(plan, api_key=api_key, port=port, address=address, dashboard=dashboard))
+
+
+def planned(models: Sequence[str] | None, lora: Sequence[str] | None, **fields: Any) -> Plan:
+    """The plan of what was typed; None is what was not. Raises InputError, also for an extra that is not installed."""
+    # Before diffusers is imported: no model may bring code of its own.
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+    try:
+        from vivace.serve.http import run  # noqa: F401
+        from vivace.serve.plan import read_plan
+
+        if fields["ui"]:
+            import gradio  # noqa: F401
+    except ImportError as error:
+        extra = "ui" if fields["ui"] else "serve"
+        raise InputError(f"serving needs {error.name}; install it with: {install(extra)}") from error
+    typed = {name: value for name, value in fields.items() if value is not None}
+    return read_plan({"models": _pairs(models or ("builtin=builtin",)), "loras": _pairs(lora or ()), **typed})
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:

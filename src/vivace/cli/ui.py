@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 import webbrowser
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from vivace.cli.serve import serve
+from vivace.cli.serve import DRAIN, planned
 
 
 def ui(
@@ -33,22 +31,17 @@ def ui(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
 ) -> None:
     """Open the web page: draw, edit and compare pictures. It is `vivace serve --ui`, with less to say."""
-    address = f"http://{_reached(host)}:{port}"
-    threading.Thread(target=_announce, args=(address,), kwargs={"show": show}, daemon=True).start()
-    serve(
+    plan = planned(
         models,
-        host=host,
-        port=port,
-        api_key=api_key,
-        preset=preset,
-        lora=lora,
-        dtype=dtype,
-        device=device,
-        few_step=few_step,
-        memory=memory,
-        allowed_host=allowed_host,
-        ui=True,
+        lora,
+        **{"preset": preset, "dtype": dtype, "device": device, "few_step": few_step, "memory": memory},
+        **{"host": host, "allowed_hosts": tuple(allowed_host or ()), "drain_seconds": DRAIN[False], "ui": True},
     )
+    from vivace.serve.http.run import run
+
+    page = f"http://{_reached(host)}:{port}/ui/"
+    settings = plan.settings(api_key=api_key, port=port)
+    raise typer.Exit(run(plan.engine(), settings, ready=partial(_announce, page, show=show)))
 
 
 def _reached(host: str) -> str:
@@ -62,14 +55,9 @@ def _has_screen() -> bool:
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _announce(address: str, *, show: bool) -> None:
-    """Say where the page is, and open it, as soon as it is there."""
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/livez", timeout=5).close()
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    print(f"vivace: {address}/ui/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+def _announce(page: str, *, show: bool) -> None:
+    """Say where the page is, and open it."""
+    print(f"vivace: {page} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     if show and _has_screen():
-        webbrowser.open(f"{address}/ui/")
+        # In a thread: some browsers are waited for until they end.
+        threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -29,10 +30,17 @@ LINGER = 2  # seconds for answers to reach their clients
 class Draining(uvicorn.Server):
     """A server whose first signal refuses new requests, finishes the running ones, and then ends it."""
 
-    def __init__(self, config: uvicorn.Config, *, engine: Engine, seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, engine: Engine, seconds: float, ready: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
-        self.engine, self.seconds = engine, seconds
+        self.engine, self.seconds, self.ready = engine, seconds, ready
         self.signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.ready is not None:
+            self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the second time, end the process without further ado."""
@@ -52,8 +60,11 @@ class Draining(uvicorn.Server):
         self.should_exit = True
 
 
-def run(engine: Engine, settings: Settings) -> int:
-    """Serve until a signal; the process's exit code. Raises InputError for where it cannot listen."""
+def run(engine: Engine, settings: Settings, *, ready: Callable[[], None] | None = None) -> int:
+    """Serve until a signal; the process's exit code. `ready` is called once, when it answers.
+
+    Raises InputError for where it cannot listen.
+    """
     sockets = listen(settings.host, settings.port)
     configure()
     config = uvicorn.Config(
@@ -70,7 +81,7 @@ def run(engine: Engine, settings: Settings) -> int:
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LINGER,
     )
-    server = Draining(config, engine=engine, seconds=settings.drain_seconds)
+    server = Draining(config, engine=engine, seconds=settings.drain_seconds, ready=ready)
     threading.Thread(target=_end_with_device, args=(server,), daemon=True).start()
     server.run(sockets)
     return LOST if engine.lost else 0
