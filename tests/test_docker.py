@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +133,28 @@ def test_its_health_is_asked_without_a_key(name):
     assert address is not None
     assert address[1] == of(name, "EXPOSE")[0].rest
     assert address[2] in OPEN
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_its_health_is_asked_past_a_proxy(name, status, healthy):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    ((python, *arguments),) = (step.list for step in of(name, "HEALTHCHECK"))
+    assert python == "python"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, *(word.replace(":8000/", f":{server.server_port}/") for word in arguments)]
+        # Nobody listens there.
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=240)
+        server.shutdown()
+    assert (done.returncode == 0) is healthy, done.stderr
 
 
 def test_it_is_published_only_with_a_key(name, monkeypatch, capsys):

@@ -35,6 +35,8 @@ def test_one_command_and_the_page_is_there(tmp_path):
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
     browser.chmod(0o755)
     environment = {**os.environ, "DISPLAY": ":0", "BROWSER": f"{browser} %s"}
+    # A proxy, which cannot lead to this machine.
+    environment |= {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
     command = [sys.executable, "-m", "vivace", "ui", "--port", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
