@@ -1,5 +1,7 @@
 """The plan: expected teacher calls against the formula, memory counted, nothing written."""
 
+from dataclasses import replace
+
 import pytest
 
 from vivace.distill import Stage, Student
@@ -14,6 +16,7 @@ def test_teacher_calls(config):
     assert teacher_calls(config(), stage) == pytest.approx(2.5)
     assert teacher_calls(config(timesteps="uniform"), stage) == pytest.approx(2.5)
     assert teacher_calls(config(method="consistency"), stage) == 1
+    assert teacher_calls(config(), replace(stage, distillation=0.0, matching=1.0)) == 0
 
 
 def test_a_plan_measures_every_stage_and_writes_nothing(config, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vivace.distill import Critic, Discriminator, Optimizer, Stage, Student
-from vivace.distill.student import trainable
+from vivace.distill.student import compile_blocks, trainable
 from vivace.distill.trainer import make_accelerator, make_training
 from vivace.families import FAMILIES
 
@@ -137,12 +137,20 @@ def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0), matching=0.5),)
     found = []
-    for student in (Student(rank=4), Student(rank=4, compile=True)):
-        training = training_of(config, tmp_path, stages=stages, student=student, critic=Critic(rank=2))
+    for compiled in (False, True):
+        training = training_of(config, tmp_path, stages=stages, critic=Critic(rank=2))
+        if compiled:
+            for learner in ("student", "critic"):
+                compile_blocks(training.learners[learner].plain, FAMILIES["sd3"])
         blocks = [module for module in training.plain.modules() if module._compiled_call_impl is not None]
-        assert bool(blocks) == student.compile
+        assert bool(blocks) == compiled
         found.append(training.batch())
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_on_a_cpu_nothing_is_compiled(config, tmp_path):
+    training = training_of(config, tmp_path, student=Student(rank=4, compile=True))
+    assert all(module._compiled_call_impl is None for module in training.plain.modules())
 
 
 def test_wasserstein_clips(config, tmp_path):

@@ -19,7 +19,7 @@ from vivace.distill.discriminator import make_discriminator
 from vivace.distill.features import Features
 from vivace.distill.levels import levels_of
 from vivace.distill.objective import Item, Objective
-from vivace.distill.student import make_student
+from vivace.distill.student import compile_blocks, make_student
 from vivace.distill.view import View
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
@@ -90,10 +90,9 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     student, critic = make_student(teacher, config.student, seed=config.seed), None
     if config.critic is not None:
         critic = make_student(teacher, replace(config.student, kind="lora", rank=config.critic.rank), seed=config.seed)
-    if config.student.compile:
+    if config.student.compile and pipe.device.type == "cuda":
         for module in filter(None, (student, critic)):
-            for block in family.split(module).blocks:
-                block.module.compile()
+            compile_blocks(module, family)
     split = family.split(teacher)
     recompute = config.student.gradient_checkpointing
     channels = pipe.vae.config.latent_channels

@@ -52,7 +52,7 @@ class Student:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass in place of keeping them."""
     compile: bool = False
-    """Compile its blocks, and the critic's (torch.compile): a minute or so, which many batches win back."""
+    """Compile its blocks, and the critic's, on a GPU (torch.compile): a minute or so, which many batches win back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +223,10 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def rolls_out(self, stage: Stage) -> bool:
+        """Whether a loss of the stage asks where the teacher's solver goes."""
+        return stage.distillation > 0 or (stage.adversarial > 0 and self.discriminator.real == "teacher")
 
     @property
     def batches(self) -> int:

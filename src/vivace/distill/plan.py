@@ -17,6 +17,7 @@ from vivace.distill.trainer import make_accelerator, make_training
 from vivace.distill.training import Training
 
 MEASURED = 2  # solver steps of the rollout that are run
+WARM_UP = 3  # batches of each stage before one counts: compiled blocks see every shape, and those that vary, by then
 CPU_BATCH = 2  # a CPU takes as many times longer as a batch is larger, so a small one tells
 
 
@@ -53,7 +54,7 @@ class Plan:
 
 
 def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> Plan:
-    """Measure a training: one warm-up batch of each stage, then `repeats` that count. Raises InputError as `train`.
+    """Measure a training: `repeats` batches of each stage, after some to warm up. Raises InputError as `train`.
 
     On a CPU small batches are measured, and taken as often as it needs for the pictures of a large one.
     """
@@ -79,6 +80,8 @@ def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> P
 
 def teacher_calls(config: DistillConfig, stage: Stage) -> float:
     """How often the teacher is expected to be called in one batch's rollout."""
+    if not config.rolls_out(stage):
+        return 0.0
     if config.method == "consistency":
         return 1.0
     odds = mixture(stage, kind=config.timesteps)
@@ -87,8 +90,9 @@ def teacher_calls(config: DistillConfig, stage: Stage) -> float:
 
 def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
     config = training.config
+    warm_up = WARM_UP if config.student.compile and training.accelerator.device.type == "cuda" else 1
     rollout = rest = 0.0
-    for number in range(repeats + 1):
+    for number in range(warm_up + repeats):
         parts = []
         start_draw = _now(training)
         generator, item = training.draw()
@@ -102,7 +106,7 @@ def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
         calls = 1 if config.method == "consistency" else len(start.grid) - 1
         parts.append(_timed(training, lambda: training.updates(item, start, target, stage, generator))[0])  # noqa: B023
         training.forget()
-        if number:
+        if number >= warm_up:
             rollout += seconds / calls / repeats
             rest += sum(parts) / repeats
     expected = teacher_calls(config, stage)

@@ -10,6 +10,7 @@ from torch import nn
 
 from vivace.distill.config import Student
 from vivace.errors import InputError, first_line
+from vivace.family import Family
 
 ADAPTER = "student"
 
@@ -46,6 +47,12 @@ def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
             raise InputError(f"student.targets {list(config.targets)} fit nothing: {first_line(error)}") from error
     for parameter in trainable(student).values():
         parameter.data = parameter.data.float()
+
+
+def compile_blocks(student: nn.Module, family: Family) -> None:
+    """Compile a denoiser's repeated blocks in place, forward and backward (torch.compile)."""
+    for block in family.split(student).blocks:
+        block.module.compile()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

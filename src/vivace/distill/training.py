@@ -123,8 +123,7 @@ class Training:
 
     def target(self, item: Item, start: Start, stage: Stage) -> torch.Tensor:
         """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher."""
-        adversary_asks = stage.adversarial > 0 and self.config.discriminator.real == "teacher"
-        if stage.distillation > 0 or adversary_asks:
+        if self.config.rolls_out(stage):
             return self.objective.target(item, start, self.cast(self.plain))
         return item.z
 
