@@ -1,4 +1,4 @@
-"""Train a style LoRA for the built-in model in minutes, on a CPU too, and draw what it does.
+"""Train a style LoRA for the built-in model, in minutes on a GPU, and draw what it does.
 
     python recipes/builtin/style.py train blueprint
     python recipes/builtin/style.py train framed
