@@ -67,7 +67,15 @@ def test_what_a_peer_does_not_offer_says_so(tmp_path):
 def test_ours_come_first_and_the_slow_starters_last():
     found = contestants_of(presets=["exact"], fields=["graphs=off"], peers=["compile-full", "compile", "eager"])
     assert [one.label for one in found] == ["vivace exact graphs=off", "eager", "compile", "compile-full"]
-    for wrong in ({"presets": ["fats"]}, {"peers": ["eager", "tensorrt"]}, {"fields": ["graphs=never"]}):
+    own = contestants_of(presets=["fast", "fast keep_base=no"], fields=["graphs=off"], peers=[])
+    assert [one.label for one in own] == ["vivace fast graphs=off", "vivace fast graphs=off keep_base=no"]
+    for wrong in (
+        {"presets": ["fats"]},
+        {"presets": ["fast keep_base=never"]},
+        {"presets": ["fast keep_base"]},
+        {"peers": ["eager", "tensorrt"]},
+        {"fields": ["graphs=never"]},
+    ):
         with pytest.raises(InputError):
             contestants_of(**{"presets": ["exact"], "fields": [], "peers": [], **wrong})
 

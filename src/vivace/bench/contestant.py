@@ -65,16 +65,27 @@ def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
     return PEERS[contestant.name].prepare(subject, workload)
 
 
-def contestants_of(*, presets: Sequence[str], fields: Sequence[str], peers: Sequence[str]) -> list[Contestant]:
-    """Ours first, then the peers by how long they take to get going. Raises InputError for an unknown name."""
+def ours_of(presets: Sequence[str], fields: Sequence[str]) -> list[Contestant]:
+    """Our presets, each with `fields` and those of its own, which stand after its name: `fast keep_base=no`.
+
+    Raises InputError for what is no preset, no field or no value of it.
+    """
     from vivace.config import parse_fields, resolve
 
+    found = []
     for preset in presets:
-        resolve(preset, **parse_fields(fields))
+        name, *own = preset.split()
+        resolve(name, **parse_fields([*fields, *own]))
+        found.append(Contestant(name=name, ours=True, fields=(*fields, *own)))
+    return found
+
+
+def contestants_of(*, presets: Sequence[str], fields: Sequence[str], peers: Sequence[str]) -> list[Contestant]:
+    """Ours first, then the peers by how long they take to get going. Raises InputError for an unknown name."""
+    ours = ours_of(presets, fields)
     for peer in peers:
         if peer not in PEERS:
             raise InputError(f"unknown peer {peer!r}; --peers takes {', '.join(PEERS)}")
-    ours = [Contestant(name=preset, ours=True, fields=tuple(fields)) for preset in presets]
     return ours + [Contestant(name=peer) for peer in sorted(peers, key=lambda peer: PEERS[peer].order)]
 
 

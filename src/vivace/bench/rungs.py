@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vivace.bench.contestant import Contestant, denoisers_of, widen
+from vivace.bench.contestant import Contestant, denoisers_of, ours_of, widen
 from vivace.bench.workload import Workload
 from vivace.errors import InputError
 
@@ -130,15 +130,11 @@ def climb(pipe: Any, workload: Workload, *, to: str) -> str:
     return "; ".join([widen(pipe, workload), *said] if index == 0 else said)
 
 
-def rungs_of(workload: Workload, *, presets: Sequence[str], fields: Iterable[str] = ()) -> list[Contestant]:
+def rungs_of(workload: Workload, *, presets: Sequence[str], fields: Sequence[str] = ()) -> list[Contestant]:
     """Every rung that the workload's type has, then our presets."""
-    from vivace.config import parse_fields, resolve
-
-    for preset in presets:
-        resolve(preset, **parse_fields(fields))
+    ours = ours_of(presets, fields)
     quiz = QUIZ if workload.model == "builtin" else 0
     steps = [
         Contestant(name=rung.name, rung=True) for rung in RUNGS if not (rung.narrow and workload.dtype == "float32")
     ]
-    ours = [Contestant(name=preset, ours=True, fields=tuple(fields)) for preset in presets]
     return [replace(one, quiz=quiz) for one in (*steps, *ours)]

@@ -29,7 +29,10 @@ def bench(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, with --end-to-end.")] = None,
     presets: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Ours: exact; with --ladder all. none leaves them out.")
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Ours: exact; with --ladder all. 'fast keep_base=no' has a field of its own. Or none."
+        ),
     ] = None,
     fields: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="For each of ours.")] = None,
     peers: Annotated[
