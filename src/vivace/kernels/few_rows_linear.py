@@ -26,6 +26,12 @@ def few_rows_linear_ref(
 
 
 @jit
+def _as_float(bytes):
+    """int8 to float32: a byte in the last place of 2^23 is a float at once, where a conversion has a quarter's rate."""
+    return ((bytes.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+
+
+@jit
 def _store_row(out, bias, y, columns, inside):
     if bias is not None:
         y = y + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -47,12 +53,11 @@ def _few_rows_linear_kernel(
     for start in range(0, depth, DEPTH):
         left = steps < depth - start
         mask = inside[:, None] & left[None, :]
-        weight = tl.load(values + columns[:, None] * depth + start + steps[None, :], mask=mask, other=0).to(tl.float32)
+        weight = _as_float(tl.load(values + columns[:, None] * depth + start + steps[None, :], mask=mask, other=0))
         at = x + row * depth + start + steps
         one += tl.sum(weight * tl.load(at, mask=left, other=0.0).to(tl.float32)[None, :], 1)
-        # Of an odd number of rows the last one is read twice, and stored once.
-        at += tl.minimum(height - 1 - row, 1) * depth
-        two += tl.sum(weight * tl.load(at, mask=left, other=0.0).to(tl.float32)[None, :], 1)
+        if row + 1 < height:
+            two += tl.sum(weight * tl.load(at + depth, mask=left, other=0.0).to(tl.float32)[None, :], 1)
     scale = tl.load(scales + columns, mask=inside, other=0.0)
     at = out + row.to(tl.int64) * width
     _store_row(at, bias, one * scale, columns, inside)
