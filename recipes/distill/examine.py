@@ -64,7 +64,8 @@ def student_rows(
     """The student with each number of steps, without guidance."""
     pipe: Any = use_few_step(load_source(find(model), device=device), folder)
     pipe.set_progress_bar_config(disable=True)
-    name = f"student, {folder.name}"
+    # A training writes to OUTPUT/result: what tells one from another is the folder above.
+    name = f"student, {folder.resolve().parent.name if folder.name == 'result' else folder.name}"
     return [Row(name, count, count, take(exam, pipe, reader, steps=count, guidance_scale=1.0)) for count in steps]
 
 
