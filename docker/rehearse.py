@@ -44,6 +44,13 @@ def rehearse(name: str, *, python: str | None = None, picture: Path | None = Non
         return facts | container.rehearse(name, root, told=_told)
 
 
+def origin(name: str, *, python: str | None) -> dict[str, Any]:
+    """What a record says of where it comes from; each was rehearsed by itself, whatever stands beside it."""
+    chosen = f" --python {Path(python).name}" if python else ""
+    date = datetime.now(UTC).date().isoformat()
+    return {"command": f"python docker/rehearse.py {name}{chosen}", "date": date, "machine": machine(gpus=False)}
+
+
 def found(version: str) -> str:
     """An interpreter of a version, or the one that runs this."""
     there = shutil.which(f"python{version}")
@@ -59,15 +66,17 @@ def main() -> int:
     """Rehearse what is asked for; 0 where all of it holds."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("names", nargs="*", choices=ALL, default=[*ALL])
-    asked.add_argument("-o", "--output", type=Path, help="Where the record goes, as JSON.")
+    kept = "Where the record goes, as JSON; what it has of others stays."
+    asked.add_argument("-o", "--output", type=Path, help=kept)
     asked.add_argument("--picture", type=Path, help="Where the page goes, as a browser shows it.")
     asked.add_argument("--python", help="The interpreter whose files the root gets.")
     given = asked.parse_args()
-    command, date = f"python docker/rehearse.py {' '.join(given.names)}", datetime.now(UTC).date().isoformat()
-    record: dict[str, Any] = {"command": command, "date": date, "machine": machine(gpus=False), "parts": {}}
+    record = json.loads(given.output.read_text()) if given.output and given.output.exists() else {}
     for name in given.names:
         try:
-            record["parts"][name] = rehearse(name, python=given.python, picture=given.picture)
+            record[name] = origin(name, python=given.python) | rehearse(
+                name, python=given.python, picture=given.picture
+            )
         except CannotError as error:
             print(f"rehearse: {error}", file=sys.stderr)
             return 2
