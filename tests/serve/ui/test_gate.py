@@ -17,6 +17,7 @@ from vivace.families import FAMILIES
 OPEN = {
     "/", "/theme.css", "/manifest.json", "/assets/{path:path}", "/static/{path:path}", "/gradio_api/startup-events",
     "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/heartbeat/{session_hash}",
+    "/gradio_api/app_id",
 }  # fmt: skip
 
 

@@ -37,6 +37,26 @@ def draw(page: Any, prompt: str) -> None:
     expect(page.locator("#stage .headline .prompt")).to_have_text(prompt)
 
 
+def test_a_model_s_own_values_are_asked_for_once_a_choice(visit, site):
+    """A second answer that comes late would undo what was typed since the first."""
+    asked = []
+    page = visit()
+    page.on("request", lambda one: asked.append(one.post_data_json["data"]) if "queue/join" in one.url else None)
+    first, second = site.engine.models
+    choose(page, second)
+    choose(page, first)
+    page.locator("#model input").fill(second)
+    page.locator("#model input").press("Enter")
+    expect(page.locator("#editing")).to_have_count(int(second == "edits"))
+    draw(page, "one of the second")
+    choose(page, first)
+    page.locator("#gallery").get_by_text("Use again").click()
+    expect(page.locator("#editing")).to_have_count(int(second == "edits"))
+    choose(page, first)
+    chosen = [one[0] for one in asked if len(one) == 1 and one[0]]
+    assert chosen == [second, first, second, first, first]
+
+
 def test_a_picture_is_edited_by_the_models_that_take_one(visit, site, tmp_path, monkeypatch):
     asked, submit = [], site.engine.submit
     monkeypatch.setattr(site.engine, "submit", lambda request, **more: asked.append(request) or submit(request, **more))

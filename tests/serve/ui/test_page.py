@@ -129,6 +129,23 @@ def test_cancel(visit, site, held, until, size):
     done(page)
 
 
+def test_cancel_stays_while_anything_is_drawn(visit, held, until):
+    page = visit()
+    ask(page, steps=2)
+    held.shut()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#both").click()
+    until(lambda: (page.wait_for_timeout(50), held.reached.is_set())[1])
+    ask(page, "", steps=2)
+    page.locator("#prompt textarea").press("Shift+Enter")
+    # Of the part that is not shown.
+    page.locator("#stage [data-state=error]").wait_for(state="attached")
+    expect(page.locator("#cancel")).to_be_visible()
+    held.open.set()
+    done(page, "compare", "compared")
+    expect(page.locator("#draw")).to_be_visible()
+
+
 def test_leaving_ends_what_is_drawn(visit, site, held, until):
     page = visit()
     ask(page, steps=50)
@@ -253,6 +270,8 @@ def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch, size):
     expect(page.locator("#stage .facts")).to_contain_text("0.7")
     # The edit keeps its picture's shape, whatever the field says.
     assert loaded(page, "#stage .frame img") == [256, 208]
+    page.locator("#gallery .cards li").get_by_text("Use again").click()
+    expect(page.locator("#input canvas")).to_be_visible()
 
 
 def test_every_size_can_be_made(visit, site):
@@ -276,6 +295,11 @@ def test_a_finished_picture_can_be_edited(visit, size):
     page.locator("#stage").get_by_text("Edit", exact=True).click()
     expect(page.locator("#input canvas")).to_be_in_viewport(ratio=1)
     page.locator("#input").get_by_text("Remove").click()
+    expect(page.locator("#input .drop")).to_be_visible()
+    # Nor is it in the way of one that was drawn from words alone.
+    page.locator("#stage").get_by_text("Edit", exact=True).click()
+    expect(page.locator("#input canvas")).to_be_visible()
+    page.locator("#gallery .cards li").get_by_text("Use again").click()
     expect(page.locator("#input .drop")).to_be_visible()
 
 

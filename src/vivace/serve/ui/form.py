@@ -70,8 +70,8 @@ class Form:
         )
 
     def plain(self, *, seed: int) -> dict[str, Any]:
-        """The fields again, for `restored`, with the seed that was drawn."""
-        return vars(replace(self, seed=str(seed), edit=None)).copy()
+        """The fields again, for `restored`, with the seed that was drawn; of a picture to edit only whether it was."""
+        return vars(replace(self, seed=str(seed), edit=bool(self.edit))).copy()
 
 
 def restored(found: Any, server: Server) -> dict[str, Any]:

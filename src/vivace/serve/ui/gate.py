@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vivace.serve.http.envelope import ApiError
@@ -20,13 +20,14 @@ from vivace.serve.http.envelope import ApiError
 AT = "/ui"
 INPUTS, SIGN_IN = f"{AT}/inputs", f"{AT}/sign-in"
 ICON, PICTURE = "/favicon.ico", Path(__file__).parent / "assets" / "icon.svg"
-JOIN = "/gradio_api/queue/join"
+JOIN, ALIVE = "/gradio_api/queue/join", "/gradio_api/app_id"
+FORGOTTEN = "You are signed in no longer; reload the page to sign in again."
 
 # Paths below the page, by method. No dot may begin a part, so that nothing climbs.
 _NAME = r"[\w-][\w.-]*"
 OPEN = {
     "GET": re.compile(
-        rf"/|/(assets|static)(/{_NAME})+|/theme\.css|/manifest\.json"
+        rf"/|/(assets|static)(/{_NAME})+|/theme\.css|/manifest\.json|{ALIVE}"
         rf"|/gradio_api/(startup-events|queue/data|heartbeat/{_NAME})"
     ),
     "POST": re.compile(rf"{JOIN}|/inputs|/sign-in"),
@@ -79,6 +80,9 @@ class Gate:
             raise ApiError(404, "no such route")
         elif path == "/" and not self.holds(scope):
             await self.form()(scope, receive, answer)
+        elif path == JOIN and not self.holds(scope):
+            # In gradio's shape, which shows it; of any other it shows nothing.
+            await JSONResponse({"detail": FORGOTTEN}, 401)(scope, receive, answer)
         else:
             await self.app(scope, await _plain(receive) if path == JOIN else receive, answer)
 
@@ -87,12 +91,17 @@ _NOTHING = re.compile(r"(?!)")
 
 
 def welcomes(scope: Scope) -> bool:
-    """The requests that come before anyone has signed in: the page's address, which then asks, and its answer."""
+    """The requests that come before anyone has signed in: the page's address, which then asks, and its answer.
+
+    And those of a page that outlived its sign-in: an event, which is told so, and whether the server is there again.
+    """
     return (scope["method"], scope["path"]) in {
         ("GET", "/"),
         ("GET", ICON),
         ("GET", AT),
         ("GET", f"{AT}/"),
+        ("GET", f"{AT}{ALIVE}"),
+        ("POST", f"{AT}{JOIN}"),
         ("POST", SIGN_IN),
     }
 

@@ -31,6 +31,8 @@ SEND = (
     f"async (...values) => {{ values[{EDIT}] = await window.vivace.send(); "
     f"values[{LORA}] = window.vivace.loras ? window.vivace.loras() : values[{LORA}]?.chosen || []; return values; }}"
 )
+# gradio tells of a choice twice, and a late second answer would undo what was typed since the first: it asks nothing.
+ONCE = "(alias) => alias === window.vivace.model ? null : (window.vivace.model = alias)"
 DIE = "() => String(Math.floor(Math.random() * 2 ** 32))"
 
 
@@ -58,12 +60,15 @@ def page(studio: Studio) -> gr.Blocks:
         happen = _Happenings(studio)
         order = [fields[name] for name in NAMES]
         idle: dict[str, Any] = {"fn": None, "js": "() => window.vivace.idle()"}
-        gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND, **OWN).then(**idle)
-        both.click(happen.compare, [*order, *ways], against, js=SEND, **OWN).then(**idle)
+        drawn = gr.on([draw.click, prompt.submit], happen.draw, order, stage, js=SEND, **OWN)
+        compared = both.click(happen.compare, [*order, *ways], against, js=SEND, **OWN)
+        for event in (drawn, compared):  # `then` would not come after one that fails
+            event.success(**idle)
+            event.failure(**idle)
         cancel.click(happen.cancel, **OWN)
         fitted = [fields[name] for name in FITTED]
         # Not `change`: that comes of `again` too, and would undo it.
-        fields["model"].input(happen.model, fields["model"], fitted, **OWN)
+        fields["model"].input(happen.model, fields["model"], fitted, js=ONCE, **OWN)
         gallery.again(happen.again, None, fitted, **OWN)
         blocks.load(None, js="() => document.body.setAttribute('data-ready', '')")
         blocks.unload(happen.cancel)
@@ -93,7 +98,7 @@ class _Happenings:
         self.studio.cancel(request.session_hash)
 
     def model(self, alias: Any) -> list[Any]:
-        return _updates(_fitted(self.studio.server.engine.model(alias)))
+        return _updates({} if alias is None else _fitted(self.studio.server.engine.model(alias)))
 
     def again(self, event: gr.EventData) -> list[Any]:
         known = restored(event._data, self.studio.server)

@@ -14,13 +14,15 @@ function h(tag, attributes = {}, ...children) {
 
 const seconds = (value) => (value < 10 ? `${value.toFixed(value < 1 ? 2 : 1)} s` : `${Math.round(value)} s`);
 
-vivace.busy = (is) => document.body.toggleAttribute("data-busy", is);
+// Cancel stands where Draw was until the last picture that is on its way is over.
+vivace.under = vivace.under || 0;
+const busy = (more) => document.body.toggleAttribute("data-busy", (vivace.under += more) > 0);
 // Before a request goes out. gradio makes a folded part of the page only when it is opened: till then there is no picture.
 vivace.send = async () => {
-  vivace.busy(true);
+  busy(1);
   return vivace.picture ? await vivace.picture() : null;
 };
-vivace.idle = vivace.idle || (() => vivace.busy(false));
+vivace.idle = () => busy(-1);
 
 // The full picture while the server keeps it, else its thumbnail.
 function image(picture) {

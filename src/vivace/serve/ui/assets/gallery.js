@@ -45,6 +45,8 @@ vivace.add = (picture) => {
   render();
 };
 vivace.again = (picture) => {
+  if (!picture.form.edit) vivace.drop?.(); // or it would be drawn over the one that is chosen now
+  vivace.model = null; // which may be another one now
   trigger("again", picture.form);
   document.getElementById("ask").scrollIntoView({ block: "nearest", behavior: "smooth" });
 };

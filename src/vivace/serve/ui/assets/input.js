@@ -113,7 +113,7 @@ async function send() {
   return answer.ok ? found : { error: found.error.message };
 }
 
-vivace.choose = choose;
+Object.assign(vivace, { choose, drop });
 vivace.picture = async () => {
   if (!picture) return null;
   try {
