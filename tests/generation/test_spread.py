@@ -1,5 +1,6 @@
 """A picture job over a cluster's workers: the same pictures as one process makes, and none twice."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_pictures_are_those_of_one_process_and_are_made_once(cluster, tmp_path, 
         spread.generate(Job(**{**vars(job), "steps": 3}))
     with pytest.raises(InputError, match="another prompt"):
         spread.generate(Job(**{**vars(job), "prompts": ("four", "two", "three")}))
+
+
+def test_a_worker_leaves_nothing_on_its_disk(tmp_path, monkeypatch):
+    """It is ended without being asked."""
+    FAMILIES["sd3"].tiny().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    job = Job(model=str(tmp_path / "tiny"), prompts=("one",), steps=1, size=(64, 64), output=tmp_path / "out.png")
+    draw = spread._drawer(job, ".png")
+    sent = draw(spread.Task(index=0, prompt="one", seed=1))
+    assert sent.content.startswith(b"\x89PNG")
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 BASE = {"model": "a", "num_inference_steps": 2, "contents": {"a": "1", "cat.png": "2"}, "vivace": "0.1"}

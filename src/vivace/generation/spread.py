@@ -96,16 +96,15 @@ def _shape(last: Sent | None, path: Path) -> dict[str, Any]:
 
 def _drawer(job: Job, suffix: str) -> Callable[[Task], Sent]:
     """In a worker: the job's model, loaded once, and what draws one picture with it."""
-    folder = Path(tempfile.mkdtemp(prefix="vivace-"))
-    opened = open_job(replace(job, output=folder / f"out{suffix}", overwrite=True))
+    with tempfile.TemporaryDirectory(prefix="vivace-") as folder:
+        opened = open_job(replace(job, output=Path(folder, f"out{suffix}"), overwrite=True))
 
     def draw(task: Task) -> Sent:
-        path = folder / f"{task.index}{suffix}"
-        try:
+        # A folder for this picture alone: a worker's end comes without a word.
+        with tempfile.TemporaryDirectory(prefix="vivace-") as folder:
+            path = Path(folder, f"{task.index}{suffix}")
             drawn = opened.draw(task.prompt, path, seed=task.seed)
             return Sent(content=path.read_bytes(), drawn=drawn, applied=opened.applied)
-        finally:
-            path.unlink(missing_ok=True)
 
     return draw
 
