@@ -37,7 +37,7 @@ def test_what_ray_costs_is_told_with_how_sure_that_is(tmp_path):
     assert (lines[ONE]["failed"], lines[ONE]["from_plain"]) == (1, 0.5)
     assert (lines[TWO]["memory_gib"], lines[TWO]["from_plain"], lines[TWO]["pictures"]) == (2.0, 0.0, 4)
     text = path.with_suffix(".md").read_text()
-    assert "Overhead of Ray 8.3% ± 2.5%" in text
+    assert "4 pictures of each server, in 2 rounds. Overhead of Ray 8.3% ± 2.5%" in text
     assert "hung 0, sent again 3" in text
 
 
@@ -49,6 +49,13 @@ def test_replicas_share_the_machine_and_each_round_asks_for_new_pictures():
     assert two[two.index("--replicas") + 1] == "2"
     seeds = [request.seed for number in range(3) for request in load.requests(number)]
     assert len(seeds) == len(set(seeds)) == 24
+
+
+def test_a_load_says_how_many_pictures_it_comes_to():
+    """Three of every client in a round at least, which may be more than were asked for."""
+    load = Load(model="builtin", size=None, steps=(1, 3), pictures=24, rounds=6, concurrency=4)
+    told = load.facts()
+    assert (told["pictures"], told["pictures_a_round"], told["pictures_a_server"]) == (24, 12, 72)
 
 
 def test_a_request_that_failed_is_in_no_comparison():

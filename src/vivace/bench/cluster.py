@@ -48,6 +48,11 @@ class Load:
         shape = {"size": self.size or (256, 256), "steps": self.steps}
         return asked(number, of=self.rounds, clients=self.concurrency, pictures=self.pictures, **shape)
 
+    def facts(self) -> dict[str, Any]:
+        """The load for JSON, with how many pictures it comes to: a round has a least number of each client's."""
+        each = len(self.requests(0))
+        return asdict(self) | {"pictures_a_round": each, "pictures_a_server": each * self.rounds}
+
 
 class Refused(Exception):
     """An answer other than a picture, or none."""
@@ -197,7 +202,7 @@ def run(
     load = Load(model=model, size=size, steps=steps, pictures=pictures, rounds=rounds, concurrency=concurrency)
     path = folder / f"{datetime.now(UTC):%Y-%m-%d}-serve-ray-{''.join(c if c.isalnum() else '-' for c in model)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command, "machine": machine(), "load": asdict(load)}
+    facts = {"command": command, "machine": machine(), "load": load.facts()}
     measured: list[Line] = []
     with up(load) as servers:
         for number in range(rounds):
@@ -250,7 +255,8 @@ def table(lines: Sequence[Line], found: Mapping[str, Any], fault: Mapping[str, A
     error = found["overhead_error"]
     percent = f"{found['overhead']:.1%}" + (f" ± {error:.1%}" if error else "")
     two = times(found["two_over_one"], found["two_over_one_error"])
-    told = f"Overhead of Ray {percent}; two replicas {two} times one."
+    load = f"{lines[0]['pictures']} pictures of each server, in {lines[0]['rounds']} rounds."
+    told = f"{load} Overhead of Ray {percent}; two replicas {two} times one."
     killed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fault.items())
     broken = f"\nReplicas killed under load: {killed}.\n" if fault else ""
     return f"{markdown_table(columns, rows)}\n\n{told}\n{broken}"
