@@ -2,8 +2,15 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+
+import pytest
+
+from vivace.cluster.connect import connect, reach
+from vivace.errors import InputError
 
 
 def test_a_cluster_of_ones_own_listens_on_this_machine_only(cluster):
@@ -56,6 +63,23 @@ with connect(cpus=1, store_bytes=100 * 2**20, dashboard=True) as url:
     url, told, without, within = json.loads(done.stdout.strip().splitlines()[-1])
     assert url.startswith("http://127.0.0.1:")
     assert (told, without, within) == (["token"], 401, 200)
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "[::1]:{port}", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_an_error_at_once(place):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = place.format(port=taken.getsockname()[1])
+        with pytest.raises(InputError, match=rf"no Ray cluster at {re.escape(address)}: .+; give the address"):
+            reach(address)
+
+
+def test_an_address_is_tried_before_ray_is(cluster, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **given: pytest.fail("it would go on asking for a quarter of an hour"))
+    with pytest.raises(InputError, match="no Ray cluster at"), connect("127.0.0.1:99999"):
+        pass
 
 
 JOIN = """

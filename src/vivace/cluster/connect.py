@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 TOKEN = Path.home() / ".ray" / "auth_token"
-ANSWER = 30.0  # seconds that a cluster has for the question whether it asks for a token
+ANSWER = 30.0  # seconds that a cluster has for a question of ours
 
 
 @contextmanager
@@ -45,7 +46,9 @@ def connect(
     except ImportError as error:
         raise InputError(f"Ray is not installed; install it with: {install('ray')}") from error
     options: dict[str, Any] = {"address": address}
-    if address is None:
+    if address is not None:
+        reach(address)
+    else:
         options = {
             "address": "local",
             "num_cpus": cpus,
@@ -69,6 +72,19 @@ def connect(
         yield f"http://{joined.dashboard_url}" if joined.dashboard_url else None
     finally:
         ray.shutdown()
+
+
+def reach(address: str) -> None:
+    """Raise InputError where nobody listens at HOST:PORT: Ray would go on asking for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto": Ray knows where
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster at {address}: {first_line(error)}; give the address that `ray start --head` said, or auto"
+        ) from error
 
 
 def open_to_network() -> bool:
