@@ -25,6 +25,13 @@ def test_the_table_names_every_family_variant_and_pipeline(capsys, monkeypatch):
             assert word in printed
 
 
+def test_a_narrow_terminal_loses_no_class_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert families() == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for family in FAMILIES.values() for name in family.pipelines)
+
+
 def test_json_carries_the_facts(capsys):
     assert families("--json") == 0
     listed = {family["name"]: family for family in json.loads(capsys.readouterr().out)}

@@ -25,7 +25,8 @@ def families(
     else:
         from rich.console import Console
 
-        Console().print(_table(list(FAMILIES.values())))
+        # A line that is too narrow for a class name is wrapped by the terminal; rich would cut it.
+        Console().print(_table(list(FAMILIES.values())), crop=False)
 
 
 def _facts(family: Family) -> dict[str, Any]:
