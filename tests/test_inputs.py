@@ -4,8 +4,9 @@ import diffusers
 import pytest
 
 from vivace.errors import InputError
+from vivace.families import FAMILIES
 from vivace.family import family_of
-from vivace.inputs import choose, no_step
+from vivace.inputs import arguments, choose, no_step, size_arguments
 from vivace.load import Source
 
 
@@ -35,6 +36,8 @@ def source(pipeline: str, **index: object) -> Source:
         ("FluxPipeline", "control", "FluxControlNetModel", "FluxControlNetPipeline"),
         ("StableVideoDiffusionPipeline", "image", None, "StableVideoDiffusionPipeline"),
         ("WanImageToVideoPipeline", "image", None, "WanImageToVideoPipeline"),
+        ("WanVideoToVideoPipeline", "", None, "WanPipeline"),
+        ("WanVACEPipeline", "", None, "WanVACEPipeline"),
     ],
 )
 def test_choice(own, wanted, control, expected):
@@ -55,11 +58,54 @@ def test_a_denoiser_that_needs_no_channels_for_a_picture_takes_one():
         ("StableVideoDiffusionPipeline", "", "needs --image too"),
         ("QwenImageLayeredPipeline", "image", "makes several pictures of one"),
         ("StableDiffusionPipeline", "control", "needs --controlnet with --control-image"),
+        ("StableDiffusion3ControlNetInpaintingPipeline", "control", "needs a mask of its control image"),
     ],
 )
 def test_no_class(own, wanted, said):
     with pytest.raises(InputError, match=said):
         choose(source(own), set(wanted.split()))
+
+
+def test_a_model_with_a_control_model_of_its_own_uses_it():
+    parts = {key: ["", ""] for key in ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker")}
+    parts |= {"feature_extractor": ["", ""], "controlnet": ["diffusers", "ControlNetModel"]}
+    own = source("StableDiffusionControlNetPipeline", **parts)
+    assert choose(own, {"control"}).__name__ == "StableDiffusionControlNetPipeline"
+    assert choose(own, {"control", "image"}).__name__ == "StableDiffusionControlNetImg2ImgPipeline"
+    with pytest.raises(InputError, match="needs --control-image too"):
+        choose(own, set())
+
+
+READS = {
+    "FluxFillPipeline": ("fill", {"image"}, "--mask"),
+    "FluxControlPipeline": ("canny", set(), "--control-image"),
+    "StableDiffusionInpaintPipeline": ("1.5-inpaint", {"image"}, "--mask"),
+    "StableDiffusionXLInpaintPipeline": ("inpaint", set(), "--image and --mask"),
+}
+
+
+@pytest.mark.parametrize(("own", "variant", "wanted", "said"), [(own, *rest) for own, rest in READS.items()])
+def test_a_denoiser_with_channels_for_pictures_runs_in_no_loop_without_them(own, variant, wanted, said):
+    family = family_of(own)
+    known = {"pipeline": own, "family": family, "denoiser": family.variant(variant).denoiser}
+    with pytest.raises(InputError, match=f"needs {said} too"):
+        choose(Source(name="model", path=None, **known), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_first_model_of_a_family_needs_no_more_than_its_class_says(family):
+    first = Source(
+        name="model", path=None, pipeline=family.pipelines[0], family=family, denoiser=family.variant().denoiser
+    )
+    wanted = {"image"} if family.name == "svd" else set()
+    assert choose(first, wanted).__name__ == family.pipelines[0]
+
+
+def test_a_size_is_told_in_all_that_a_class_takes_it_by():
+    assert size_arguments((768, 512), {"width", "height"}) == {"width": 768, "height": 512}
+    kontext = {"width": 768, "height": 512, "max_area": 768 * 512}
+    assert size_arguments((768, 512), arguments(diffusers.FluxKontextPipeline)) == kontext
+    assert size_arguments((768, 512), {"prompt"}) == {}
 
 
 @pytest.mark.parametrize(

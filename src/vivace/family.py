@@ -90,6 +90,7 @@ class Variant:
     hub_id: str = ""
     pipeline: str | None = None  # diffusers pipeline class name, where it is not the family's first
     size: tuple[int, int] = (1024, 1024)  # native width, height in pixels
+    multiple: int | None = None  # of pixel sizes, where it differs
     frames: int = 1
     experts: int = 1  # denoisers of this shape, each for its share of the steps
     steps: int = 28
@@ -137,6 +138,8 @@ class Family:
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
     # pipeline class -> what a model of another class says of itself where that class runs it too
     only_with: Mapping[str, str] = field(default_factory=dict)
+    several: frozenset[str] = frozenset()  # pipeline classes that make one picture of several
+    packed: int = 1  # frames that the VAE makes one of, after the first
     mask_channels: int | None = None  # input channels by which its inpaint pipeline knows to blend in the latents
     single_file: bool = False  # diffusers reads its original-layout checkpoint
     shared: frozenset[str] = frozenset()  # arguments of the denoiser's call that have no batch dimension

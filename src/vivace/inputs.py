@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,11 @@ from vivace.load import Source, pipeline_class
 
 # Components that hold a control model -> the argument that scales it.
 CONTROLS = {"controlnet": "controlnet_conditioning_scale", "adapter": "adapter_conditioning_scale"}
+# Arguments of calls that need what a job has no field for, or make what it has no file for.
+BEYOND = {
+    "layers": "makes several pictures of one, too many for a file",
+    "control_mask": "needs a mask of its control image",
+}
 
 
 def arguments(pipeline: type) -> dict[str, inspect.Parameter]:
@@ -31,12 +36,24 @@ def control_argument(pipeline: type) -> str | None:
     return "image" if control_slot(pipeline) else None
 
 
+def size_arguments(size: tuple[int, int], accepted: Container[str]) -> dict[str, int]:
+    """What tells a pipeline whose call accepts these arguments to make pictures of `size`, width and height."""
+    known = {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}  # to which Kontext brings any size
+    return {name: value for name, value in known.items() if name in accepted}
+
+
+def takes_several(pipeline: type, source: Source) -> bool:
+    """Whether the class makes one picture of several."""
+    return source.family is not None and pipeline.__name__ in source.family.several
+
+
 def inputs_of(pipeline: type) -> frozenset[str]:
-    """Which of image, mask and control the class takes."""
+    """Which of image, mask, control and video the class takes."""
     call, control = arguments(pipeline), control_argument(pipeline)
     found = {"control"} if control else set()
     found |= {"image"} if "image" in call and control != "image" else set()
     found |= {"mask"} if "mask_image" in call else set()
+    found |= {"video"} if {"video", "strength"} <= call.keys() else set()
     return frozenset(found)
 
 
@@ -49,14 +66,22 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     import diffusers
 
     own = pipeline_class(source)
-    if "layers" in arguments(own):
-        raise InputError(f"{source.pipeline} makes several pictures of one, too many for a file; call it in Python")
+    for name, why in BEYOND.items():
+        if name in arguments(own):
+            raise InputError(f"{source.pipeline} {why}; call it in Python")
     lacking = sorted(_needed(own) - _at_hand(source, own))
     if lacking:
         raise InputError(f"{source.name} is not complete: model_index.json does not list {', '.join(lacking)}")
-    missing = [name for name in sorted(inputs_of(own) - wanted) if _required(own, name)]
+    held = _held_control(source, own)
+    missing = [
+        name
+        for name in sorted(inputs_of(own) - wanted)
+        if _required(own, name) or _reads_pictures(source) or (name == "control" and held)
+    ]
     if missing:
-        raise InputError(f"{source.pipeline} needs {' and '.join(f'--{name}' for name in missing)} too")
+        raise InputError(f"{source.pipeline} needs {_flags(missing)} too")
+    if "control" in wanted:
+        control_class = control_class or held
     names = source.family.pipelines if source.family else ()
     others = [getattr(diffusers, name) for name in names if name != source.pipeline and hasattr(diffusers, name)]
     for pipeline in (own, *others):
@@ -66,10 +91,9 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
         return own
     if "control" in wanted and control_class is None:
         raise InputError(f"{source.pipeline} needs --controlnet with --control-image")
-    asked = " and ".join(f"--{'control-image' if name == 'control' else name}" for name in sorted(wanted))
     with_model = f" with a {control_class}" if control_class else ""
     raise InputError(
-        f"{source.pipeline} cannot take {asked}{with_model}: diffusers has no pipeline of its family that does"
+        f"{source.pipeline} cannot take {_flags(wanted)}{with_model}: diffusers has no pipeline of its family that does"
     )
 
 
@@ -84,6 +108,37 @@ def no_step(pipeline: type[Any], call: Mapping[str, Any], *, prediction: str) ->
     if "strength" not in accepted or not strength or not steps or int(steps * strength) >= 1:
         return None
     return f"strength {strength} of {steps} steps leaves none"
+
+
+def _flags(names: Iterable[str]) -> str:
+    return " and ".join(f"--{'control-image' if name == 'control' else name}" for name in sorted(names))
+
+
+def _held_control(source: Source, own: type[Any]) -> str | None:
+    """The class name of the control model that a model has of its own."""
+    part = source.index.get(control_slot(own) or "")
+    return part[1] if isinstance(part, list) and len(part) == 2 else None
+
+
+def _reads_pictures(source: Source) -> bool:
+    """Whether a denoiser has channels for pictures beside the latents: no loop that leaves them empty can run it.
+
+    Such a one reads more channels for each that it writes than its class does by itself.
+    """
+    import diffusers
+
+    if source.family is None:
+        return False
+    by_itself = _parameters(getattr(diffusers, source.family.denoiser_class).__init__)
+
+    def ratio(config: Mapping[str, Any]) -> float:
+        read, written = (
+            config.get(name, by_itself[name].default if name in by_itself else None)
+            for name in ("in_channels", "out_channels")
+        )
+        return read / (written or read)
+
+    return ratio(source.denoiser) > ratio({})
 
 
 def _required(pipeline: type, name: str) -> bool:

@@ -44,6 +44,7 @@ class Source:
     variant: Variant | None = None  # the published model it is, where that can be told
     index: Mapping[str, Any] = field(default_factory=dict)  # of a folder: its model_index.json
     own: Mapping[str, Any] = field(default_factory=dict)  # of a folder: its vivace.json
+    denoiser: Mapping[str, Any] = field(default_factory=dict)  # its configuration, of a folder; else the variant's
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -56,6 +57,12 @@ class Source:
     def longest(self) -> int | None:
         """The longest side in pixels that it can make, where that is known."""
         return self.own.get("longest")
+
+    @property
+    def multiple(self) -> int:
+        """What its pixel sizes are multiples of; 1 where that is not known."""
+        own = self.variant.multiple if self.variant else None
+        return own or (self.family.multiple if self.family else 1)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -219,7 +226,8 @@ def find(model: str | os.PathLike[str], *, variant: str | None = None) -> Source
 
         family, found = single_file.identify(path, variant=variant)
         pipeline = found.pipeline or family.pipelines[0]
-        return Source(name=name, path=path, pipeline=pipeline, family=family, variant=found)
+        known = {"family": family, "variant": found, "denoiser": found.denoiser}
+        return Source(name=name, path=path, pipeline=pipeline, **known)
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(tuple(checkpoint.PICKLES | {".safetensors"})):
         raise InputError(f"no model at {name}; give builtin, a pipeline folder, a .safetensors file or a hub id")
     if not HUB_ID.fullmatch(name):
@@ -240,9 +248,10 @@ def _folder(name: str, path: Path) -> Source:
     checkpoint.check_folder(path, components=components)
     family = known_family(pipeline)
     _check_denoisers(path, family, index)
-    variant = _variant_of(path, family)
+    denoiser = _denoiser_of(path, family)
+    known = {"family": family, "variant": _variant_of(denoiser, family), "denoiser": denoiser}
     own = _own(path / OWN) if (path / OWN).is_file() else {}
-    return Source(name=name, path=path, pipeline=pipeline, family=family, variant=variant, index=index, own=own)
+    return Source(name=name, path=path, pipeline=pipeline, index=index, own=own, **known)
 
 
 def _check_denoisers(path: Path, family: Family | None, index: Mapping[str, Any]) -> None:
@@ -292,18 +301,22 @@ def _hub(name: str) -> Source:
     family = known_family(pipeline)
     variants = family.variants.values() if family else ()
     variant = next((variant for variant in variants if variant.hub_id == name), None)
-    return Source(name=name, path=None, pipeline=pipeline, family=family, variant=variant, index=index)
+    known = {"family": family, "variant": variant, "denoiser": variant.denoiser if variant else {}}
+    return Source(name=name, path=None, pipeline=pipeline, index=index, **known)
 
 
-def _variant_of(path: Path, family: Family | None) -> Variant | None:
-    """The published model a folder is, told by its denoiser's configuration; None for any other."""
+def _denoiser_of(path: Path, family: Family | None) -> dict[str, Any]:
+    """The configuration of a folder's denoiser; empty where there is none."""
     config = path / family.denoisers[0] / "config.json" if family else None
-    if family is None or config is None or not config.is_file():
-        return None
-    found = _json(config, f"{config} cannot be read")
-    for variant in family.variants.values():
+    return _json(config, f"{config} cannot be read") if config and config.is_file() else {}
+
+
+def _variant_of(found: Mapping[str, Any], family: Family | None) -> Variant | None:
+    """The published model that a denoiser's configuration is of; None for any other."""
+    for variant in family.variants.values() if family and found else ():
         facts = json.loads(json.dumps(dict(variant.denoiser)))  # tuples become lists, as in the file
-        if all(found.get(key) == value for key, value in facts.items()) and _by_default(family, found, but=facts):
+        same = all(found.get(key) == value for key, value in facts.items())
+        if family and same and _by_default(family, found, but=facts):
             return variant
     return None
 

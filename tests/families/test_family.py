@@ -77,11 +77,13 @@ def test_facts_are_coherent(family):
     assert family.name in FAMILIES
     assert FAMILIES[family.name] is family
     assert family.takes <= TAKES
+    assert family.several <= set(family.pipelines)
     assert family.variants
     for name in family.pipelines:
         assert hasattr(diffusers, name)
     for variant in family.variants.values():
-        assert all(side % family.multiple == 0 for side in variant.size)
+        assert all(side % (variant.multiple or family.multiple) == 0 for side in variant.size)
+        assert (variant.frames - 1) % family.packed == 0
         batched = (variant.guidance_kind or family.guidance) == "batched"
         assert variant.batch == (2 if batched else 1)
 

@@ -92,10 +92,9 @@ def workload_of(
     if tiny:
         own |= {**TINY, "frames": 5 if family.media == "video" else 1}
     own |= {name: value for name, value in shape.items() if value is not None}
-    if any(side % family.multiple or side <= 0 for side in own["size"]):
-        raise InputError(
-            f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {family.multiple}"
-        )
+    multiple = variant.multiple or family.multiple
+    if any(side % multiple or side <= 0 for side in own["size"]):
+        raise InputError(f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {multiple}")
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
     return Workload(**names, device=device, dtype=dtype, **own)
 

@@ -372,6 +372,7 @@ FLUX2 = Family(
     tiny=tiny,
     inputs=inputs,
     multiple=16,
+    several=frozenset({"Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"}),
     takes=frozenset({"prompt", "guidance", "image", "mask", "strength"}),
     shared=frozenset({"img_ids", "txt_ids"}),
 )

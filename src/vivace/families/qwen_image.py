@@ -302,6 +302,7 @@ QWEN_IMAGE = Family(
     signal=signal,
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
+    several=frozenset({"QwenImageEditPlusPipeline"}),
     listed=frozenset({"img_shapes"}),
     padded={"encoder_hidden_states": "encoder_hidden_states_mask"},
 )

@@ -225,5 +225,5 @@ SVD = Family(
     inputs=inputs,
     multiple=8,
     media="video",
-    takes=frozenset({"image", "guidance"}),
+    takes=frozenset({"image"}),
 )

@@ -306,6 +306,7 @@ WAN = Family(
             parameters=4_999_787_712,
             hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
             size=(1280, 704),
+            multiple=32,
             frames=121,
         ),
     },
@@ -316,6 +317,7 @@ WAN = Family(
     signal=signal,
     grid=grid,
     multiple=16,
+    packed=4,
     media="video",
     takes=frozenset({"prompt", "negative", "guidance", "image", "strength"}),
 )

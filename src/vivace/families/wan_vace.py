@@ -129,7 +129,8 @@ WAN_VACE = Family(
     tiny=tiny,
     inputs=inputs,
     multiple=16,
+    packed=4,
     media="video",
-    takes=frozenset({"prompt", "negative", "guidance", "control", "mask"}),
+    takes=frozenset({"prompt", "negative", "guidance"}),
     shared=frozenset({"control_hidden_states_scale"}),
 )

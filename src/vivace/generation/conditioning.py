@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vivace import hub
 from vivace.errors import InputError, first_line
 from vivace.generation import picture
-from vivace.inputs import CONTROLS, arguments, control_argument, control_slot
+from vivace.inputs import CONTROLS, arguments, control_argument, control_slot, size_arguments, takes_several
 from vivace.load import HUB_ID, Source
 
 if TYPE_CHECKING:
@@ -63,15 +63,14 @@ def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: S
     found: dict[str, Any] = {}
     places = [*(pictures.images if "strength" in call else ()), *([pictures.control] if pictures.control else [])]
     size = job.size or (fitting(places[0].size, source) if places else None)
-    if size and "width" in call:
-        found |= {"width": size[0], "height": size[1]}
+    if size:
+        found |= size_arguments(size, call)
 
     def placed(image: Image.Image) -> Image.Image:
         return image.resize(size) if places and size else image
 
     if pictures.images:
-        several = source.family is not None and "images" in source.family.takes
-        if len(pictures.images) > 1 and not several:
+        if len(pictures.images) > 1 and not takes_several(pipeline, source):
             raise InputError(f"{pipeline.__name__} takes one --image; {len(pictures.images)} were given")
         images = [placed(image) for image in pictures.images]
         found["image"] = images if len(images) > 1 else images[0]
@@ -80,7 +79,9 @@ def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: S
     if pictures.control:
         found[control_argument(pipeline) or "control_image"] = placed(pictures.control)
         slot = control_slot(pipeline)
-        if slot and job.controlnet_scale is not None:
+        if job.controlnet_scale is not None:
+            if slot is None:
+                raise InputError(f"{pipeline.__name__} does not take --controlnet-scale: it has no control model")
             found[CONTROLS[slot]] = job.controlnet_scale
     if pictures.reference:
         found["ip_adapter_image"] = pictures.reference
@@ -89,7 +90,7 @@ def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: S
 
 def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
     """A picture's size, shrunk to the area the model was made for and what it can make, in multiples of its VAE."""
-    multiple = source.family.multiple if source.family else ROUND_TO
+    multiple = source.multiple if source.family else ROUND_TO
     native = source.size
     scale = min(1.0, math.sqrt(native[0] * native[1] / (size[0] * size[1]))) if native else 1.0
     scale = min(scale, source.longest / max(size)) if source.longest else scale

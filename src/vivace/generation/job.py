@@ -126,7 +126,7 @@ def check_values(job: Job) -> None:
         "strength": ("images", bool(job.images)),
         "ip_adapter": ("images", bool(job.images)),
         "controlnet": ("control_image", job.control_image is not None),
-        "controlnet_scale": ("controlnet", job.controlnet is not None),
+        "controlnet_scale": ("control_image", job.control_image is not None),
     }
     for name, (other, given) in wants.items():
         if getattr(job, name) is not None and not given:
@@ -135,6 +135,11 @@ def check_values(job: Job) -> None:
         raise InputError("an empty prompt; say what to draw")
     if job.few_step and job.scheduler:
         raise InputError("--few-step brings its own scheduler; leave --scheduler out")
+    for text in (*job.prompts, job.negative or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("a prompt that is not UTF-8; write it in a terminal or a file that is") from error
     for name in job.call_kwargs:
         if name in FIELDS:
             raise InputError(f"--call-kwargs cannot set {name}; give {flag(FIELDS[name])} instead")
@@ -163,6 +168,8 @@ def check_family(job: Job, source: Source) -> None:
         raise InputError(f"{family.title} needs a prompt; say what to draw")
     if job.size is not None and (problem := size_problem(job.size, source)):
         raise InputError(f"--size {problem}")
+    if job.frames is not None and (problem := frames_problem(job.frames, source)):
+        raise InputError(f"--frames {problem}")
 
 
 def size_problem(size: tuple[int, int], source: Source) -> str | None:
@@ -170,12 +177,28 @@ def size_problem(size: tuple[int, int], source: Source) -> str | None:
     made = f"{size[0]}x{size[1]} cannot be made"
     if source.longest is not None and max(size) > source.longest:
         return f"{made}: the longest side of {source.name} is {source.longest} pixels"
-    multiple = source.family.multiple if source.family else 1
+    multiple = source.multiple
     if any(side % multiple for side in size):
         width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
         title = source.family.title if source.family else source.name
         return f"{made}: {title} needs multiples of {multiple}; the nearest is {width}x{height}"
     return None
+
+
+def frames_problem(frames: int, source: Source) -> str | None:
+    """Why a model cannot make videos of so many frames; None where it can, so far as is known."""
+    family, nearest = source.family, nearest_frames(frames, source)
+    if family is None or frames == nearest:
+        return None
+    return (
+        f"{frames} cannot be made: {family.title} makes multiples of {family.packed} and one; the nearest is {nearest}"
+    )
+
+
+def nearest_frames(frames: int, source: Source) -> int:
+    """The number of frames nearest to `frames` that a model can make, so far as is known."""
+    packed = source.family.packed if source.family else 1
+    return round((frames - 1) / packed) * packed + 1
 
 
 def outputs(job: Job, *, media: str) -> list[Path]:
@@ -196,7 +219,8 @@ def outputs(job: Job, *, media: str) -> list[Path]:
     paths = [first] if total == 1 else numbered
     try:
         for path in paths:
-            if path.exists() and not (job.overwrite and path.is_file()):
+            # A link that leads nowhere is there too.
+            if (path.exists() or path.is_symlink()) and not (job.overwrite and path.is_file()):
                 raise InputError(f"{path} exists; give --overwrite to replace it, or another -o")
         # Tried, not asked: permission bits say nothing of read-only file systems.
         with tempfile.TemporaryFile(dir=first.parent):

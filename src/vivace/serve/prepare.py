@@ -10,7 +10,7 @@ from vivace import inputs
 from vivace.errors import InputError
 from vivace.generation.conditioning import ROUND_TO
 from vivace.generation.generate import CALL
-from vivace.generation.job import size_problem
+from vivace.generation.job import frames_problem, size_problem
 from vivace.load import Source
 from vivace.scheduler import scheduler_class
 from vivace.serve.failures import FieldError
@@ -84,9 +84,9 @@ def prepare(request: Request, source: Source) -> Prepared:
     if request.fps is not None and "fps" in accepted:
         call["fps"] = request.fps
     size = request.size or (fitting(request.images[0].size, source) if request.images else source.size)
-    if size is not None and "width" in accepted:
-        call |= {"width": size[0], "height": size[1]}
-    call |= _pictures(request, size=size, accepted=accepted, source=source)
+    if size is not None:
+        call |= inputs.size_arguments(size, accepted)
+    call |= _pictures(request, size=size, pipeline=pipeline, source=source)
     unknown = sorted(request.arguments.keys() - accepted.keys())
     if unknown:
         raise FieldError("arguments", f"{pipeline.__name__} has no argument {unknown[0]}")
@@ -117,6 +117,8 @@ def check(request: Request, source: Source) -> None:
         raise FieldError("prompt", "the prompt is empty; say what to draw")
     if request.size is not None and (problem := size_problem(request.size, source)):
         raise FieldError("size", f"size {problem}")
+    if request.frames is not None and (problem := frames_problem(request.frames, source)):
+        raise FieldError("frames", f"frames {problem}")
 
 
 def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
@@ -139,18 +141,15 @@ def _class(source: Source) -> type[Any]:
     return found
 
 
-def _pictures(
-    request: Request, *, size: tuple[int, int] | None, accepted: dict[str, Any], source: Source
-) -> dict[str, Any]:
+def _pictures(request: Request, *, size: tuple[int, int] | None, pipeline: type[Any], source: Source) -> dict[str, Any]:
     """The input pictures, brought to the size that is made where they are painted over."""
     if not request.images:
         return {}
-    several = source.family is not None and "images" in source.family.takes
-    if len(request.images) > 1 and not several:
+    if len(request.images) > 1 and not inputs.takes_several(pipeline, source):
         raise FieldError("image", f"this model takes one image; {len(request.images)} were given")
 
     def placed(image: Image.Image) -> Image.Image:
-        return image.resize(size) if size and "strength" in accepted else image
+        return image.resize(size) if size and "strength" in inputs.arguments(pipeline) else image
 
     images = [placed(image.convert("RGB")) for image in request.images]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}

@@ -15,6 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from vivace.errors import InputError
 from vivace.generation import video
 from vivace.generation.generate import FPS
+from vivace.generation.job import nearest_frames
 from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import BINARY
@@ -44,7 +45,7 @@ async def create(request: Request) -> Response:
     else:
         order = read(VideoOrder, await read_json(request), settings)
     alias = server.alias(order.model, media="video")
-    frames = _frames(order, server)
+    frames = _frames(order, server, alias)
     wanted = order.request(
         model=alias,
         quality=preset(order.quality),
@@ -136,9 +137,11 @@ def _record(server: Server, video_id: str) -> dict[str, Any]:
     return record
 
 
-def _frames(order: VideoOrder, server: Server) -> int | None:
-    """How many frames an order wants; None: the model's own. Raises ApiError."""
-    frames = order.frames if order.seconds is None else max(1, int(order.seconds) * (order.fps or FPS))
+def _frames(order: VideoOrder, server: Server, alias: str) -> int | None:
+    """How many frames an order wants; None: the model's own; of seconds as many as it can make. Raises ApiError."""
+    frames = order.frames
+    if order.seconds is not None:
+        frames = nearest_frames(max(1, int(order.seconds) * (order.fps or FPS)), server.engine.model(alias).source)
     if frames is not None and frames > server.settings.most_frames:
         raise ApiError(
             400,

@@ -96,7 +96,7 @@ def takes(model: Model, what: str) -> bool:
 def sizes(model: Model) -> list[str]:
     """Sizes to choose from: the area that a model was made for, in several shapes."""
     width, height = model.source.size or (1024, 1024)
-    multiple = model.source.family.multiple if model.source.family else 16
+    multiple = model.source.multiple if model.source.family else 16
     found = [f"{width}x{height}"] if model.source.size else []
     for across, down in SHAPES:
         scale = (width * height / (across * down)) ** 0.5
