@@ -51,6 +51,12 @@ ENDINGS = {
     "grid": lambda run: grid.draw(run.out, to=run.out, device=run.device, side=run.extent.grid),
 }  # what comes after training: each gives its figures, or nothing
 STAGES = (*STEPS, *ENDINGS)
+LEFT = {
+    "publish": ("reader.safetensors", "vae", *train_transformer.PARTS),
+    "evaluate": ("model", "reader.safetensors"),
+    "curves": ("curves.json",),
+    "grid": ("model", "reader.safetensors"),
+}  # what each of these takes of what the stages before it have left in OUT
 
 
 def course_of(stage: str, *, steps: int) -> Course:
@@ -98,6 +104,9 @@ def pass_through(text: str, run: Run) -> list[str]:
     """Run one stage, NAME or NAME=STEPS, and keep its figures; what it missed, a line each."""
     stage, _, length = text.partition("=")
     if stage in ENDINGS:
+        absent = [name for name in LEFT[stage] if not (run.out / name).exists()]
+        if absent:
+            sys.exit(f"{stage} needs {', '.join(absent)} in {run.out}: run the stages before it, or give --resume")
         figures = ENDINGS[stage](run) or {}
     else:
         course = course_of(stage, steps=int(length) if length else 2 if run.extent is TINY else STEPS[stage])
@@ -128,6 +137,11 @@ def main() -> None:
     unknown = [text for text in given.stages if text.partition("=")[0] not in STAGES]
     if unknown:
         parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    for stage, equals, steps in (text.partition("=") for text in given.stages):
+        if equals and (stage in ENDINGS or not steps.isdecimal() or int(steps) < 1):
+            parser.error(f"{stage}={steps}: a stage of training takes a number of steps from 1 on, the others none")
+    if given.resume and not given.resume.is_dir():
+        parser.error(f"no folder {given.resume} to resume from")
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for folder in (given.state, given.out):

@@ -62,3 +62,30 @@ def test_a_stage_without_what_it_needs_says_so(tmp_path: Path) -> None:
     done = train("transformer:0.46-1", "--state", tmp_path / "state", "--out", tmp_path / "out", "--tiny")
     assert done.returncode == 1
     assert "transformer needs reader.pt, vae, student.pt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("reader=x",), "reader=x: a stage of training takes a number of steps from 1 on"),
+        (("reader=0",), "reader=0: a stage of training takes a number of steps from 1 on"),
+        (("publish=3",), "publish=3: a stage of training takes a number of steps from 1 on, the others none"),
+        (("reader", "--resume", "none"), "no folder none to resume from"),
+    ],
+)
+def test_a_mistake_ends_the_run_before_anything_is_made(recipe, tmp_path, monkeypatch, capsys, arguments, said) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--state", "state", "--out", "out"])
+    with pytest.raises(SystemExit, match="2"):
+        recipe("train").main()
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["publish", "evaluate", "curves", "grid"])
+def test_an_ending_without_what_it_needs_says_so(recipe, tmp_path, stage) -> None:
+    pytest.importorskip("matplotlib")
+    run = recipe("extent").Run(state=tmp_path, out=tmp_path, device="cpu")
+    with pytest.raises(SystemExit, match=f"{stage} needs .* in {tmp_path}: run the stages before it"):
+        recipe("train").pass_through(stage, run)
