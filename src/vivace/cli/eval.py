@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,8 +39,8 @@ def eval(
         Path | None, typer.Option(help="With --presets: one prompt a line; builtin draws its own.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="With --presets or --ray: the folder to write.")
-    ] = Path("eval"),
+        Path | None, typer.Option("-o", "--output", help="With --presets or --ray: the folder to write; eval.")
+    ] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to draw: 4000, or 16 with --presets.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
@@ -77,13 +77,17 @@ def eval(
         raise InputError("--address and --workers need --ray; add it, or leave them out")
     if presets is None and not cache and model != "builtin":
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
+    compares = {"--prompts": prompts, "--size": size, "--lpips": lpips, "--lpips-weights": lpips_weights}
+    compares |= {"--clip": clip, "--fid": fid, "--kid": kid, "--inception": inception, "-o": None if ray else output}
+    _check_use(compares, alone={"--json": json}, comparing=presets is not None or bool(cache))
+    folder = output or Path("eval")
     source = find(model)
     settings = {"steps": 28, **source.defaults}
     settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
     if presets is None and not cache:
         if json is not None and (json.is_dir() or not json.parent.is_dir()):
             raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
-        cluster = {"address": address, "workers": workers, "folder": output} if ray else None
+        cluster = {"address": address, "workers": workers, "folder": folder} if ray else None
         _examine(source, settings, captions=captions or 4000, seed=seed, device=device, json=json, cluster=cluster)
         return
     from vivace.cache import parse
@@ -102,7 +106,7 @@ def eval(
         inception=inception, drawn=len(texts),
     )  # fmt: skip
     order = Order(
-        model=source.name, contents=contents_of(source), folder=output.absolute() if ray else output, prompts=texts,
+        model=source.name, contents=contents_of(source), folder=folder.absolute() if ray else folder, prompts=texts,
         steps=settings["steps"], seed=seed, call=call_of(source, settings, size), presets=names, configs=compared,
         device=device,
     )  # fmt: skip
@@ -111,6 +115,15 @@ def eval(
     drawn = compare(source, order)
     if drawn is not None:
         _show(*drawn, instruments=instruments)
+
+
+def _check_use(compares: Mapping[str, Any], *, alone: Mapping[str, Any], comparing: bool) -> None:
+    """Raises InputError for an option that would change nothing: each is by its name and of one of the two uses."""
+    idle = [name for name, value in (alone if comparing else compares).items() if value]
+    if idle and comparing:
+        raise InputError(f"{idle[0]} is for the examination alone; a comparison writes its figures into its folder")
+    if idle:
+        raise InputError(f"{idle[0]} needs --presets or --cache; add one, or leave it out")
 
 
 Drawn = tuple["Contest", "Contestant", list["Contestant"]]
