@@ -38,7 +38,9 @@ def control_argument(pipeline: type) -> str | None:
 
 def size_arguments(size: tuple[int, int], accepted: Container[str]) -> dict[str, int]:
     """What tells a pipeline whose call accepts these arguments to make pictures of `size`, width and height."""
-    known = {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}  # to which Kontext brings any size
+    # Kontext brings any size to an area of its own, and what it paints over to one of its favourite sizes.
+    known = {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}
+    known |= {"_auto_resize": False} if "mask_image" in accepted else {}
     return {name: value for name, value in known.items() if name in accepted}
 
 

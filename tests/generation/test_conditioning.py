@@ -100,9 +100,10 @@ def test_several_pictures_make_one(make, room, tmp_path):
 
 
 def test_an_edit_has_the_size_that_is_asked(make, room, tmp_path):
-    FAMILIES["flux"].tiny("FluxKontextPipeline").save_pretrained(tmp_path / "kontext")
-    _, result = make(model=str(tmp_path / "kontext"), images=(room / "in.png",), size=(48, 80))
-    assert (result.applied["pipeline"], result.size) == ("FluxKontextPipeline", (48, 80))
+    for pipeline, mask in (("FluxKontextPipeline", None), ("FluxKontextInpaintPipeline", room / "control.png")):
+        FAMILIES["flux"].tiny(pipeline).save_pretrained(tmp_path / pipeline)
+        _, result = make(model=str(tmp_path / pipeline), images=(room / "in.png",), mask=mask, size=(48, 80))
+        assert (result.applied["pipeline"], result.size) == (pipeline, (48, 80))
 
 
 def test_more_steps_than_timesteps(make):
