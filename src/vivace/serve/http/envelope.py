@@ -30,6 +30,19 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_fo
 # A request's field in Python -> the field in the API.
 FIELDS = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative": "negative_prompt", "images": "image"}
 
+# What a value fails at, by pydantic's name, or its field -> what is told of it.
+_WHOLE = "{param} is {got}; it has to be a whole number"
+WORDS = {
+    "string_too_short": "the {param} is empty",
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "greater_than_equal": "{param} is {got}, the least is {ge}",
+    "less_than_equal": "{param} is {got}, the most is {le}",
+    "less_than": "{param} is {got}; it has to be less than {lt}",
+    "size": "size is {got}; give WIDTHxHEIGHT in pixels, as in 1024x768",
+    "seconds": "seconds is {got}; give whole seconds, as in '4'",
+}
+
 
 class ApiError(Exception):
     """An answer with this status and envelope."""
@@ -87,7 +100,9 @@ def wrong_fields(problems: list[Any]) -> ApiError:
         return ApiError(400, f"the field {param!r} is missing", code="missing_field", param=param)
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    return ApiError(400, f"{param or 'the request'}: {first['msg']}", code="invalid_value", param=param)
+    words = WORDS.get(first["type"]) or WORDS.get(param or "") or "{param}: {msg}"
+    told = {"param": param or "the request", "got": f"{first['input']!r:.60}", "msg": first["msg"]}
+    return ApiError(400, words.format(**first.get("ctx", {}) | told), code="invalid_value", param=param)
 
 
 def install(app: FastAPI) -> None:
