@@ -91,6 +91,21 @@ def test_draw(visit, held, size):
     expect(page.locator("#draw")).to_be_visible()
 
 
+def test_the_bar_of_parts_is_full_however_quick_they_are(visit):
+    page = visit()
+    ask(page, steps=2)
+    page.locator("#draw").click()
+    done(page)
+    shares = page.evaluate(
+        "() => { const [picture] = JSON.parse(sessionStorage.getItem('vivace.made'));"
+        " picture.timings = {queue_s: 0, text_s: 0.01, denoise_s: 0.06, decode_s: 0.03, total_s: 0.1};"
+        " window.vivace.show(picture);"
+        " const width = selector => document.querySelector(`#stage .bar${selector}`).getBoundingClientRect().width;"
+        " return ['.text', '.denoising', '.decoding'].map(part => width(` ${part}`) / width('')); }"
+    )
+    assert shares == pytest.approx([0.1, 0.6, 0.3], abs=0.02)
+
+
 def test_previews_and_seconds_left(visit):
     page = visit()
     page.evaluate(

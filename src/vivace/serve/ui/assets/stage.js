@@ -3,8 +3,9 @@ const PARTS = [["queue_s", "waiting"], ["text_s", "text"], ["denoise_s", "denois
 
 function bar(timings) {
   const parts = PARTS.map(([key, name]) => [name, timings[key] || 0]).filter(([, value]) => value >= 0.005);
+  // In milliseconds: shares that come to less than one would leave the rest of the bar empty.
   return h("div", { class: "times" },
-    h("div", { class: "bar" }, ...parts.map(([name, value]) => h("i", { class: name, style: `flex-grow: ${value}` }))),
+    h("div", { class: "bar" }, ...parts.map(([name, value]) => h("i", { class: name, style: `flex-grow: ${1000 * value}` }))),
     h("div", { class: "legend" }, ...parts.map(([name, value]) => h("span", { class: name }, `${name} ${seconds(value)}`))));
 }
 
