@@ -56,6 +56,7 @@ def test_a_page_whose_connection_broke_comes_back_by_itself(page):
     draw(page, "one lost")
     page.locator("body[data-ready]:not([data-old])").wait_for()
     expect(page.locator("#gallery .cards li")).to_have_count(1)
+    expect(page.locator("#prompt textarea")).to_have_value("one lost")
     draw(page, "one after")
     drawn(page, "one after")
 
@@ -68,6 +69,7 @@ def test_who_is_signed_in_no_longer_is_told_and_nothing_hangs(page):
     expect(page.locator("#prompt textarea")).to_have_value("one too late")
     page.reload()
     sign_in(page)
+    expect(page.locator("#prompt textarea")).to_have_value("one too late")
     draw(page, "one in time")
     drawn(page, "one in time")
 

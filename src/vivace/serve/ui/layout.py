@@ -26,13 +26,16 @@ OWN: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "ap
 
 # Before an event goes out the picture to edit is sent, and the parts with fields of their own say what these hold:
 # input.js and lora.js.
-EDIT, LORA = NAMES.index("edit"), NAMES.index("lora")
+PROMPT, EDIT, LORA = (NAMES.index(name) for name in ("prompt", "edit", "lora"))
 SEND = (
-    f"async (...values) => {{ values[{EDIT}] = await window.vivace.send(); "
+    f"async (...values) => {{ values[{EDIT}] = await window.vivace.send(values[{PROMPT}]); "
     f"values[{LORA}] = window.vivace.loras ? window.vivace.loras() : values[{LORA}]?.chosen || []; return values; }}"
 )
 # gradio tells of a choice twice, and a late second answer would undo what was typed since the first: it asks nothing.
 ONCE = "(alias) => alias === window.vivace.model ? null : (window.vivace.model = alias)"
+# After a broken connection gradio loads the page anew: what was asked for has not to be typed again.
+ASKED = "(typed) => { try { return typed || sessionStorage.getItem('vivace.asked') || ''; } catch { return typed; } }"
+READY = "() => document.body.setAttribute('data-ready', '')"
 DIE = "() => String(Math.floor(Math.random() * 2 ** 32))"
 
 
@@ -70,7 +73,7 @@ def page(studio: Studio) -> gr.Blocks:
         # Not `change`: that comes of `again` too, and would undo it.
         fields["model"].input(happen.model, fields["model"], fitted, js=ONCE, **OWN)
         gallery.again(happen.again, None, fitted, **OWN)
-        blocks.load(None, js="() => document.body.setAttribute('data-ready', '')")
+        blocks.load(None, prompt, prompt, js=ASKED).then(None, js=READY)
         blocks.unload(happen.cancel)
     most = server.engine.most_queued + MOST_RUNNING
     return blocks.queue(max_size=most, default_concurrency_limit=None, api_open=False)

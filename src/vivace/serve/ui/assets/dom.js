@@ -18,8 +18,13 @@ const seconds = (value) => (value < 10 ? `${value.toFixed(value < 1 ? 2 : 1)} s`
 vivace.under = vivace.under || 0;
 const busy = (more) => document.body.toggleAttribute("data-busy", (vivace.under += more) > 0);
 // Before a request goes out. gradio makes a folded part of the page only when it is opened: till then there is no picture.
-vivace.send = async () => {
+vivace.send = async (prompt) => {
   busy(1);
+  try {
+    sessionStorage.setItem("vivace.asked", prompt);
+  } catch {
+    // A browser may refuse to remember.
+  }
   return vivace.picture ? await vivace.picture() : null;
 };
 vivace.idle = () => busy(-1);
