@@ -162,7 +162,7 @@ def test_models(client):
         ({"extra_body": {"lora": {"style": 1}}}, "lora", "no LoRA 'style'"),
         ({"extra_body": {"scheduler": "no such"}}, "scheduler", "no scheduler"),
         ({"quality": "best"}, "quality", "no quality 'best'"),
-        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": ""}, "prompt", "the prompt is empty; say what to draw"),
         ({"prompt": "x" * 8001}, "prompt", "the most is 8000"),
         ({"size": "16384x16384"}, "size", "more than"),
         ({"model": "clip"}, "model", "makes no image"),

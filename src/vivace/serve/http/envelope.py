@@ -33,7 +33,7 @@ FIELDS = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative"
 # What a value fails at, by pydantic's name, or its field -> what is told of it.
 _WHOLE = "{param} is {got}; it has to be a whole number"
 WORDS = {
-    "string_too_short": "the {param} is empty",
+    "string_too_short": "the {param} is empty; say what to draw",  # of a prompt alone
     "int_parsing": _WHOLE,
     "int_from_float": _WHOLE,
     "greater_than_equal": "{param} is {got}, the least is {ge}",
