@@ -139,6 +139,7 @@ class Family:
     # pipeline class -> what a model of another class says of itself where that class runs it too
     only_with: Mapping[str, str] = field(default_factory=dict)
     several: frozenset[str] = frozenset()  # pipeline classes that make one picture of several
+    own_size: frozenset[str] = frozenset()  # pipeline classes that go by the shape of the image, whatever size is asked
     packed: int = 1  # frames that the VAE makes one of, after the first
     mask_channels: int | None = None  # input channels by which its inpaint pipeline knows to blend in the latents
     single_file: bool = False  # diffusers reads its original-layout checkpoint

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Set
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,7 @@ BEYOND = {
     "layers": "makes several pictures of one, too many for a file",
     "control_mask": "needs a mask of its control image",
 }
+WORDS = re.compile("[A-Z][a-z0-9]*")  # of a class name
 
 
 def arguments(pipeline: type) -> dict[str, inspect.Parameter]:
@@ -49,6 +52,11 @@ def takes_several(pipeline: type, source: Source) -> bool:
     return source.family is not None and pipeline.__name__ in source.family.several
 
 
+def sizes_itself(pipeline: type, source: Source) -> bool:
+    """Whether the class makes its pictures in a size of its own, by the shape of the image, whatever it is told."""
+    return source.family is not None and pipeline.__name__ in source.family.own_size
+
+
 def inputs_of(pipeline: type) -> frozenset[str]:
     """Which of image, mask, control and video the class takes."""
     call, control = arguments(pipeline), control_argument(pipeline)
@@ -62,8 +70,9 @@ def inputs_of(pipeline: type) -> frozenset[str]:
 def choose(source: Source, wanted: Set[str], *, control_class: str | None = None) -> type[Any]:
     """The diffusers pipeline class that runs `source` with exactly the `wanted` inputs.
 
-    The model's own class where it fits; else the first class of its family that fits and needs no component which
-    the model lacks. `control_class` is the class name of the control model at hand. Raises InputError.
+    The model's own class where it fits; else, of those of its family that fit and need no component which the model
+    lacks, the one whose name is most like its own class's. `control_class` is the class name of the control model at
+    hand. Raises InputError.
     """
     import diffusers
 
@@ -85,7 +94,8 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     if "control" in wanted:
         control_class = control_class or held
     names = source.family.pipelines if source.family else ()
-    others = [getattr(diffusers, name) for name in names if name != source.pipeline and hasattr(diffusers, name)]
+    alike = sorted(names, key=lambda name: -_alike(source.pipeline, name))
+    others = [getattr(diffusers, name) for name in alike if name != source.pipeline and hasattr(diffusers, name)]
     for pipeline in (own, *others):
         if inputs_of(pipeline) == wanted and _holds(pipeline, source, own, control_class):
             return pipeline
@@ -110,6 +120,12 @@ def no_step(pipeline: type[Any], call: Mapping[str, Any], *, prediction: str) ->
     if "strength" not in accepted or not strength or not steps or int(steps * strength) >= 1:
         return None
     return f"strength {strength} of {steps} steps leaves none"
+
+
+def _alike(own: str, name: str) -> int:
+    """How many words two class names begin with in common: FluxKontextInpaintPipeline is for models of Kontext."""
+    pairs = zip(WORDS.findall(own), WORDS.findall(name), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _flags(names: Iterable[str]) -> str:
@@ -154,7 +170,11 @@ def _holds(pipeline: type[Any], source: Source, own: type[Any], control_class: s
     if pipeline is not own and said and not source.index.get(said):
         return False
     slot = control_slot(pipeline)
-    built = _parameters(pipeline.__init__)
+    built, ours = _parameters(pipeline.__init__), _parameters(own.__init__)
+    encoders = [name for name in built.keys() & ours.keys() if name.startswith("text_encoder")]
+    # FLUX.2 dev and klein read prompts with different models.
+    if any(built[name].annotation != ours[name].annotation for name in encoders):
+        return False
     if (slot is not None) != (control_class is not None):
         return False
     if slot and control_class and control_class not in str(built[slot].annotation):

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.families.tiny import clip_vision
+from vivace.generation.conditioning import Pictures, picture_arguments
 from vivace.generation.generate import generate
 from vivace.generation.job import Job, Lora
+from vivace.load import Source, pipeline_class
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,11 @@ def test_an_adapter_takes_its_picture_by_squares(make, room, tmp_path):
     with pytest.raises(InputError, match=r"--size 72x64 cannot be made .* multiples of 16; the nearest is 64x64"):
         make(**own, size=(72, 64))
     assert make(**own)[1].size == (64, 64)
+    Image.new("RGB", (72, 56), "red").save(tmp_path / "odd.png")
+    assert make(**own | {"control_image": tmp_path / "odd.png"}, size=None)[1].size == (64, 64)
+    apart = {"model": str(tmp_path / "sdxl"), "controlnet": str(tmp_path / "own" / "adapter")}
+    FAMILIES["sdxl"].tiny().save_pretrained(apart["model"])
+    assert make(**apart, control_image=tmp_path / "odd.png", size=None)[1].size == (64, 64)
 
 
 def test_several_pictures_make_one(make, room, tmp_path):
@@ -104,6 +111,15 @@ def test_an_edit_has_the_size_that_is_asked(make, room, tmp_path):
         FAMILIES["flux"].tiny(pipeline).save_pretrained(tmp_path / pipeline)
         _, result = make(model=str(tmp_path / pipeline), images=(room / "in.png",), mask=mask, size=(48, 80))
         assert (result.applied["pipeline"], result.size) == (pipeline, (48, 80))
+
+
+def test_a_class_that_goes_by_its_picture_takes_no_size():
+    source = Source(name="edit", path=None, pipeline="QwenImageEditInpaintPipeline", family=FAMILIES["qwen_image"])
+    pictures = Pictures(images=(Image.new("RGB", (64, 64)),), mask=Image.new("L", (64, 64)))
+    asked = {"pipeline": pipeline_class(source), "source": source}
+    assert picture_arguments(pictures, job=Job(), **asked).keys() >= {"image", "mask_image"}
+    with pytest.raises(InputError, match="goes by the shape of its --image"):
+        picture_arguments(pictures, job=Job(size=(64, 64)), **asked)
 
 
 def test_more_steps_than_timesteps(make):

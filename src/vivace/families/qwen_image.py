@@ -303,6 +303,7 @@ QWEN_IMAGE = Family(
     multiple=16,
     takes=frozenset({"prompt", "negative", "true_cfg", "image", "mask", "strength", "control"}),
     several=frozenset({"QwenImageEditPlusPipeline"}),
+    own_size=frozenset({"QwenImageEditInpaintPipeline"}),
     listed=frozenset({"img_shapes"}),
     padded={"encoder_hidden_states": "encoder_hidden_states_mask"},
 )

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from vivace import hub
 from vivace.errors import InputError, first_line
 from vivace.generation import picture
-from vivace.inputs import CONTROLS, arguments, control_argument, control_slot, size_arguments, takes_several
+from vivace.inputs import (
+    CONTROLS,
+    arguments,
+    control_argument,
+    control_slot,
+    size_arguments,
+    sizes_itself,
+    takes_several,
+)
 from vivace.load import HUB_ID, Source
 
 if TYPE_CHECKING:
@@ -54,15 +62,22 @@ def read_pictures(job: Job) -> Pictures:
 
 
 def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: Source) -> dict[str, Any]:
-    """The call's arguments for the pictures and the size. Raises InputError for more images than the class takes.
+    """The call's arguments for the pictures and the size. Raises InputError for what the class does not take of them.
 
     Where an image is painted over (the class takes a strength) or steers each place (control), every picture is brought
     to the size that is made; an editing pipeline sees its images as they are.
     """
+    if job.size and sizes_itself(pipeline, source):
+        raise InputError(f"{pipeline.__name__} does not take --size: it goes by the shape of its --image")
     call = arguments(pipeline)
     found: dict[str, Any] = {}
     places = [*(pictures.images if "strength" in call else ()), *([pictures.control] if pictures.control else [])]
-    size = job.size or (fitting(places[0].size, source) if places else None)
+    squares = _squares(pipeline, job=job, source=source)
+    size = job.size or (fitting(places[0].size, source, squares=squares) if places else None)
+    if size and any(side % squares for side in size):
+        nearest = "x".join(str(max(squares, round(side / squares) * squares)) for side in size)
+        made = f"{size[0]}x{size[1]} cannot be made with this T2I-Adapter"
+        raise InputError(f"--size {made}: it needs multiples of {squares}; the nearest is {nearest}")
     if size:
         found |= size_arguments(size, call)
 
@@ -88,9 +103,12 @@ def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: S
     return found
 
 
-def fitting(size: tuple[int, int], source: Source) -> tuple[int, int]:
-    """A picture's size, shrunk to the area the model was made for and what it can make, in multiples of its VAE."""
-    multiple = source.multiple if source.family else ROUND_TO
+def fitting(size: tuple[int, int], source: Source, *, squares: int = 1) -> tuple[int, int]:
+    """A picture's size, shrunk to the area the model was made for and what it can make, in multiples of its VAE.
+
+    `squares`: what it has to be multiples of besides.
+    """
+    multiple = math.lcm(source.multiple if source.family else ROUND_TO, squares)
     native = source.size
     scale = min(1.0, math.sqrt(native[0] * native[1] / (size[0] * size[1]))) if native else 1.0
     scale = min(scale, source.longest / max(size)) if source.longest else scale
@@ -102,6 +120,16 @@ def control_class(job: Job) -> str | None:
     """The class name of the job's control model, from its config.json alone. Raises InputError."""
     if job.controlnet is None:
         return None
+    name = _control_config(job).get("_class_name")
+    import diffusers
+
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise InputError(f"--controlnet {job.controlnet} holds a {name}, which diffusers {diffusers.__version__} lacks")
+    return name
+
+
+def _control_config(job: Job) -> dict[str, Any]:
+    assert job.controlnet is not None
     config = Path(job.controlnet).expanduser() / "config.json"
     if not os.path.isfile(config):
         if os.path.exists(job.controlnet) or not HUB_ID.fullmatch(job.controlnet):
@@ -110,15 +138,23 @@ def control_class(job: Job) -> str | None:
             config = hub.fetch(job.controlnet, "config.json")
         except InputError as error:
             raise InputError(f"no control model {job.controlnet} here, and none from the hub ({error})") from error
-    try:
-        name = json.loads(config.read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{config} cannot be read; give a ControlNet's folder") from error
-    import diffusers
+    return _facts(config)
 
-    if not isinstance(name, str) or not hasattr(diffusers, name):
-        raise InputError(f"--controlnet {job.controlnet} holds a {name}, which diffusers {diffusers.__version__} lacks")
-    return name
+
+def _facts(config: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(config.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{config} cannot be read; give a ControlNet's folder") from error
+
+
+def _squares(pipeline: type, *, job: Job, source: Source) -> int:
+    """The side in pixels of the squares by which a T2I-Adapter takes its picture; 1 for any other control model."""
+    if control_slot(pipeline) != "adapter":
+        return 1
+    own = source.path and source.path / "adapter" / "config.json"
+    found = _control_config(job) if job.controlnet else _facts(own) if own and own.is_file() else {}
+    return int(found.get("downscale_factor", 8))
 
 
 def load_control(job: Job, pipeline: type, *, name: str | None, dtype: torch.dtype) -> dict[str, Any]:

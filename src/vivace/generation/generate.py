@@ -253,7 +253,7 @@ def _load(ready: Ready) -> DiffusionPipeline:
     conditioning.adapt(pipe, job)
     if job.scheduler:
         use_scheduler(pipe, job.scheduler, prediction=source.prediction)
-    _check_loaded(pipe, ready)
+    _check_steps(pipe, ready)
     accepted = inputs.arguments(ready.pipeline)
     longest = ready.call.get("max_sequence_length")
     if longest is None and "max_sequence_length" in accepted:
@@ -269,17 +269,11 @@ def _load(ready: Ready) -> DiffusionPipeline:
     return pipe
 
 
-def _check_loaded(pipe: DiffusionPipeline, ready: Ready) -> None:
-    """Check what only a model's parts can tell, where stock would fail in the middle. Raises InputError."""
+def _check_steps(pipe: DiffusionPipeline, ready: Ready) -> None:
+    """Check the steps where stock would fail after the last of them. Raises InputError."""
     steps, known = ready.job.steps or 0, pipe.components["scheduler"].config.get("num_train_timesteps", 0)
     if ready.source.prediction != "flow" and steps > known > 0:
         raise InputError(f"--steps is {steps}; {ready.source.name} knows {known} timesteps, and each is a step at most")
-    adapter = pipe.components.get("adapter")  # a T2I-Adapter, which takes its picture by squares
-    factor, sides = getattr(adapter, "downscale_factor", 1), [ready.call.get(name, 0) for name in ("width", "height")]
-    if any(side % factor for side in sides):
-        nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in sides)
-        made = f"{sides[0]}x{sides[1]} cannot be made with this T2I-Adapter"
-        raise InputError(f"--size {made}: it needs multiples of {factor}; the nearest is {nearest}")
 
 
 def _report(pipe: DiffusionPipeline) -> dict[str, Any]:

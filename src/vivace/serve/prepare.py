@@ -83,6 +83,8 @@ def prepare(request: Request, source: Source) -> Prepared:
         call["prompt"] = request.prompt
     if request.fps is not None and "fps" in accepted:
         call["fps"] = request.fps
+    if request.size is not None and inputs.sizes_itself(pipeline, source):
+        raise FieldError("size", f"{pipeline.__name__} does not take size: it goes by the shape of its image")
     size = request.size or (fitting(request.images[0].size, source) if request.images else source.size)
     if size is not None:
         call |= inputs.size_arguments(size, accepted)
