@@ -3,19 +3,23 @@
 import itertools
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
+from PIL import Image
 
 from vivace import Config, InputError
 from vivace.evals.sample import draw
 from vivace.families import FAMILIES
 from vivace.few_step import FOLDER, use_few_step
-from vivace.load import find, load_source
+from vivace.load import Source, find, load_source
 from vivace.serve import Engine, Request, Spec
-from vivace.serve.failures import Cancelled, Unavailable
+from vivace.serve.failures import Cancelled, FieldError, Unavailable
 from vivace.serve.model import Mode, Model
+from vivace.serve.prepare import prepare
 from vivace.serve.room import Room
 
 
@@ -198,6 +202,25 @@ def test_what_changes_the_shared_denoiser_runs_alone(start, order):
     ordered = sorted(spans, key=lambda span: span[1])
     assert all(after[1] >= before[2] - 0.05 for before, after in itertools.pairwise(ordered))
     assert all(span[0].calls["requests_per_call"] == 1 for span in spans)
+
+
+def test_another_class_knows_what_the_model_says_of_itself(start, order):
+    """Wan 2.2 TI2V 5B makes videos of text and of pictures: for these its denoiser needs no channels of their own."""
+    parts = FAMILIES["wan"].tiny("WanVideoToVideoPipeline").components
+    engine = start(WanPipeline(**parts, transformer_2=None, expand_timesteps=True))
+    picture = Image.linear_gradient("L").convert("RGB")
+    plain, moved = (engine.submit(order(frames=5, images=some)).result(60) for some in ((), (picture,)))
+    assert len(moved.pictures) == 5
+    assert moved.pictures[0].tobytes() != plain.pictures[0].tobytes()
+
+
+def test_a_size_that_a_class_goes_without_is_no_request_for_it():
+    source = Source(name="edit", path=None, pipeline="QwenImageEditInpaintPipeline", family=FAMILIES["qwen_image"])
+    picture = Image.new("RGB", (64, 64))
+    request = Request(prompt="a", images=(picture,), mask=picture.convert("L"))
+    assert prepare(request, source).pipeline.__name__ == source.pipeline
+    with pytest.raises(FieldError, match="goes by the shape of its image"):
+        prepare(replace(request, size=(64, 64)), source)
 
 
 def test_the_engine_gives_a_pipeline_back_as_it_was(pipe, order):

@@ -235,14 +235,15 @@ class Model:
                     logger.warning("%s stays accelerated: %s", self.alias, error)
 
     def as_class(self, pipeline: type[Any]) -> Any:
-        """The loaded pipeline, or one of another class around the same components."""
+        """The loaded pipeline, or one of another class around the same components, of the same configuration."""
         if type(self.pipe).__name__ == pipeline.__name__:
             return self.pipe
         with self.lock:
             if pipeline not in self._classes:
                 named = inspect.signature(pipeline.__init__).parameters
-                parts = {name: part for name, part in self.pipe.components.items() if name in named}
-                self._classes[pipeline] = pipeline(**parts)
+                # What a model says of itself too: that it is distilled, that its first frame is a picture.
+                held = {**self.pipe.config, **self.pipe.components}
+                self._classes[pipeline] = pipeline(**{name: held[name] for name in named if name in held})
             return self._classes[pipeline]
 
     def _load(self) -> None:
