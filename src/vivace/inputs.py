@@ -109,6 +109,15 @@ def choose(source: Source, wanted: Set[str], *, control_class: str | None = None
     )
 
 
+def unsaid(pipeline: type[Any], call: Container[str]) -> list[str]:
+    """The arguments that a class's call goes not without, and that `call` leaves out."""
+    return [
+        name
+        for name, one in arguments(pipeline).items()
+        if one.default is inspect.Parameter.empty and one.kind == one.POSITIONAL_OR_KEYWORD and name not in call
+    ]
+
+
 def no_step(pipeline: type[Any], call: Mapping[str, Any], *, prediction: str) -> str | None:
     """The strength and the steps of a call that leave nothing to denoise, in words; None where something is left.
 

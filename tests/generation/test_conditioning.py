@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -120,6 +129,26 @@ def test_a_class_that_goes_by_its_picture_takes_no_size():
     assert picture_arguments(pictures, job=Job(), **asked).keys() >= {"image", "mask_image"}
     with pytest.raises(InputError, match="goes by the shape of its --image"):
         picture_arguments(pictures, job=Job(size=(64, 64)), **asked)
+
+
+def test_a_model_of_no_family_that_takes_no_prompt(make, tmp_path):
+    sizes = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(sample_size=16, layers_per_block=1, **sizes)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    bare = {"model": str(tmp_path / "ddpm"), "size": None}
+    with pytest.raises(InputError, match="DDPMPipeline does not take PROMPT"):
+        make(**bare)
+    assert make(**bare, prompts=())[1].size == (16, 16)
+
+
+def test_a_model_of_no_family_that_asks_for_more(make, tmp_path):
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "out_channels": 8}
+    parts = {"transformer": DiTTransformer2DModel(**sizes), "vae": AutoencoderKL(), "scheduler": DDIMScheduler()}
+    DiTPipeline(**parts).save_pretrained(tmp_path / "dit")
+    bare = {"model": str(tmp_path / "dit"), "size": None, "prompts": ()}
+    with pytest.raises(InputError, match="DiTPipeline needs class_labels; give it by --call-kwargs"):
+        make(**bare)
+    assert make(**bare, call_kwargs={"class_labels": [3]})[1].applied["class_labels"] == [3]
 
 
 def test_more_steps_than_timesteps(make):

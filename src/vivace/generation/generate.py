@@ -203,6 +203,9 @@ def prepare(job: Job) -> Ready:
     call |= conditioning.picture_arguments(pictures, pipeline, job=job, source=source)
     if none := inputs.no_step(pipeline, call, prediction=source.prediction):
         raise InputError(f"--{none}; raise --strength or --steps")
+    if unsaid := inputs.unsaid(pipeline, {*call, *job.call_kwargs, *(("prompt",) if job.prompts else ())}):
+        needs = flag(FIELDS[unsaid[0]]) if unsaid[0] in FIELDS else f"{unsaid[0]}; give it by --call-kwargs"
+        raise InputError(f"{pipeline.__name__} needs {needs}")
     device = resolve_device(job.device)
     return Ready(
         job=job,
@@ -228,6 +231,8 @@ def _arguments(job: Job, source: Source, pipeline: type[Any]) -> dict[str, Any]:
             takes = ", ".join(flag(field) for field, argument in CALL.items() if argument in accepted)
             raise InputError(f"{pipeline.__name__} does not take {flag(name)}; of such values it takes {takes}")
         found[argument] = value
+    if job.prompts and "prompt" not in accepted:
+        raise InputError(f"{pipeline.__name__} does not take PROMPT")
     if job.size and "width" not in accepted and not job.images:
         raise InputError(f"{pipeline.__name__} does not take --size")
     if job.fps is not None and "fps" in accepted:
