@@ -52,6 +52,12 @@ def takes_several(pipeline: type, source: Source) -> bool:
     return source.family is not None and pipeline.__name__ in source.family.several
 
 
+def goes_by_image(pipeline: type, source: Source) -> bool:
+    """Whether what the class makes has the size of its image, which is brought to the size that is asked."""
+    call = arguments(pipeline)
+    return "strength" in call or (source.family is not None and "image" in call and "width" not in call)
+
+
 def sizes_itself(pipeline: type, source: Source) -> bool:
     """Whether the class makes its pictures in a size of its own, by the shape of the image, whatever it is told."""
     return source.family is not None and pipeline.__name__ in source.family.own_size

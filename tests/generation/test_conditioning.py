@@ -115,11 +115,19 @@ def test_several_pictures_make_one(make, room, tmp_path):
         make(images=both)
 
 
-def test_an_edit_has_the_size_that_is_asked(make, room, tmp_path):
-    for pipeline, mask in (("FluxKontextPipeline", None), ("FluxKontextInpaintPipeline", room / "control.png")):
-        FAMILIES["flux"].tiny(pipeline).save_pretrained(tmp_path / pipeline)
-        _, result = make(model=str(tmp_path / pipeline), images=(room / "in.png",), mask=mask, size=(48, 80))
-        assert (result.applied["pipeline"], result.size) == (pipeline, (48, 80))
+@pytest.mark.parametrize(
+    ("family", "pipeline", "masked"),
+    [
+        ("flux", "FluxKontextPipeline", False),
+        ("flux", "FluxKontextInpaintPipeline", True),
+        ("sd", "StableDiffusionInstructPix2PixPipeline", False),
+    ],
+)
+def test_an_edit_has_the_size_that_is_asked(make, room, tmp_path, family, pipeline, masked):
+    FAMILIES[family].tiny(pipeline).save_pretrained(tmp_path / "edit")
+    pictures = {"images": (room / "in.png",), "mask": room / "control.png" if masked else None}
+    _, result = make(model=str(tmp_path / "edit"), **pictures, size=(48, 80))
+    assert (result.applied["pipeline"], result.size) == (pipeline, (48, 80))
 
 
 def test_a_class_that_goes_by_its_picture_takes_no_size():

@@ -18,6 +18,7 @@ from vivace.inputs import (
     arguments,
     control_argument,
     control_slot,
+    goes_by_image,
     size_arguments,
     sizes_itself,
     takes_several,
@@ -64,14 +65,14 @@ def read_pictures(job: Job) -> Pictures:
 def picture_arguments(pictures: Pictures, pipeline: type, *, job: Job, source: Source) -> dict[str, Any]:
     """The call's arguments for the pictures and the size. Raises InputError for what the class does not take of them.
 
-    Where an image is painted over (the class takes a strength) or steers each place (control), every picture is brought
-    to the size that is made; an editing pipeline sees its images as they are.
+    Where an image is painted over or steers each place (control), every picture is brought to the size that is made;
+    most editing pipelines see their images as they are.
     """
     if job.size and sizes_itself(pipeline, source):
         raise InputError(f"{pipeline.__name__} does not take --size: it goes by the shape of its --image")
     call = arguments(pipeline)
     found: dict[str, Any] = {}
-    places = [*(pictures.images if "strength" in call else ()), *([pictures.control] if pictures.control else [])]
+    places = [*(pictures.images if goes_by_image(pipeline, source) else ()), *filter(None, [pictures.control])]
     squares = _squares(pipeline, job=job, source=source)
     size = job.size or (fitting(places[0].size, source, squares=squares) if places else None)
     if size and any(side % squares for side in size):

@@ -233,7 +233,7 @@ def _arguments(job: Job, source: Source, pipeline: type[Any]) -> dict[str, Any]:
         found[argument] = value
     if job.prompts and "prompt" not in accepted:
         raise InputError(f"{pipeline.__name__} does not take PROMPT")
-    if job.size and "width" not in accepted and not job.images:
+    if job.size and "width" not in accepted and not (job.images and inputs.goes_by_image(pipeline, source)):
         raise InputError(f"{pipeline.__name__} does not take --size")
     if job.fps is not None and "fps" in accepted:
         found["fps"] = job.fps

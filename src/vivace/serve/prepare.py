@@ -151,7 +151,7 @@ def _pictures(request: Request, *, size: tuple[int, int] | None, pipeline: type[
         raise FieldError("image", f"this model takes one image; {len(request.images)} were given")
 
     def placed(image: Image.Image) -> Image.Image:
-        return image.resize(size) if size and "strength" in inputs.arguments(pipeline) else image
+        return image.resize(size) if size and inputs.goes_by_image(pipeline, source) else image
 
     images = [placed(image.convert("RGB")) for image in request.images]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}
