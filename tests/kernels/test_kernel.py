@@ -106,10 +106,22 @@ def test_bound_counts_each_tensor_once():
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"), [(192, (16, 256, 4)), (640, (4, 1024, 4)), (3072, (1, 4096, 4)), (12288, (1, 16384, 16))]
+    ("width", "expected"),
+    [
+        *((72, (8, 128, 1)), (192, (4, 256, 1)), (640, (1, 1024, 1)), (1280, (1, 2048, 1)), (1536, (1, 2048, 2))),
+        *((3072, (1, 4096, 4)), (12288, (1, 16384, 16)), (30000, (1, 32768, 16))),
+    ],
 )
-def test_tiles(width, expected):
+def test_a_tile_of_whole_rows_has_few_warps_that_wait_for_one_another(width, expected):
     assert row.tile(width) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [(640, (16, 128, 2)), (1280, (16, 256, 4)), (2560, (8, 512, 4)), (3072, (4, 1024, 4)), (48, (16, 64, 1))],
+)
+def test_a_tile_of_columns_leaves_few_beyond_the_width(width, expected):
+    assert row.part(width) == expected
 
 
 def test_without_triton():

@@ -13,7 +13,9 @@ from vivace.kernels.row import (
     E4M3_LIMIT,
     Quantize,
     RowScaled,
+    columns_of,
     limit_of,
+    part,
     rows_like,
     rows_ref,
     shaped,
@@ -65,28 +67,28 @@ def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
 
 @jit(do_not_specialize=("tokens",))
 def _activate_kernel(
-    x, out, row_scale, tokens, width, x_batch, x_token,
-    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, row_scale, tokens, x_batch, x_token,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(width, BLOCK)
+    blocks = tl.cdiv(WIDTH, BLOCK)
     rows = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    columns = (tl.program_id(0) % blocks) * BLOCK + columns_of(BLOCK)
+    mask = (rows < tokens)[:, None] & (columns < WIDTH)[None, :]
 
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
     y = activation(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), KIND, LIMIT == E4M3_LIMIT)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
     batch, tokens, width = x.shape
     made = rows_like(x, quantize)
     # Only a row's scale needs the whole row in one program.
-    rows, block, warps = tile(width) if quantize else tile(width, most=1024)
+    rows, block, warps = tile(width) if quantize else part(width)
     _activate_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
-        x, made[0], made[-1], tokens, width, x.stride(0), x.stride(1),
-        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        x, made[0], made[-1], tokens, x.stride(0), x.stride(1),
+        WIDTH=width, KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 

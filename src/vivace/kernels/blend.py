@@ -8,7 +8,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import check_vectors, load_columns, rows_like, rows_ref, tile, tokens_of
+from vivace.kernels.row import check_vectors, load_columns, part, rows_like, rows_ref, tokens_of
 
 SCHEMA = "blend(Tensor x, Tensor y, Tensor z, Tensor alpha, Tensor add) -> Tensor[]"
 
@@ -47,7 +47,7 @@ def _launch(
     x, y, z = x.contiguous(), y.contiguous(), z.contiguous()
     batch, tokens, width = x.shape
     made = rows_like(x, None)
-    rows, block, warps = tile(width, most=1024)
+    rows, block, warps = part(width)
     _blend_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
         x, y, z, alpha, add, made[0], tokens, width, add.stride(0), ROWS=rows, BLOCK=block, num_warps=warps
     )

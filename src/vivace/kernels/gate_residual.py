@@ -14,11 +14,11 @@ from vivace.kernels.row import (
     load_columns,
     load_vector,
     of_tokens,
+    part,
     rows_like,
     rows_ref,
     strides_of,
     terms,
-    tile,
     tokens_of,
     vector_ref,
 )
@@ -73,7 +73,7 @@ def _launch(
 ) -> list[torch.Tensor]:
     batch, tokens, width = x.shape
     made = rows_like(x, None)
-    rows, block, warps = tile(width, most=1024)
+    rows, block, warps = part(width)
     _gate_residual_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
         x, y, gate, gate_base, bias, made[0],
         tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), *strides_of(gate),

@@ -14,7 +14,9 @@ from vivace.kernels.row import (
     E4M3_LIMIT,
     Quantize,
     RowScaled,
+    columns_of,
     limit_of,
+    part,
     rows_like,
     rows_ref,
     shaped,
@@ -32,29 +34,29 @@ def glu_ref(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -
 
 @jit(do_not_specialize=("tokens",))
 def _glu_kernel(
-    a, b, out, row_scale, tokens, width, a_batch, a_token, b_batch, b_token,
-    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, out, row_scale, tokens, a_batch, a_token, b_batch, b_token,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(width, BLOCK)
+    blocks = tl.cdiv(WIDTH, BLOCK)
     rows = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
     far = rows.to(tl.int64)[:, None]
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    columns = (tl.program_id(0) % blocks) * BLOCK + columns_of(BLOCK)
+    mask = (rows < tokens)[:, None] & (columns < WIDTH)[None, :]
 
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(b + batch * b_batch + far * b_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     y = x * activation(gate, KIND, LIMIT == E4M3_LIMIT)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, kind: str, quantize: str | None) -> list[torch.Tensor]:
     batch, tokens, width = a.shape
     made = rows_like(a, quantize)
-    rows, block, warps = tile(width) if quantize else tile(width, most=1024)
+    rows, block, warps = tile(width) if quantize else part(width)
     _glu_kernel[(ceil_div(tokens, rows) * ceil_div(width, block), batch)](
-        a, b, made[0], made[-1], tokens, width, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-        KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        a, b, made[0], made[-1], tokens, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        WIDTH=width, KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 

@@ -14,6 +14,7 @@ from vivace.kernels.row import (
     HeadScaled,
     Quantize,
     RowScaled,
+    columns_of,
     extremes,
     factors,
     limit_of,
@@ -45,32 +46,32 @@ def join_activate_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _join_activate_kernel(
-    a, a_scale, b, c, out, row_scale, tokens, a_width, b_width,
+    a, a_scale, b, c, out, row_scale, tokens,
     a_batch, a_token, b_batch, b_token, c_batch, c_token,
-    DEPTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
-    A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr,
+    A_WIDTH: tl.constexpr, B_WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there, far = (rows < tokens)[:, None], rows.to(tl.int64)[:, None]
 
     # Each half has a tile of its own: in one over both, every thread would load for either half, and mask one away.
-    columns = tl.arange(0, A_BLOCK)
-    a_mask = there & (columns < a_width)[None, :]
+    columns = columns_of(A_BLOCK)
+    a_mask = there & (columns < A_WIDTH)[None, :]
     x = tl.load(a + batch * a_batch + far * a_token + columns[None, :], mask=a_mask, other=0.0).to(tl.float32)
     if a_scale is not None:
-        scales = a_scale + batch * (a_width // DEPTH) + columns // DEPTH
-        x = x * tl.load(scales, mask=columns < a_width, other=0.0)[None, :]
+        scales = a_scale + batch * (A_WIDTH // DEPTH) + columns // DEPTH
+        x = x * tl.load(scales, mask=columns < A_WIDTH, other=0.0)[None, :]
     x_out = columns[None, :]
 
-    columns = tl.arange(0, B_BLOCK)
-    b_mask = there & (columns < b_width)[None, :]
+    columns = columns_of(B_BLOCK)
+    b_mask = there & (columns < B_WIDTH)[None, :]
     y = tl.load(b + batch * b_batch + far * b_token + columns[None, :], mask=b_mask, other=0.0).to(tl.float32)
     y = activation(y, KIND, LIMIT == E4M3_LIMIT)
     if c is not None:
         at = c + batch * c_batch + far * c_token + columns[None, :]
         y = y * tl.load(at, mask=b_mask, other=0.0).to(tl.float32)
-    y_out = a_width + columns[None, :]
+    y_out = A_WIDTH + columns[None, :]
 
     kind: tl.constexpr = out.dtype.element_ty
     first = batch * tokens
@@ -80,7 +81,7 @@ def _join_activate_kernel(
         scale, offset = factors(tl.minimum(x_low, y_low), tl.maximum(x_high, y_high), kind, LIMIT)
         store_factors(row_scale, first, rows, scale, offset, tokens, kind)
         x, y = scaled(x, a_mask, scale, offset, kind), scaled(y, b_mask, scale, offset, kind)
-    out += (first + rows)[:, None] * (a_width + b_width)
+    out += (first + rows)[:, None] * (A_WIDTH + B_WIDTH)
     tl.store(out + x_out, x.to(kind), mask=a_mask)
     tl.store(out + y_out, y.to(kind), mask=b_mask)
 
@@ -98,9 +99,10 @@ def _launch(
     made = rows_like(b, quantize, width=a_width + b_width)
     rows, _, warps = tile(a_width + b_width)
     _join_activate_kernel[(ceil_div(tokens, rows), batch)](
-        a, a_scale, b, c, made[0], made[-1], tokens, a_width, b_width,
+        a, a_scale, b, c, made[0], made[-1], tokens,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         *((0, 0) if c is None else c.stride()[:2]),
+        A_WIDTH=a_width, B_WIDTH=b_width,
         # A constant, because a division by one is a shift.
         DEPTH=1 if a_scale is None else a_width // a_scale.shape[1],
         KIND=kind, LIMIT=limit_of(quantize), ROWS=rows, num_warps=warps,

@@ -13,7 +13,7 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import tile
+from vivace.kernels.row import columns_of, tile
 
 SCHEMA = "merge_heads(Tensor places, Tensor[] outs, Tensor[] lses, float[] signs, bool[] permuted) -> Tensor[]"
 
@@ -38,31 +38,32 @@ def merge_heads_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _merge_heads_kernel(
-    places, outs, lses, signs, made, tokens, width, heads,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    places, outs, lses, signs, made, tokens,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, PERMUTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
+    columns = columns_of(BLOCK)
     there = rows < tokens
-    mask = there[:, None] & (columns < width)[None, :]
+    mask = there[:, None] & (columns < HEADS * DEPTH)[None, :]
     first = tl.program_id(1).to(tl.int64) * tokens
     moved = tl.load(places + rows, mask=there, other=0)
 
     # Twice over the log-sum-exps, which are small: the largest first, so that no exponential overflows.
     most = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
     for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        at = (first + (moved if PERMUTED[i] else rows))[:, None] * heads + (columns // DEPTH)[None, :]
+        at = (first + (moved if PERMUTED[i] else rows))[:, None] * HEADS + (columns // DEPTH)[None, :]
         most = tl.maximum(most, tl.load(lses[i] + at, mask=mask, other=0.0))
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     merged = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         row = first + (moved if PERMUTED[i] else rows)
-        lse = tl.load(lses[i] + row[:, None] * heads + (columns // DEPTH)[None, :], mask=mask, other=0.0)
+        lse = tl.load(lses[i] + row[:, None] * HEADS + (columns // DEPTH)[None, :], mask=mask, other=0.0)
         weight = signs[i] * tl.exp(lse - most)
-        x = tl.load(outs[i] + row[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(outs[i] + row[:, None] * HEADS * DEPTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         total += weight
         merged += weight * x
-    out = made + (first + rows)[:, None] * width + columns[None, :]
+    out = made + (first + rows)[:, None] * HEADS * DEPTH + columns[None, :]
     tl.store(out, (merged / total).to(made.dtype.element_ty), mask=mask)
 
 
@@ -77,8 +78,9 @@ def _launch(
     made = torch.empty_like(outs[0])
     rows, block, warps = tile(heads * depth)
     _merge_heads_kernel[(ceil_div(tokens, rows), batch)](
-        places, tuple(outs), tuple(lses), tuple(map(float, signs)), made, tokens, heads * depth, heads,
-        DEPTH=depth, PARTS=len(outs), PERMUTED=tuple(map(bool, permuted)), ROWS=rows, BLOCK=block, num_warps=warps,
+        places, tuple(outs), tuple(lses), tuple(map(float, signs)), made, tokens,
+        HEADS=heads, DEPTH=depth, PARTS=len(outs), PERMUTED=tuple(map(bool, permuted)),
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return [made]
 

@@ -13,6 +13,7 @@ from vivace.kernels.row import (
     RowScaled,
     Vector,
     check_vectors,
+    columns_of,
     limit_of,
     load_columns,
     load_vector,
@@ -60,17 +61,18 @@ def norm_modulate_ref(
 @jit(do_not_specialize=("tokens",))
 def _norm_modulate_kernel(
     x, scale, shift, scale_base, shift_base, weight, bias, out, row_scale,
-    tokens, width, x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token, eps,
-    KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token, eps,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    columns = columns_of(BLOCK)
+    inside = columns < WIDTH
     mask = (rows < tokens)[:, None] & inside[None, :]
 
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
-    y = normalize(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, width, eps, KIND)
+    y = normalize(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, WIDTH, eps, KIND)
     if weight is not None:
         y = y * load_columns(weight, columns, inside)
     if bias is not None:
@@ -80,7 +82,7 @@ def _norm_modulate_kernel(
         y = y * (1.0 + load_vector(scale, scale_base, sample, scale_token, rows, columns, inside, mask, EACH))
     if shift is not None:
         y = y + load_vector(shift, shift_base, batch * shift_batch, shift_token, rows, columns, inside, mask, EACH)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(
@@ -100,8 +102,9 @@ def _launch(
     rows, block, warps = tile(width)
     _norm_modulate_kernel[(ceil_div(tokens, rows), batch)](
         x, scale, shift, scale_base, shift_base, weight, bias, made[0], made[-1],
-        tokens, width, x.stride(0), x.stride(1), *strides_of(scale, shift), eps,
-        KIND=kind, EACH=of_tokens(scale, shift), LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        tokens, x.stride(0), x.stride(1), *strides_of(scale, shift), eps,
+        WIDTH=width, KIND=kind, EACH=of_tokens(scale, shift), LIMIT=limit_of(quantize),
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 

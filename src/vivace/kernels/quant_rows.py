@@ -8,7 +8,17 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import Quantize, RowScaled, limit_of, rows_like, rows_ref, store_rows, tile, tokens_of
+from vivace.kernels.row import (
+    Quantize,
+    RowScaled,
+    columns_of,
+    limit_of,
+    rows_like,
+    rows_ref,
+    store_rows,
+    tile,
+    tokens_of,
+)
 
 SCHEMA = "quant_rows(Tensor x, str quantize) -> Tensor[]"
 
@@ -20,15 +30,16 @@ def quant_rows_ref(x: torch.Tensor, quantize: str) -> list[torch.Tensor]:
 
 @jit(do_not_specialize=("tokens",))
 def _quant_rows_kernel(
-    x, out, row_scale, tokens, width, x_batch, x_token, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, out, row_scale, tokens, x_batch, x_token,
+    WIDTH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    columns = columns_of(BLOCK)
+    mask = (rows < tokens)[:, None] & (columns < WIDTH)[None, :]
     at = batch * x_batch + rows.to(tl.int64)[:, None] * x_token + columns[None, :]
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(x: torch.Tensor, quantize: str) -> list[torch.Tensor]:
@@ -36,8 +47,8 @@ def _launch(x: torch.Tensor, quantize: str) -> list[torch.Tensor]:
     made = rows_like(x, quantize)
     rows, block, warps = tile(width)
     _quant_rows_kernel[(ceil_div(tokens, rows), batch)](
-        x, made[0], made[1], tokens, width, x.stride(0), x.stride(1),
-        LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        x, made[0], made[1], tokens, x.stride(0), x.stride(1),
+        WIDTH=width, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 

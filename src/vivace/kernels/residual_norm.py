@@ -19,6 +19,7 @@ from vivace.kernels.row import (
     RowScaled,
     Vector,
     check_vectors,
+    columns_of,
     limit_of,
     load_columns,
     load_vector,
@@ -67,21 +68,22 @@ def residual_norm_ref(
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
     x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias, h, out, row_scale,
-    tokens, width, x_batch, x_token, y_batch, y_token, add_batch,
+    tokens, x_batch, x_token, y_batch, y_token, add_batch,
     gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token, eps,
-    KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     far = rows.to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    columns = columns_of(BLOCK)
+    inside = columns < WIDTH
     mask = (rows < tokens)[:, None] & inside[None, :]
 
     branch = tl.load(y + batch * y_batch + far * y_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(x + batch * x_batch + far * x_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if y_weight is not None:
-        branch = normalize(branch, mask, width, eps, "rms") * load_columns(y_weight, columns, inside)
+        branch = normalize(branch, mask, WIDTH, eps, "rms") * load_columns(y_weight, columns, inside)
     if gate is not None:
         sample = batch * gate_batch
         branch = branch * load_vector(gate, gate_base, sample, gate_token, rows, columns, inside, mask, EACH)
@@ -89,9 +91,9 @@ def _residual_norm_kernel(
     if add is not None:
         stream = stream + load_columns(add + batch * add_batch, columns, inside)
     first = batch * tokens
-    store_rows(h, h, first, rows, columns, stream, mask, tokens, width, 0.0)
+    store_rows(h, h, first, rows, columns, stream, mask, tokens, WIDTH, 0.0)
 
-    normed = normalize(stream, mask, width, eps, KIND)
+    normed = normalize(stream, mask, WIDTH, eps, KIND)
     if weight is not None:
         normed = normed * load_columns(weight, columns, inside)
     if bias is not None:
@@ -102,7 +104,7 @@ def _residual_norm_kernel(
     if shift is not None:
         sample = batch * shift_batch
         normed = normed + load_vector(shift, shift_base, sample, shift_token, rows, columns, inside, mask, EACH)
-    store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, width, LIMIT)
+    store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(
@@ -127,9 +129,9 @@ def _launch(
     rows, block, warps = tile(width)
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
         x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
-        made[0], made[1], made[-1], tokens, width, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        made[0], made[1], made[-1], tokens, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
         0 if add is None else add.stride(0), *strides_of(gate, scale, shift), eps,
-        KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
+        WIDTH=width, KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
         ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made

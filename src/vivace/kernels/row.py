@@ -86,6 +86,10 @@ E4M3_LIMIT = tl.constexpr(448.0) if tl else 448.0
 TOLERANCE: dict[torch.dtype, tuple[float, float]] = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.int8: (0.0, 1.0)}
 
 
+MOST_VALUES = 40
+"""Columns of a row that a thread holds at most, as long as there are more threads to take."""
+
+
 class Tile(NamedTuple):
     """How a program covers its rows: `rows` of them, `block` columns (a power of two), by `warps` warps."""
 
@@ -94,15 +98,32 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(width: int, *, most: int = 65536) -> Tile:
-    """The tile of a row kernel over `width` columns, in blocks of at most `most`.
+def tile(width: int) -> Tile:
+    """The tile of a kernel that holds whole rows of `width` columns.
 
-    About 4096 elements a program: 32 for each of 128 threads keep enough loads in flight for full bandwidth, with many
-    programs on a multiprocessor. Wider rows get more warps; narrow ones share a program.
+    A warp covers 256 columns at a time (`columns_of`), and what of the block lies beyond the width is known when the
+    kernel is compiled: no thread computes it. So few warps as hold a row share it, most often one, which then waits
+    for no other; 20 to 40 values a thread keep enough loads in flight, and narrow rows share a warp.
     """
-    block = min(power_of_two(width), most)
-    rows = max(1, min(16, 4096 // block))
-    return Tile(rows, block, max(1, min(16, rows * block // 1024)))
+    block = power_of_two(width)
+    enough = (warps for warps in (1, 2, 4, 8) if _covered(width, warps) <= MOST_VALUES * 32 * warps)
+    warps = next(enough, 16)
+    rows = max(1, min(16, 1024 * warps // min(block, _covered(width, warps))))
+    return Tile(rows, block, warps)
+
+
+def _covered(width: int, warps: int) -> int:
+    """Columns that `warps` warps go through for a row, in steps of 256 each."""
+    step = 256 * warps
+    return (width + step - 1) // step * step
+
+
+def part(width: int) -> Tile:
+    """The tile of a kernel that needs no whole rows: 4096 values, in columns of which few lie beyond `width`."""
+    blocks = (1024, 512, 256, 128, 64)
+    block = min(power_of_two(width), min(blocks, key=lambda block: -width % block))
+    rows = min(16, 4096 // block)
+    return Tile(rows, block, max(1, rows * block // 1024))
 
 
 def tokens_of(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -190,6 +211,15 @@ def norm_ref(x: torch.Tensor, eps: float, kind: str) -> torch.Tensor:
     """LayerNorm ("layer") or RMSNorm ("rms") of the last dimension of `x` (fp32), without weights."""
     x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@jit
+def columns_of(BLOCK: tl.constexpr):
+    """A tile's columns, eight to a thread: 16 bytes in 16 bit.
+
+    Left alone, a store in 8 bits asks for sixteen, and all that was computed moves to other threads before it.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK), 8)
 
 
 @jit

@@ -8,7 +8,17 @@ import torch
 
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, tl
-from vivace.kernels.row import FORMATS, HeadScaled, Quantize, RowScaled, limit_of, rows_ref, store_rows, tile
+from vivace.kernels.row import (
+    FORMATS,
+    HeadScaled,
+    Quantize,
+    RowScaled,
+    columns_of,
+    limit_of,
+    rows_ref,
+    store_rows,
+    tile,
+)
 
 SCHEMA = "unscale_heads(Tensor x, Tensor scale, ScalarType dtype, str? quantize) -> Tensor[]"
 
@@ -22,18 +32,18 @@ def unscale_heads_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _unscale_heads_kernel(
-    x, scale, out, row_scale, tokens, width, x_batch,
-    DEPTH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, scale, out, row_scale, tokens, x_batch,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    columns = columns_of(BLOCK)
+    inside = columns < WIDTH
     mask = (rows < tokens)[:, None] & inside[None, :]
-    at = x + batch * x_batch + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    at = x + batch * x_batch + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    y = y * tl.load(scale + batch * (width // DEPTH) + columns // DEPTH, mask=inside, other=0.0)[None, :]
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, width, LIMIT)
+    y = y * tl.load(scale + batch * (WIDTH // DEPTH) + columns // DEPTH, mask=inside, other=0.0)[None, :]
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
 
 
 def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: str | None) -> list[torch.Tensor]:
@@ -44,8 +54,8 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantize: 
         made.append(torch.empty(batch, tokens, FORMATS[quantize].factors, device=x.device, dtype=torch.float32))
     rows, block, warps = tile(width)
     _unscale_heads_kernel[(ceil_div(tokens, rows), batch)](
-        x, scale, made[0], made[-1], tokens, width, x.stride(0),
-        DEPTH=depth, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
+        x, scale, made[0], made[-1], tokens, x.stride(0),
+        WIDTH=width, DEPTH=depth, LIMIT=limit_of(quantize), ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return made
 
