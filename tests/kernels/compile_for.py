@@ -81,8 +81,9 @@ def main():
 def widest(asm, kernel, case):
     # Products load through asynchronous copies, of 16 bytes as well.
     loads = "ld.global.v4.b32" in asm or ("cp.async.cg.shared.global" in asm and ", 0x10" in asm)
-    stores = "st.global.v4.b32" in asm or writes_little(kernel, case)
-    return "v4" if loads and stores else "narrow"
+    # What is read in 16 bit and written in 8 stays with its thread: 16 bytes in, 8 out.
+    stores = "st.global.v4.b32" in asm or (case.sizes.get("quantize") and "st.global.v2.b32" in asm)
+    return "wide" if loads and (stores or writes_little(kernel, case)) else "narrow"
 
 
 if __name__ == "__main__":

@@ -39,19 +39,49 @@ def activate_ref(x: torch.Tensor, kind: str, quantize: str | None) -> list[torch
 
 
 @jit
+def _exp2(x):
+    """2^x by one instruction, within 2^-22; `tl.exp2` adds four for what is too small to be normal."""
+    if EMULATED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@jit
+def _reciprocal(x):
+    """1 / x by one instruction, within 2^-23; a division adds four for what is too large for it."""
+    if EMULATED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@jit
 def _sigmoid(x, COARSE: tl.constexpr):
-    """With COARSE to 11 bits, by one instruction instead of two slow ones: enough for e4m3, which keeps 4."""
+    """With COARSE to 11 bits, by one slow instruction instead of two: enough for e4m3, which keeps 4."""
     if COARSE and not EMULATED:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, True, 1)
         return 0.5 * half + 0.5  # pyright: ignore[reportOperatorIssue]
-    return tl.sigmoid(x)
+    return _reciprocal(1.0 + _exp2(x * -1.4426950408889634))
+
+
+@jit
+def _gelu(x):
+    """x P(x) of the normal distribution P, as max(x, 0) - |x| P(-|x|): erfc by Abramowitz and Stegun, 7.1.26.
+
+    Within 2e-7; half of the instructions of `tl.erf`.
+    """
+    # Beyond 14 nothing is left of P(-|x|), and an infinite |x| times nothing would be no number.
+    far = tl.minimum(tl.abs(x), 14.0)
+    t = _reciprocal(1.0 + 0.23164189 * far)
+    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    tail = far * series * _exp2(-0.72134752 * far * far)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - tail
 
 
 @jit
 def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
     """The activation of `x` (fp32); COARSE where the result is rounded to e4m3.
 
-    Coarse, "gelu" takes one slow instruction in place of an erf, and is within 3e-4.
+    Coarse, "gelu" takes one slow instruction in place of two, and is within 3e-4.
     """
     if KIND == "silu":
         return x * _sigmoid(x, COARSE)
@@ -60,7 +90,7 @@ def activation(x, KIND: tl.constexpr, COARSE: tl.constexpr):
             # ln(P(x) / P(-x)) of the normal distribution P, fitted up to 5; its tails come out within 1.3 %.
             square = tl.minimum(x * x, 30.0)
             return x * _sigmoid(x * (1.5957691 + square * (0.0728806398 - 0.000659531818 * square)), COARSE)
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return _gelu(x)
     # 0.5 * (1 + tanh(u)) is sigmoid(2 u), and 2 * sqrt(2 / pi) is 1.5957...
     return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), COARSE)
 

@@ -13,7 +13,6 @@ from vivace.kernels.row import (
     HeadScaled,
     Quantize,
     RowScaled,
-    columns_of,
     limit_of,
     rows_ref,
     store_rows,
@@ -37,7 +36,7 @@ def _unscale_heads_kernel(
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = columns_of(BLOCK)
+    columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     mask = (rows < tokens)[:, None] & inside[None, :]
     at = x + batch * x_batch + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
