@@ -47,6 +47,17 @@ def test_compiles_once(capability, tmp_path):
         assert widest == "wide", f"{kernel}, {case}: memory is not accessed 16 bytes at a time"
 
 
+def test_row_kernels_take_fewer_instructions_than_their_bytes_leave_time_for(tmp_path):
+    """At the H200's clock and bandwidth a multiprocessor has 38 issue slots for the 6 bytes of an element."""
+    pytest.importorskip("triton")
+    rows = run_for("slots_for.py", tmp_path, "90", "residual_norm", "glu")
+    assert len(rows) == len(KERNELS["residual_norm"].bench) + len(KERNELS["glu"].bench)
+    for kernel, case, slots, slow, registers in rows:
+        assert 5 < float(slots) < 38, f"{kernel}, {case}: {slots} slots an element"
+        assert float(slow) < 3, f"{kernel}, {case}: {slow} slow instructions an element"
+        assert int(registers) < 160, f"{kernel}, {case}: {registers} registers"
+
+
 def test_a_rehearsal_meets_every_kernel_that_any_size_needs(tmp_path):
     pytest.importorskip("triton")
     for family, rehearsed, more in run_for("rehearse_for.py", tmp_path, "90", *REHEARSED):
