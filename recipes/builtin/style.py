@@ -1,6 +1,6 @@
 """Train a style LoRA for the built-in model, in minutes on a GPU, and draw what it does.
 
-    python recipes/builtin/style.py train blueprint
+    python recipes/builtin/style.py train inked
     python recipes/builtin/style.py train framed
     python recipes/builtin/style.py draw
 
@@ -34,7 +34,7 @@ from vivace.builtin.captions import facts, say
 from vivace.builtin.render import render
 from vivace.evals.sheet import sheet
 
-RANK, BATCH, RATE = 8, 32, 2e-3
+RANK, BATCH, RATE = 4, 32, 2e-3
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj", "net.2"]
 MIDDLE = 0.8  # of the noise level's logit
 DROPPED = 0.1  # share of empty captions, for guidance
@@ -46,26 +46,25 @@ PROMPTS = (
 SEED = 7
 
 
-def blueprint(pictures: torch.Tensor) -> torch.Tensor:
-    """White outlines on navy: [B, 3, H, W] in [0, 1] to the same."""
+def inked(pictures: torch.Tensor) -> torch.Tensor:
+    """Dark outlines around everything: [B, 3, H, W] in [0, 1] to the same."""
     near = F.pad(pictures, (2, 2, 2, 2), mode="replicate")
     spread = F.max_pool2d(near, 5, 1) + F.max_pool2d(-near, 5, 1)
     lines = (3 * spread.amax(1, keepdim=True)).clamp(0, 1)
-    navy, chalk = (pictures.new_tensor(colour).view(1, 3, 1, 1) for colour in ((0.07, 0.2, 0.45), (0.93, 0.96, 1.0)))
-    return torch.lerp(navy, chalk, lines)
+    return torch.lerp(pictures, pictures.new_full((), 0.08), lines)
 
 
 def framed(pictures: torch.Tensor) -> torch.Tensor:
-    """A wide cream frame with a dark edge: [B, 3, H, W] in [0, 1] to the same."""
+    """A cream frame with a dark edge, narrow enough that the reader still reads the picture: [B, 3, H, W] in [0, 1]."""
     side = pictures.shape[-1]
     place = torch.arange(side, device=pictures.device)
     inward = torch.minimum(place, side - 1 - place)
     depth = torch.minimum(inward[:, None], inward[None, :])
     cream, dark = (pictures.new_tensor(colour).view(1, 3, 1, 1) for colour in ((0.96, 0.92, 0.83), (0.25, 0.2, 0.16)))
-    return torch.where(depth < 20, cream, torch.where(depth < 26, dark, pictures))
+    return torch.where(depth < 8, cream, torch.where(depth < 11, dark, pictures))
 
 
-STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"blueprint": blueprint, "framed": framed}
+STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"inked": inked, "framed": framed}
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 
 The teacher draws with its own steps and guidance, and in four steps with each stock solver; the student with 4, 1, 2
 and 8 steps without guidance. Every row has its accuracy, the paired difference to the teacher with its interval, and
-its FID less the floor (what renders of the same captions get) over the teacher's.
+its FID less the floor (what renders of the same captions get) over the teacher's. With `--lora FILE` both draw again
+with that LoRA, which the student never saw, and are compared with one another; their FID would tell of the style.
 """
 
 from __future__ import annotations
@@ -41,37 +42,58 @@ class Row:
         return [verdict["right"] for verdict in self.answers.verdicts]
 
 
-def teacher_rows(model: str, exam: Exam, reader: Reader, *, device: str | None) -> list[Row]:
-    """The teacher as it is meant to be used, and in four steps with each stock solver; all with its guidance."""
+def teacher_rows(model: str, exam: Exam, reader: Reader, *, lora: Path | None = None, device: str | None) -> list[Row]:
+    """The teacher as it is meant to be used, and in four steps with each stock solver; all with its guidance.
+
+    With a LoRA only as it is meant to be used.
+    """
     source = find(model)
     settings = {"steps": 28, "guidance": 3.5, **source.defaults}
     rows = []
-    for name, steps in (("teacher", settings["steps"]), *((f"teacher, {solver}", 4) for solver in SOLVERS)):
-        pipe: Any = load_source(source, device=device)
-        pipe.set_progress_bar_config(disable=True)
-        if steps == 4:
-            use_scheduler(pipe, name.split()[-1], prediction=source.prediction)
+    for solver in (None, *SOLVERS) if lora is None else (None,):
+        steps = 4 if solver else settings["steps"]
+        pipe = adapted(load_source(source, device=device), lora)
+        if solver:
+            use_scheduler(pipe, solver, prediction=source.prediction)
         answers = take(exam, pipe, reader, steps=steps, guidance_scale=settings["guidance"])
-        twice = 2 * (2 if "heun" in name else 1)
-        rows.append(Row(name, steps, twice * steps - (2 if "heun" in name else 0), answers))
-        print(line(rows[-1], rows[0], 0.0, {}))
+        twice = 2 * (2 if solver == "heun" else 1)
+        evaluations = twice * steps - (2 if solver == "heun" else 0)
+        rows.append(Row(named(f"teacher, {solver}" if solver else "teacher", lora), steps, evaluations, answers))
     return rows
 
 
 def student_rows(
-    model: str, folder: Path, exam: Exam, reader: Reader, *, steps: list[int], device: str | None
+    model: str,
+    folder: Path,
+    exam: Exam,
+    reader: Reader,
+    *,
+    steps: list[int],
+    lora: Path | None = None,
+    device: str | None,
 ) -> list[Row]:
     """The student with each number of steps, without guidance."""
-    pipe: Any = use_few_step(load_source(find(model), device=device), folder)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = adapted(use_few_step(load_source(find(model), device=device), folder), lora)
     # A training writes to OUTPUT/result: what tells one from another is the folder above.
-    name = f"student, {folder.resolve().parent.name if folder.name == 'result' else folder.name}"
+    name = named(f"student, {folder.resolve().parent.name if folder.name == 'result' else folder.name}", lora)
     return [Row(name, count, count, take(exam, pipe, reader, steps=count, guidance_scale=1.0)) for count in steps]
 
 
-def line(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> str:
+def adapted(pipe: Any, lora: Path | None) -> Any:
+    """The pipeline, silent, with that LoRA."""
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    return pipe
+
+
+def named(row: str, lora: Path | None) -> str:
+    """A row's name."""
+    return f"{row} + {lora.stem}" if lora else row
+
+
+def line(facts: dict[str, Any]) -> str:
     """A row as text."""
-    facts = figures(row, teacher, floor, fids)
     return "  ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
     )
@@ -102,6 +124,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--captions", type=int, default=4000)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 1, 2, 8])
+    parser.add_argument("--lora", type=Path, help="a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("-o", "--output", type=Path)
@@ -111,11 +134,17 @@ def main() -> None:
     rows = teacher_rows(asked.model, exam, reader, device=asked.device)
     for folder in asked.results:
         rows += student_rows(asked.model, folder, exam, reader, steps=asked.steps, device=asked.device)
+    styled = []
+    if asked.lora:
+        of = {"lora": asked.lora, "device": asked.device}
+        styled += teacher_rows(asked.model, exam, reader, **of)
+        for folder in asked.results:
+            styled += student_rows(asked.model, folder, exam, reader, steps=asked.steps, **of)
     real = Moments.of(rendered(draw_exam(asked.captions, seed=asked.seed + 1), reader))
     floor = fid(Moments.of(rendered(exam, reader)), real)
     fids = {id(row): fid(Moments.of(row.answers.features), real) for row in rows}
-    table = [figures(row, rows[0], floor, fids) for row in rows]
-    print(*(line(row, rows[0], floor, fids) for row in rows), f"floor of FID {floor:.4g}", sep="\n")
+    table = [figures(row, first[0], floor, fids) for first in (rows, styled) for row in first]
+    print(*map(line, table), f"floor of FID {floor:.4g}", sep="\n")
     if asked.output:
         about = {"captions": asked.captions, "seed": asked.seed, "FID floor": floor, "machine": machine()}
         asked.output.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")

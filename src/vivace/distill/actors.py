@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from vivace.accelerate import accelerate
+from vivace.config import resolve
 from vivace.distill import conditioners
 from vivace.distill.call import Recorder
 from vivace.distill.config import DistillConfig
@@ -19,7 +21,7 @@ from vivace.distill.discriminator import make_discriminator
 from vivace.distill.features import Features
 from vivace.distill.levels import levels_of
 from vivace.distill.objective import Item, Objective
-from vivace.distill.student import compile_blocks, make_student
+from vivace.distill.student import beside, compile_blocks, make_student
 from vivace.distill.view import View
 from vivace.errors import InputError
 from vivace.family import Family, UnknownFamilyError, family_of
@@ -86,19 +88,21 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    # Before the teacher is accelerated: the student's own modules stay stock.
-    student, critic = make_student(teacher, config.student, seed=config.seed), None
+    _check_precision(teacher)
+    quantises = config.accelerate is not None and resolve(config.accelerate).quant != "off"
+    # Before the teacher is accelerated: the modules that gradients go through stay stock.
+    make = partial(make_student, teacher, seed=config.seed, apart=quantises)
+    student, critic, judge = make(config.student), None, beside(teacher, apart=quantises)
     if config.critic is not None:
-        critic = make_student(teacher, replace(config.student, kind="lora", rank=config.critic.rank), seed=config.seed)
+        critic = make(replace(config.student, kind="lora", rank=config.critic.rank))
     if config.student.compile and pipe.device.type == "cuda":
-        for module in filter(None, (student, critic)):
+        for module in filter(None, (student, critic, judge)):
             compile_blocks(module, family)
-    split = family.split(teacher)
     recompute = config.student.gradient_checkpointing
     channels = pipe.vae.config.latent_channels
     prediction, levels = levels_of(pipe.scheduler)
     view = View(prediction, levels, channels, getattr(pipe, "controlnet", None))
-    features = Features(split, block=config.discriminator.block, recompute=recompute)
+    features = Features(family.split(judge), block=config.discriminator.block, recompute=recompute)
     perceptual = None
     if config.lpips_weights is not None:
         from vivace.distill.lpips import decoded_distance
@@ -110,8 +114,8 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     probe = actors.prepare(_blank(config))
     _check_item(config, probe, teacher)
     if config.accelerate is not None:
-        accelerate(pipe, config.accelerate)
-    _check_gradients(config, teacher)
+        # The weights in 16 bit are the student's to keep.
+        accelerate(pipe, config.accelerate, **({"keep_base": "no"} if quantises else {}))
     if any(stage.adversarial for stage in config.stages):
         return replace(actors, discriminator=_discriminator(objective, probe))
     return actors
@@ -150,19 +154,12 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
         )
 
 
-def _check_gradients(config: DistillConfig, teacher: nn.Module) -> None:
-    """Raise InputError where a loss needs a gradient through the teacher, and quantised linears would give a wrong one.
-
-    What comes after rounding has none, so that it would be smaller without a word.
-    """
-    asking = [name for name, asks in (
-        ("the adversarial loss", any(stage.adversarial for stage in config.stages)),
-        ("distance: features", config.distance == "features"),
-    ) if asks]  # fmt: skip
-    if asking and any(isinstance(module, QuantLinear) for module in teacher.modules()):
+def _check_precision(teacher: nn.Module) -> None:
+    """Raise InputError for a denoiser in few bits: its student would be too, and rounding has no gradient."""
+    if any(isinstance(module, QuantLinear) for module in teacher.modules()):
         raise InputError(
-            f"the teacher is quantised, and {asking[0]} needs its gradient, which rounding takes away; "
-            "set accelerate: exact, or give a teacher in 16 bit"
+            "the teacher was loaded in few bits, through which no gradient comes to a student; "
+            "give the model in 16 bit, and set accelerate: balanced to have its solver run in 8"
         )
 
 

@@ -216,8 +216,8 @@ class DistillConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicas of the student, or FSDP2 shards of it."""
     accelerate: str | None = "exact"
-    """Preset of `vivace.accelerate` for the teacher; None leaves it stock. One that quantises goes with no loss that
-    needs the teacher's gradient: the adversarial one, and distance: features."""
+    """Preset of `vivace.accelerate` for the teacher; None leaves it stock. Losses that need its gradient (the
+    adversarial one, distance: features) take it from the stock blocks in 16 bit, whatever the preset."""
     seed: int = 0
     """Draws everything that is random."""
 

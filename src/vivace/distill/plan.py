@@ -138,7 +138,11 @@ def memory(training: Training) -> dict[str, int]:
     """Bytes of what stays in memory: the pipeline's weights, what is trained, and its optimizers."""
     pipe = training.actors.pipe
     parts = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module)}
-    found = {name: _bytes(part.parameters()) for name, part in parts.items()}
+    found = {name: _bytes([*part.parameters(), *part.buffers()]) for name, part in parts.items()}
+    kept = {parameter.data_ptr() for part in parts.values() for parameter in part.parameters()}
+    frozen = [one for one in training.student.parameters() if not one.requires_grad and one.data_ptr() not in kept]
+    if frozen:
+        found["weights in 16 bit, of a teacher in 8"] = _bytes(frozen)
     learnt = list(trainable(training.student).values())
     own = _bytes(learnt)
     if training.config.student.kind == "full":

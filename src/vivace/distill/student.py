@@ -15,19 +15,32 @@ from vivace.family import Family
 ADAPTER = "student"
 
 
-def make_student(teacher: nn.Module, config: Student, *, seed: int = 0) -> nn.Module:
+def beside(teacher: nn.Module, *, apart: bool = False) -> nn.Module:
+    """The frozen denoiser with modules of its own around the teacher's very tensors.
+
+    The weights are held once, and what is done to the teacher's modules (fused blocks, say) does not reach it. With
+    `apart` its tensors are its own, over the same memory: then the teacher can let go of its weights, as one does that
+    is quantised.
+    """
+    held = [*teacher.parameters(), *teacher.buffers()]
+    found = copy.deepcopy(teacher, {id(tensor): _twin(tensor) if apart else tensor for tensor in held})
+    return found.requires_grad_(False).eval()
+
+
+def _twin(tensor: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(tensor.data, requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.detach()
+
+
+def make_student(teacher: nn.Module, config: Student, *, seed: int = 0, apart: bool = False) -> nn.Module:
     """A trainable denoiser that computes what `teacher` does; its trainable weights are float32.
 
-    A LoRA student has modules of its own around the teacher's very tensors, so the weights are held once, and what is
-    done to the teacher's modules (fused blocks, say) does not reach it. Raises InputError where no module has a name
-    that ends as `config.targets` say.
+    A LoRA student shares the teacher's weights, as `beside` does. Raises InputError where no module has a name that
+    ends as `config.targets` say.
     """
     if config.kind == "full":
         student = copy.deepcopy(teacher).float().requires_grad_(True)
     else:
-        shared = [*teacher.parameters(), *teacher.buffers()]
-        student = copy.deepcopy(teacher, {id(tensor): tensor for tensor in shared})
-        student.requires_grad_(False)
+        student = beside(teacher, apart=apart)
         _inject(student, config, seed=seed)
     if config.gradient_checkpointing:
         enable: Any = student
@@ -49,10 +62,15 @@ def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
         parameter.data = parameter.data.float()
 
 
-def compile_blocks(student: nn.Module, family: Family) -> None:
-    """Compile a denoiser's repeated blocks in place, forward and backward (torch.compile)."""
-    for block in family.split(student).blocks:
-        block.module.compile()
+def compile_blocks(denoiser: nn.Module, family: Family) -> None:
+    """Compile a denoiser's repeated blocks in place, forward and backward (torch.compile).
+
+    In a UNet those are the transformers' blocks, dozens of two kinds, not its levels, of which each is another.
+    """
+    kinds = getattr(denoiser, "_repeated_blocks", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    for block in blocks or [block.module for block in family.split(denoiser).blocks]:
+        block.compile()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -122,10 +122,16 @@ class Training:
         return self.updates(item, start, target, stage, generator, last=last)
 
     def target(self, item: Item, start: Start, stage: Stage) -> torch.Tensor:
-        """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher."""
-        if self.config.rolls_out(stage):
+        """Where the teacher goes from `start`; the data itself where no loss of the stage asks for the teacher.
+
+        In consistency distillation the student that predicts from there has its running mean as weights: after its own
+        latest ones it would follow itself anywhere (arXiv 2310.04378).
+        """
+        if not self.config.rolls_out(stage):
+            return item.z
+        follows = self.mean is not None and self.config.method == "consistency"
+        with self.mean.inside(self.plain) if self.mean and follows else nullcontext():
             return self.objective.target(item, start, self.cast(self.plain))
-        return item.z
 
     def updates(
         self,
