@@ -4,7 +4,8 @@
     python recipes/distill/true_size.py sd3 -o benchmarks/<date>-<gpu>-distill-sd3.json
 
 Nothing is downloaded: the denoiser, VAE and text encoders have the published shapes and random weights, the pictures
-are the built-in model's world at the config's size. SD3 runs without T5. `--tiny` tries the script itself anywhere.
+are the built-in model's world at the config's size. SD3 runs without T5. `--set student.compile=true` compiles the
+student on both sides. `--tiny` tries the script itself anywhere.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import vivace
 from vivace.distill import Data, DistillConfig, Records, read_config
 from vivace.distill.plan import Plan, make_plan
 from vivace.families import FAMILIES
@@ -56,37 +59,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("sdxl", "sd3"))
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--batch", type=int, help="pictures in a batch; the config's where not given")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--presets", nargs="+", default=["exact", "fast"], help="of the teacher, beside stock")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
-    config = read_config(asked.model)
-    config = dataclasses.replace(
-        config, data=Data(kind="builtin"), records=Records(trackers=()), batch=asked.batch or config.batch
-    )
+    config = read_config(asked.model, assignments=asked.assignments)
+    config = dataclasses.replace(config, data=Data(kind="builtin"), records=Records(trackers=()))
     if asked.tiny:
         config = dataclasses.replace(config, size=(64, 64))
         pipe = FAMILIES[asked.model].tiny()
     else:
         pipe = pipeline(asked.model, device="cuda")
-    plans = {
-        name: measured(dataclasses.replace(config, accelerate=preset), pipe, repeats=asked.repeats)
-        for name, preset in (("stock", None), ("fast lane", "exact"))
-    }
-    pairs = zip(plans["stock"].stages, plans["fast lane"].stages, strict=True)
-    faster = [stock.seconds / fast.seconds for stock, fast in pairs]
-    report = {
-        "command": f"python recipes/distill/true_size.py {asked.model}",
-        "machine": machine(),
-        "config": config.to_dict(),
-        **{name: plan.to_dict() for name, plan in plans.items()},
-        "times as fast, by stage": faster,
-    }
-    if asked.output:
-        asked.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for number, (stage, factor) in enumerate(zip(plans["fast lane"].stages, faster, strict=True), start=1):
-        print(f"stage {number}: {stage.seconds:.3f} s a batch, {stage.pictures_per_second:.2f} pictures/s, "
-              f"rollout {stage.rollout:.0%}, {factor:.2f} times stock's speed")  # fmt: skip
+    plans: dict[str, Plan] = {}
+    report = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "config": config.to_dict()}
+    for preset in (None, *asked.presets):
+        vivace.restore(pipe)
+        name = preset or "stock"
+        plans[name] = measured(dataclasses.replace(config, accelerate=preset), pipe, repeats=asked.repeats)
+        report[name] = {**plans[name].to_dict(), "times as fast, by stage": faster(plans["stock"], plans[name])}
+        if asked.output:
+            asked.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for number, (stage, factor) in enumerate(
+            zip(plans[name].stages, faster(plans["stock"], plans[name]), strict=True)
+        ):
+            print(f"{name}, stage {number + 1}: {stage.seconds:.3f} s a batch, {stage.pictures_per_second:.2f} "
+                  f"pictures/s, rollout {stage.rollout:.0%}, {factor:.2f} times stock's speed", flush=True)  # fmt: skip
+
+
+def faster(stock: Plan, plan: Plan) -> list[float]:
+    """How many times as fast a batch of each stage is."""
+    return [one.seconds / other.seconds for one, other in zip(stock.stages, plan.stages, strict=True)]
 
 
 if __name__ == "__main__":

@@ -143,4 +143,5 @@ FLUX = Fused(
     check=check,
     declines=declines,
     build=build,
+    abreast=True,
 )

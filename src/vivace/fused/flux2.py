@@ -146,4 +146,5 @@ FLUX2 = Fused(
     check=check,
     declines=declines,
     build=build,
+    abreast=True,
 )

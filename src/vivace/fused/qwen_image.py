@@ -153,4 +153,5 @@ QWEN_IMAGE = Fused(
     check=check,
     declines=declines,
     build=build,
+    abreast=True,
 )

@@ -152,4 +152,5 @@ SD3 = Fused(
     check=check,
     declines=declines,
     build=build,
+    abreast=True,
 )

@@ -48,7 +48,8 @@ def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int] | 
     )
 
 
-def _check(target: Target) -> str | None:
+def check_graphs(target: Target) -> str | None:
+    """Why the call is not recorded; None when it will be."""
     if target.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {target.device.type}"
     if target.config.check_nan:
@@ -85,9 +86,9 @@ def _forecast(target: Target) -> str:
 
 GRAPHS = Pass(
     name="graphs",
-    why_here="last: it records what all the others made",
+    why_here="after all that changes kernels: it records what they made",
     wants=lambda config: config.graphs,
-    check=_check,
+    check=check_graphs,
     apply=_apply,
     forecast=_forecast,
 )
