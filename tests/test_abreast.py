@@ -29,7 +29,7 @@ def test_a_single_piece_needs_no_stream():
 
 def test_without_graphs_it_is_refused():
     pipe = FAMILIES["flux"].tiny()
-    with pytest.raises(InputError, match="streams='on'.* it is for CUDA graphs: CUDA graphs need a CUDA device"):
+    with pytest.raises(InputError, match=r"streams='on'.* it is for CUDA graphs: CUDA graphs need a CUDA device"):
         vivace.accelerate(pipe, streams="on")
 
 

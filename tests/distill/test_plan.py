@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from vivace.config import PRESETS, Config
 from vivace.distill import Stage, Student
 from vivace.distill import plan as plans
 from vivace.distill.plan import make_plan, teacher_calls
@@ -26,11 +27,24 @@ def test_a_plan_measures_every_stage_and_writes_nothing(config, tmp_path):
     assert all(stage.seconds > 0 and 0 < stage.rollout < 1 for stage in plan.stages)
     assert plan.hours == pytest.approx(sum(s.batches * s.seconds for s in plan.stages) / 3600)
     transformer = FAMILIES["sd3"].tiny().transformer
-    assert plan.memory["transformer"] == sum(4 * p.numel() for p in transformer.parameters())
+    assert plan.memory["transformer"] == sum(
+        4 * tensor.numel() for tensor in (*transformer.parameters(), *transformer.buffers())
+    )
     assert plan.memory["its gradients and AdamW's moments"] == 3 * plan.memory["student"]
     assert plan.memory["running mean"] == plan.memory["student"]
     assert plan.to_dict()["hours"] == plan.hours
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_the_weights_beside_a_quantised_teacher(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "balanced", Config(quant="int8"))
+    exact, quantised = (
+        make_plan(config(tmp_path, accelerate=preset), pipe=FAMILIES["sd3"].tiny()).memory
+        for preset in ("exact", "balanced")
+    )
+    assert quantised["transformer"] < exact["transformer"]
+    assert "weights in 16 bit, of a teacher in 8" not in exact
+    assert quantised["weights in 16 bit, of a teacher in 8"] > exact["transformer"] / 4
 
 
 def test_a_cpu_measures_small_batches(config, tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ from vivace.distill.trainer import make_accelerator, make_training
 from vivace.families import FAMILIES
 
 
-def training_of(config, tmp_path, **fields):
+def training_of(config, tmp_path, *, family="sd3", **fields):
     chosen = config(tmp_path, **fields)
-    return make_training(chosen, make_accelerator(chosen, tmp_path), pipe=FAMILIES["sd3"].tiny())
+    return make_training(chosen, make_accelerator(chosen, tmp_path), pipe=FAMILIES[family].tiny())
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,27 @@ def test_a_stage_without_matching_leaves_the_critic(config, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
+def test_consistency_follows_the_running_mean(config, tmp_path):
+    """The target is predicted with the mean as weights, and the student has its own again afterwards."""
+    student, stages = Student(rank=4, ema=0.9), (Stage(batches=4, steps=8, guidance=(2.0, 2.0)),)
+    training = training_of(config, tmp_path, method="consistency", timesteps="uniform", student=student, stages=stages)
+    generator, item = training.draw()
+    start = training.objective.start(item, training.stage, training.plain, generator)
+    with torch.no_grad():
+        for parameter in trainable(training.plain).values():
+            parameter.add_(0.3)
+    assert training.mean is not None
+    target = training.target(item, start, training.stage)
+    own = training.objective.target(item, start, training.cast(training.plain))
+    with training.mean.inside(training.plain):
+        of_mean = training.objective.target(item, start, training.cast(training.plain))
+    assert torch.equal(target, of_mean)
+    assert not torch.allclose(target, own, atol=1e-3)
+    assert all(
+        float(p.detach().abs().max()) >= 0.3 for name, p in trainable(training.plain).items() if "lora_B" in name
+    )
+
+
 def test_a_critic_that_is_not_finite_stops_the_training(config, tmp_path):
     training = training_of(config, tmp_path, critic=Critic(rank=2, lr=1e-3))
     training.done = 2  # the second stage
@@ -132,16 +153,17 @@ def test_a_critic_that_is_not_finite_stops_the_training(config, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(student, training.plain.parameters(), strict=True))
 
 
-def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["sd3", "sdxl"])
+def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch, family):
     """With the backend that runs eagerly what was traced: the graphs are what compiling could get wrong here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0), matching=0.5),)
-    found = []
+    student, found = Student(rank=4, gradient_checkpointing=True), []
     for compiled in (False, True):
-        training = training_of(config, tmp_path, stages=stages, critic=Critic(rank=2))
+        training = training_of(config, tmp_path, family=family, stages=stages, student=student, critic=Critic(rank=2))
         if compiled:
             for learner in ("student", "critic"):
-                compile_blocks(training.learners[learner].plain, FAMILIES["sd3"])
+                compile_blocks(training.learners[learner].plain, FAMILIES[family])
         blocks = [module for module in training.plain.modules() if module._compiled_call_impl is not None]
         assert bool(blocks) == compiled
         found.append(training.batch())
