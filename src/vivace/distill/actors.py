@@ -69,20 +69,7 @@ class Actors:
 
 def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     """The actors around a teacher pipeline on its device. Raises InputError where `config` asks what it cannot do."""
-    try:
-        family = family_of(pipe)
-    except UnknownFamilyError as error:
-        raise InputError(f"distillation needs a family: {error}") from error
-    known = getattr(getattr(pipe, "vae", None), "config", {})
-    if len(family.denoisers) != 1 or family.media != "image" or not set(known) >= SCALES:
-        raise InputError(
-            f"{family.title} cannot be distilled: that takes one denoiser that makes pictures, and a VAE whose latents "
-            "are scaled by one number"
-        )
-    if any(side % family.multiple for side in config.size):
-        raise InputError(
-            f"size {list(config.size)} cannot be made: {family.title} needs multiples of {family.multiple}"
-        )
+    family = _family_of(config, pipe)
     pipe.set_progress_bar_config(disable=True)
     teacher: Any = getattr(pipe, family.denoisers[0])
     for part in pipe.components.values():
@@ -119,6 +106,25 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     if any(stage.adversarial for stage in config.stages):
         return replace(actors, discriminator=_discriminator(objective, probe))
     return actors
+
+
+def _family_of(config: DistillConfig, pipe: Any) -> Family:
+    """The pipeline's family. Raises InputError for one that cannot be distilled, or not at the config's size."""
+    try:
+        family = family_of(pipe)
+    except UnknownFamilyError as error:
+        raise InputError(f"distillation needs a family: {error}") from error
+    known = getattr(getattr(pipe, "vae", None), "config", {})
+    if len(family.denoisers) != 1 or family.media != "image" or not set(known) >= SCALES:
+        raise InputError(
+            f"{family.title} cannot be distilled: that takes one denoiser that makes pictures, and a VAE whose latents "
+            "are scaled by one number"
+        )
+    if any(side % family.multiple for side in config.size):
+        raise InputError(
+            f"size {list(config.size)} cannot be made: {family.title} needs multiples of {family.multiple}"
+        )
+    return family
 
 
 def _tokens(z: torch.Tensor) -> int:
