@@ -31,11 +31,11 @@ def shortened(config: DistillConfig, share: float) -> DistillConfig:
 
 
 def of_stages(**fields: float) -> Callable[[DistillConfig], DistillConfig]:
-    """Every stage with these fields; one that then weighs nothing has the distance, which every method has."""
+    """Every stage with these fields; one left with no more than the adversary, which alone diverges, has the distance."""
 
     def changed(config: DistillConfig) -> DistillConfig:
         stages = [replace(stage, **fields) for stage in config.stages]
-        idle = [not (stage.distillation or stage.matching or stage.adversarial) for stage in stages]
+        idle = [not (stage.distillation or stage.matching) for stage in stages]
         stages = [replace(stage, distillation=1.0) if one else stage for one, stage in zip(idle, stages, strict=True)]
         critic = config.critic if any(stage.matching for stage in stages) else None
         return replace(config, stages=tuple(stages), critic=critic)
@@ -49,10 +49,10 @@ def one_stage(config: DistillConfig) -> DistillConfig:
 
 
 def consistency(config: DistillConfig) -> DistillConfig:
-    """LCM's way: one solver step, uniform times, no other loss."""
+    """LCM's way: one solver step, uniform times, no other loss, and a rate at which it does not run after itself."""
     stage = Stage(batches=config.batches, steps=32, guidance=config.stages[0].guidance)
     own = {"method": "consistency", "timesteps": "uniform", "distance": "huber", "critic": None}
-    return replace(config, stages=(stage,), **own)
+    return replace(config, stages=(stage,), optimizer=replace(config.optimizer, lr=2e-4), **own)
 
 
 VARIANTS: dict[str, Callable[[DistillConfig], DistillConfig]] = {
