@@ -31,7 +31,7 @@ def shortened(config: DistillConfig, share: float) -> DistillConfig:
 
 
 def of_stages(**fields: float) -> Callable[[DistillConfig], DistillConfig]:
-    """Every stage with these fields; one left with no more than the adversary, which alone diverges, has the distance."""
+    """Every stage with these fields; one left with at most the adversary, which alone diverges, has the distance."""
 
     def changed(config: DistillConfig) -> DistillConfig:
         stages = [replace(stage, **fields) for stage in config.stages]
