@@ -300,3 +300,50 @@ def test_only_safetensors(tmp_path, pipe):
         Engine(models={"tiny": Spec(source=pipe, loras={"style": pickled})})
     with pytest.raises(InputError, match="safetensors"):
         Engine(models={"tiny": str(pickled)})
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/videos"])
+def test_a_charset_that_is_none_for_text_is_the_clients_mistake(http, path, charset):
+    body = b'--x\r\nContent-Disposition: form-data; name="+2AA-"\r\n\r\n1\r\n--x--\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = http.post(path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_form")
+
+
+def test_methods_that_clients_invent_are_counted_as_one(http):
+    for number in range(20):
+        assert http.request(f"INVENTED{number}", "/x").status_code == 404
+    told = http.get("/metrics").text
+    assert "INVENTED" not in told
+    assert 'route="OTHER unknown",status="404"' in told
+
+
+def test_an_unexpected_error_is_counted_and_logged_under_its_requests_name(launch, pipe, monkeypatch, caplog):
+    server = launch({"tiny": pipe})
+
+    def fail(*_):
+        raise KeyError("secret")
+
+    monkeypatch.setattr(server.app.state.server.shelf, "all", fail)
+    answer = server.http.get("/v1/videos")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+    (record,) = [one for one in caplog.records if one.exc_info]
+    assert record.facts == {"request_id": answer.headers["x-request-id"]}
+    assert 'route="GET /v1/videos",status="500"' in server.http.get("/metrics").text
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(shared, caplog):
+    with caplog.at_level("INFO"):
+        connection = socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])))
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"{")
+        time.sleep(0.2)
+        connection.close()
+        deadline = time.monotonic() + 60
+        while not (done := [one for one in caplog.records if one.name == "vivace.serve.access"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert done[0].facts["status"] == 499
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]

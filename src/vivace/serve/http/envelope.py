@@ -68,8 +68,8 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def api_error(error: BaseException) -> ApiError:
-    """The answer for any error. What is not ours to tell becomes a plain 500; the log has the rest."""
+def api_error(error: BaseException, **facts: object) -> ApiError:
+    """The answer for any error. What is not ours to tell becomes a plain 500; the log has the rest, with `facts`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownModelError):
@@ -83,7 +83,7 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, Failure):
         headers = {"Retry-After": "5"} if error.code == "unavailable" else None
         return ApiError(STATUS[error.code], str(error), code=error.code, headers=headers)
-    logger.error("unexpected", exc_info=error)
+    logger.error("unexpected", exc_info=error, extra={"facts": facts})
     return ApiError(500, "an error inside the server; its log says more", code="internal_error")
 
 
@@ -106,7 +106,7 @@ def wrong_fields(problems: list[Any]) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of `app` come out in the envelope."""
+    """Let every error that is known come out of `app` in the envelope."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
@@ -118,5 +118,6 @@ def install(app: FastAPI) -> None:
             return ApiError(error.status_code, text, headers=error.headers).response()
         return api_error(error).response()
 
-    for kind in (RequestValidationError, HTTPException, ApiError, InputError, Failure, Exception):
+    # What else there is, the guard answers.
+    for kind in (RequestValidationError, HTTPException, ApiError, InputError, Failure):
         app.add_exception_handler(kind, answer)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vivace.serve.http.envelope import ApiError
+from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.settings import Settings, loopback
 
 logger = logging.getLogger("vivace.serve.access")
@@ -22,6 +23,9 @@ OPEN = ("/livez", "/readyz")
 
 PICTURES_IN_JSON = ("/sdapi/v1/img2img",)
 """The routes whose JSON carries pictures."""
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+"""The methods that are counted by name: whoever asks may make up others, and each would be remembered."""
 
 PLACELESS = ("/sdapi/v1/interrupt",)
 """The routes that change something and take no place in the queue: they are wanted most when it is full."""
@@ -55,14 +59,14 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.monotonic(), 499
+        started, status, begun = time.monotonic(), 499, False
         # What is around the application may have named it.
         request_id = scope.setdefault("state", {}).setdefault("request_id", secrets.token_hex(8))
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"], headers["x-content-type-options"] = request_id, "nosniff"
                 headers.setdefault("cache-control", "no-store")
@@ -71,12 +75,19 @@ class Guard:
         try:
             self._check(scope)
             await self.app(scope, self._counted(scope, receive), answer)
-        except ApiError as error:
-            await error.response()(scope, receive, answer)
+        except ClientDisconnect:
+            pass  # in the middle of its body
+        except Exception as error:
+            # Answered here, so that it is counted as what it is, and both know its name.
+            told = api_error(error, request_id=request_id)
+            if begun:
+                raise
+            await told.response()(scope, receive, answer)
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "unknown")
-            self.count(f"{scope['method']} {route}", status, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "OTHER"
+            self.count(f"{method} {route}", status, seconds)
             facts = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
             # What the engine's own lines about a request go by.
             jobs = {"jobs": made} if (made := scope["state"].get("jobs")) else {}

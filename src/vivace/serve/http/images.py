@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
-from vivace.serve.http.server import Server, note, read_json, server_of, while_connected
+from vivace.serve.http.server import Server, note, read_form, read_json, server_of, while_connected
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Preview, Progress, Result
 
@@ -59,10 +59,7 @@ async def generations(request: Request) -> Response:
 async def edits(request: Request) -> Response:
     """Pictures from a prompt and other pictures; what is transparent in the mask is painted anew."""
     server = server_of(request)
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(415, "the body has to be multipart/form-data", code="unsupported_type")
-    most = server.settings.most_files
-    async with request.form(max_files=most, max_fields=64, max_part_size=server.settings.most_body) as form:
+    async with read_form(request, most_files=server.settings.most_files) as form:
         order: EditOrder = from_form(EditOrder, form, server.settings, files=FILES)
         images = await pictures(form, "image", "image[]", settings=server.settings)
         masks = await pictures(form, "mask", settings=server.settings)

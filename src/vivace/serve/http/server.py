@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.datastructures import FormData
 
 from vivace.serve.failures import UnknownModelError
 from vivace.serve.http.envelope import ApiError, api_error
@@ -108,6 +110,26 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     return found
+
+
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+@asynccontextmanager
+async def read_form(request: Request, *, most_files: int, most_fields: int = 64) -> AsyncIterator[FormData]:
+    """The body as a form, whose files are there as long as the block lasts. Raises ApiError."""
+    if not is_form(request):
+        raise ApiError(415, "the body has to be multipart/form-data", code="unsupported_type")
+    most_body = server_of(request).settings.most_body
+    try:
+        form = await request.form(max_files=most_files, max_fields=most_fields, max_part_size=most_body)
+    except UnicodeError:  # of a charset that is none for text, which the client chose
+        raise ApiError(400, "the form cannot be read in the charset that it names", code="invalid_form") from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 async def while_connected(request: Request, work: Awaitable[Answer]) -> Answer:

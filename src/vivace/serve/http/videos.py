@@ -20,7 +20,7 @@ from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error
 from vivace.serve.http.images import BINARY
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
-from vivace.serve.http.server import Server, note, read_json, server_of
+from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Progress, Result
 
@@ -38,8 +38,8 @@ async def create(request: Request) -> Response:
     """Begin a video; its record comes back at once."""
     server = server_of(request)
     settings, images = server.settings, []
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        async with request.form(max_files=1, max_fields=64, max_part_size=settings.most_body) as form:
+    if is_form(request):
+        async with read_form(request, most_files=1) as form:
             order: VideoOrder = from_form(VideoOrder, form, settings, files=("input_reference",))
             images = await pictures(form, "input_reference", settings=settings)
     else:

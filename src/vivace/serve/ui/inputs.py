@@ -13,7 +13,7 @@ from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.images import mask_of
 from vivace.serve.http.kept import Kept
-from vivace.serve.http.server import server_of
+from vivace.serve.http.server import read_form, server_of
 from vivace.serve.http.uploads import pictures
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def routes(inputs: Inputs, *, path: str) -> APIRouter:
     @router.post(path, include_in_schema=False)
     async def upload(request: Request) -> Response:
         settings = server_of(request).settings
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise ApiError(415, "the body has to be multipart/form-data", code="unsupported_type")
-        async with request.form(max_files=2, max_fields=0, max_part_size=settings.most_body) as form:
+        async with read_form(request, most_files=2, most_fields=0) as form:
             images = await pictures(form, "image", settings=settings)
             masks = await pictures(form, "mask", settings=settings)
         if len(images) != 1 or len(masks) > 1:
