@@ -26,16 +26,23 @@ class Entry:
     mode: Mode
     order: int = field(default_factory=itertools.count().__next__)
 
+    @property
+    def long(self) -> bool:
+        return self.model.media == "video"
+
 
 class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
     its model's mode holds back later ones of the same model, so that no mode starves another.
 
     A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
+    With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
+    quarter of the waiting places is not for them either.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, *, videos: int | None = None) -> None:
+        self.most, self.videos = most, videos
+        self._videos = 0  # that run
         self._waiting: list[Entry] = []
         self._idle = 0  # threads that wait for a job
         self._coming = 0  # those of them that were woken for one and have not looked yet
@@ -50,7 +57,8 @@ class Backlog:
         with self._changed:
             if self._closed:
                 raise Unavailable("the engine is closing")
-            if len(self) >= self.most:
+            crowded = entry.long and self.videos is not None and self._long >= self.most - self.most // 4
+            if len(self) >= self.most or crowded:
                 raise full()
             self._coming += self._idle > self._coming
             self._waiting.append(entry)
@@ -64,6 +72,7 @@ class Backlog:
                 entry = self._next()
                 if entry is not None:
                     self._waiting.remove(entry)
+                    self._videos += entry.long
                     return entry
                 if self._closed and not self._waiting:
                     return None
@@ -71,6 +80,12 @@ class Backlog:
                 self._changed.wait()
                 self._idle -= 1
                 self._coming = max(0, self._coming - 1)
+
+    def done(self, entry: Entry) -> None:
+        """What was taken is over, and its model free again."""
+        with self._changed:
+            self._videos -= entry.long
+            self._changed.notify_all()
 
     def wake(self) -> None:
         """A model became free."""
@@ -102,10 +117,14 @@ class Backlog:
             self._changed.notify_all()
             return left
 
+    @property
+    def _long(self) -> int:
+        return sum(entry.long for entry in self._waiting)
+
     def _next(self) -> Entry | None:
         held: set[Any] = set()
         for entry in self._waiting:
-            if entry.model in held:
+            if entry.model in held or (entry.long and self.videos is not None and self._videos >= self.videos):
                 continue
             if entry.model.reserve(entry.mode):
                 return entry

@@ -42,11 +42,12 @@ class Engine:
     """Runs requests on one or several models.
 
     `models` maps an alias to what `vivace.load` takes, to a pipeline, or to a Spec; the first alias is the default.
-    `threads` requests run at a time and `queue` more may wait. `batch` requests at most share a call. `memory` is the
-    most bytes of weights that stay loaded, `parked` of those that wait in host memory instead (None: half of what is
-    free there). `stale` is how many seconds a single call may take before the engine counts
-    as unwell. `gather` makes what decides, for one device, how long calls wait for others to share them. Raises
-    InputError for a model that cannot be one, or not on this machine.
+    `threads` requests run at a time and `queue` more may wait; where there are models of pictures and of videos, videos
+    leave the pictures a quarter of both. `batch` requests at most share a call. `memory` is the most bytes of weights
+    that stay loaded, `parked` of those that wait in host memory instead (None: half of what is free there). `stale` is
+    how many seconds a single call may take before the engine counts as unwell. `gather` makes what decides, for one
+    device, how long calls wait for others to share them. Raises InputError for a model that cannot be one, or not on
+    this machine.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Engine:
         self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
-        self._backlog = Backlog(queue)
+        self._backlog = Backlog(queue, videos=_videos(threads, {model.media for model in self.models.values()}))
         self.workers: dict[torch.device, Worker] = {}  # of the devices that were computed on so far
         self._running: set[Job] = set()
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
@@ -132,7 +133,7 @@ class Engine:
 
     def busy(self) -> Busy:
         """What a full queue answers."""
-        return Busy(f"{self._backlog.most} requests are waiting; try again later", retry_after=self._wait_estimate())
+        return Busy(f"{self.queued} requests are waiting; try again later", retry_after=self._wait_estimate())
 
     def model(self, alias: str | None) -> Model:
         """The model of an alias; None: the default one. Raises UnknownModelError."""
@@ -230,7 +231,7 @@ class Engine:
             model.leave()
             for worker in list(self.workers.values()):
                 worker.leave(job)
-            self._backlog.wake()
+            self._backlog.done(entry)
             with self._lock:
                 self._running.discard(job)
                 self._lost = self._lost + 1 if isinstance(error, OutOfMemory) else 0
@@ -294,6 +295,11 @@ class Engine:
         """Seconds until the queue has moved, from what requests took lately."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
         return max(1.0, usual * len(self._backlog) / self._places)
+
+
+def _videos(threads: int, media: set[str]) -> int | None:
+    """How many videos may run at a time; None: as many as there are threads."""
+    return threads - max(1, threads // 4) if len(media) > 1 and threads > 1 else None
 
 
 def _spec(what: Any) -> Spec:

@@ -1,0 +1,49 @@
+"""Who waits for a place, and who gets one."""
+
+import time
+
+import pytest
+
+from vivace.families import FAMILIES
+from vivace.serve import Engine, Request
+from vivace.serve.failures import Busy
+
+SIDE = 64
+
+
+def test_videos_leave_pictures_a_place_and_room_to_wait(order, gated):
+    wan = FAMILIES["wan"].tiny()
+    with Engine(models={"tiny": FAMILIES["sd3"].tiny(), "clip": wan}, threads=2, queue=4) as engine:
+        gate = gated(wan.transformer)
+        gate.shut()
+        clip = Request(model="clip", prompt="a red circle", size=(SIDE, SIDE), frames=5, steps=2)
+        videos = [engine.submit(clip)]
+        assert gate.reached.wait(120)
+        videos += [engine.submit(clip) for _ in range(3)]
+        with pytest.raises(Busy, match="requests are waiting"):
+            engine.submit(clip)
+        picture = engine.submit(order(model="tiny"))
+        deadline = time.monotonic() + 60
+        while picture.status == "queued":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [video.status for video in videos] == ["running", "queued", "queued", "queued"]
+        gate.open.set()
+        picture.result(60)
+        for video in videos:
+            assert len(video.result(60).pictures) == 5
+
+
+def test_where_there_are_videos_alone_they_have_every_place(start, gated):
+    wan = FAMILIES["wan"].tiny()
+    engine = start(wan, threads=2)
+    gate = gated(wan.transformer)
+    gate.shut()
+    videos = [engine.submit(Request(prompt="a", size=(SIDE, SIDE), frames=5, steps=1)) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while engine.running < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gate.open.set()
+    for video in videos:
+        video.result(60)
