@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vivace import inputs
@@ -101,6 +101,20 @@ def prepare(request: Request, source: Source) -> Prepared:
     if none := inputs.no_step(pipeline, call, prediction=source.prediction):
         raise FieldError("strength", f"{none}; raise one of them")
     return Prepared(request=request, pipeline=pipeline, call=call, size=size)
+
+
+def fitted(request: Request, source: Source) -> Request:
+    """The same request, its pictures of the size that is made. For large ones it takes a while: not for an event loop,
+    and not again for each of several pictures. Raises FieldError or InputError as `prepare` does.
+    """
+    if not request.images:
+        return request
+    made = prepare(request, source)
+    if inputs.sizes_itself(made.pipeline, source) or not inputs.goes_by_image(made.pipeline, source):
+        return request
+    found = made.call["image"]
+    images = tuple(found) if isinstance(found, list) else (found,)
+    return replace(request, size=made.size, images=images, mask=made.call.get("mask_image"))
 
 
 def check(request: Request, source: Source) -> None:

@@ -1,5 +1,6 @@
 """The image routes, through the official client."""
 
+import asyncio
 import base64
 import io
 import time
@@ -132,6 +133,27 @@ def test_edits_with_a_mask(client):
         image=[("in.png", png())], mask=("mask.png", buffer.getvalue()), prompt="a blue ring", extra_body=EXTRA
     )
     assert picture(answer.data[0].b64_json).size == (64, 64)
+
+
+def test_large_pictures_are_brought_to_size_once_and_hold_nobody_up(client, http, monkeypatch):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((900, 900)).convert("RGB").save(buffer, "PNG")
+    resize, where = Image.Image.resize, []
+
+    def watched(image, *args, **options):
+        if image.size == (900, 900):
+            with pytest.raises(RuntimeError):
+                asyncio.get_running_loop()
+            where.append(image.mode)
+        return resize(image, *args, **options)
+
+    more = {"steps": "2", "strength": "0.9", "size": "64x64", "n": "3"}
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    several = http.post(
+        "/v1/images/edits", data={"prompt": "a", "seed": "1", **more}, files={"image": buffer.getvalue()}
+    )
+    assert len(several.json()["data"]) == 3
+    assert where == ["RGB"]
 
 
 def test_models(client):

@@ -21,6 +21,8 @@ from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
 from vivace.serve.http.server import Server, note, read_form, read_json, server_of, while_connected
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Preview, Progress, Result
+from vivace.serve.prepare import fitted
+from vivace.serve.request import Request as EngineRequest
 
 router = APIRouter()
 
@@ -67,10 +69,15 @@ async def edits(request: Request) -> Response:
         raise ApiError(400, "the field 'image' is missing", code="missing_field", param="image")
     if len(masks) > 1:
         raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
-    fields: dict[str, Any] = {"images": tuple(image.convert("RGB") for image in images), "strength": order.strength}
-    if masks:
-        fields["mask"] = mask_of(masks[0], images[0])
+    fields = await asyncio.to_thread(_inputs, images, masks)
+    fields["strength"] = order.strength
     return await _answer(request, order, name="image_edit", **fields)
+
+
+def _inputs(images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> dict[str, Any]:
+    """A request's fields of these pictures."""
+    found: dict[str, Any] = {"images": tuple(image.convert("RGB") for image in images)}
+    return found | ({"mask": mask_of(masks[0], images[0])} if masks else {})
 
 
 def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
@@ -84,7 +91,7 @@ def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
     if order.stream:
-        (job,) = _submit(request, order, **fields)
+        (job,) = _submit(request, order, await _first(request, order, **fields))
         return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream")
     results, data = await make(request, order, **fields)
     return JSONResponse(_envelope(order, results) | {"data": data})
@@ -98,7 +105,7 @@ async def make(
     While they are made their jobs are in `watch`.
     """
     server, watch = server_of(request), set() if watch is None else watch
-    jobs = _submit(request, order, **fields)
+    jobs = _submit(request, order, await _first(request, order, **fields))
     watch.update(jobs)
     try:
         results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
@@ -113,8 +120,8 @@ async def _result(job: Job) -> Result:
     return await job
 
 
-def _submit(request: Request, order: ImageOrder, **fields: Any) -> list[Job]:
-    """The jobs of an order, one a picture; none where not all of them find room."""
+async def _first(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
+    """The request of an order's first picture."""
     server = server_of(request)
     settings, engine = server.settings, server.engine
     if order.n > engine.most_taken:
@@ -129,6 +136,13 @@ def _submit(request: Request, order: ImageOrder, **fields: Any) -> list[Job]:
         run_seconds=settings.run_seconds,
         previews=order.partial_images,
     )
+    return await asyncio.to_thread(fitted, first, engine.model(alias).source) if first.images else first
+
+
+def _submit(request: Request, order: ImageOrder, first: EngineRequest) -> list[Job]:
+    """The jobs of an order, one a picture; none where not all of them find room."""
+    server = server_of(request)
+    settings, engine = server.settings, server.engine
     jobs: list[Job] = []
     try:
         for number in range(order.n):

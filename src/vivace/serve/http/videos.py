@@ -23,6 +23,7 @@ from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset
 from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Progress, Result
+from vivace.serve.prepare import fitted
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -68,6 +69,8 @@ async def create(request: Request) -> Response:
         "size": order.size or "auto",
         "remixed_from_video_id": None,
     }
+    if images:
+        wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
     server.shelf.sweep()
     job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     note(request, [job])

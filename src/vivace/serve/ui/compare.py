@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vivace.serve.prepare import fitted
 from vivace.serve.ui.draw import State, Studio, failed
 from vivace.serve.ui.form import NO_CACHE, Form
 
@@ -38,6 +39,7 @@ async def compare(studio: Studio, form: Form, *, ways: tuple[Way, Way], visitor:
         forms = [replace(form, preset=way.preset, cache=way.cache) for way in ways]
         # Both are checked before either is drawn.
         requests = [one.request(studio.server, studio.inputs) for one in forms]
+        requests = [await asyncio.to_thread(fitted, one, engine.model(one.model).source) for one in requests]
         seed = requests[0].seed
         for one, way, request in zip(forms, ways, requests, strict=True):
             side = {"side": len(made), "title": way.title}

@@ -14,6 +14,7 @@ from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import api_error
 from vivace.serve.http.server import Server
 from vivace.serve.job import Job, Preview, Progress, Result
+from vivace.serve.prepare import fitted
 from vivace.serve.ui.form import Form
 from vivace.serve.ui.inputs import Inputs
 
@@ -41,6 +42,7 @@ class Studio:
         """The states of one picture: waiting, drawing, then done, cancelled or error; the last one stays."""
         try:
             request = form.request(self.server, self.inputs)
+            request = await asyncio.to_thread(fitted, request, self.server.engine.model(request.model).source)
             job = self.server.engine.submit(request, most_pixels=self.server.settings.most_pixels)
             async for state in self.follow(job, visitor=visitor):
                 yield state
