@@ -113,6 +113,20 @@ def test_running_out_of_memory_again_and_again_is_not_ready(engine, pipe, order,
     same()
 
 
+def test_what_ran_out_of_memory_is_ready_again_after_a_rest(engine, pipe, order, gated, same, monkeypatch):
+    gate = gated(pipe.transformer)
+    monkeypatch.setattr("vivace.serve.engine.REST", 0.5)
+    for _ in range(2):
+        gate.fail(memory_error(), times=LOST_TO_MEMORY)
+        for _ in range(LOST_TO_MEMORY):
+            with pytest.raises(OutOfMemory):
+                engine.submit(order()).result(60)
+        assert not engine.health().ready
+        time.sleep(0.6)
+        assert engine.health().ready
+    same()
+
+
 def test_one_wrong_request_does_not_fail_its_neighbours(engine, pipe, order, gated, same):
     gate = gated(pipe.transformer)
     gate.shut()

@@ -34,6 +34,7 @@ from vivace.serve.worker import Batch, Worker, out_of_memory
 logger = logging.getLogger(__name__)
 
 LOST_TO_MEMORY = 3  # requests in a row that run out of memory before the engine counts as unwell
+REST = 60.0  # seconds that it then does: who asks whether it is ready sends it nothing that could show that it is well
 
 CLOCK = 0.1  # seconds between two looks at who waited too long
 
@@ -79,6 +80,7 @@ class Engine:
         self._running: set[Job] = set()
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
         self._lost = 0  # requests in a row that ran out of memory
+        self._lost_at = 0.0  # when the last of them did
         self._loading = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -170,7 +172,7 @@ class Engine:
             (all(model.broken for model in self.models.values()), "no model can be loaded"),
             (self.lost, "the device is lost"),
             (self.stuck, "the device does not answer"),
-            (self._lost >= LOST_TO_MEMORY, "requests run out of memory"),
+            (self._lost >= LOST_TO_MEMORY and time.monotonic() - self._lost_at < REST, "requests run out of memory"),
         ]
         reason = next((text for holds, text in reasons if holds), "")
         return Health(ready=not reason, reason=reason)
@@ -234,7 +236,9 @@ class Engine:
             self._backlog.done(entry)
             with self._lock:
                 self._running.discard(job)
-                self._lost = self._lost + 1 if isinstance(error, OutOfMemory) else 0
+                self._lost, self._lost_at = (
+                    (self._lost + 1, time.monotonic()) if isinstance(error, OutOfMemory) else (0, 0)
+                )
         job.finish(result, error=error)
 
     def _draw(self, entry: Entry) -> Result:
