@@ -21,14 +21,15 @@ from vivace.families import FAMILIES
 
 PATIENCE = 240.0  # seconds for whatever has to happen: other processes may have all the processors
 
-# The command line as it is, but for a hook on the denoiser, which does what the files in a folder say.
+# The command line as it is, but for hooks on the denoiser and the encoding, which do what the files in a folder say.
 GATED = """
 import sys, time
 from pathlib import Path
 from vivace.cli import main
 from vivace.serve import model
+from vivace.serve.http import images
 
-folder, load = Path(sys.argv.pop(1)), model.load_source
+folder, load, encode = Path(sys.argv.pop(1)), model.load_source, images.encode
 
 def gate(module, args, kwargs):
     (folder / "reached").touch()
@@ -46,7 +47,12 @@ def loaded(*args, **kwargs):
     pipe.transformer.register_forward_pre_hook(gate, with_kwargs=True)
     return pipe
 
-model.load_source = loaded
+def encoded(*args):
+    if (folder / "slow").exists():
+        time.sleep(float((folder / "slow").read_text()))
+    return encode(*args)
+
+model.load_source, images.encode = loaded, encoded
 main(sys.argv[1:])
 """
 

@@ -108,6 +108,21 @@ def test_a_wrong_request_fails_alone_in_its_batch(server, same, folders):
     assert "a secret of the inside" in why["traceback"]
 
 
+def test_what_is_drawn_when_the_end_is_asked_for_is_encoded_and_read(launch):
+    server = launch("tiny", options=("--drain", "60"))
+    server.shut()
+    asking = server.ask()
+    server.reached()
+    (server.gate / "slow").write_text("4")
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: server.ready() == 503)
+    server.open()
+    answer = asking.result()
+    assert answer is not None, server.lines
+    assert answer.json()["data"][0]["b64_json"]
+    assert server.wait() == 0
+
+
 def test_a_device_that_does_not_answer_does_not_keep_it(launch):
     """What is left after the time to drain is given up, also where a call never ends."""
     server = launch("tiny", options=("--drain", "0.2"))

@@ -141,10 +141,20 @@ def view(
         if isinstance(part, torch.nn.Module):
             vars(mine)[name] = Remote(part, send, told.get(name, {}))
         elif hasattr(part, "set_timesteps"):
-            vars(mine)[name] = stock_class(type(part)).from_config(part.config)
+            vars(mine)[name] = _fresh(part)
         elif hasattr(part, "encode") and hasattr(part, "decode"):
             vars(mine)[name] = Guarded(part, lock)
     return mine
+
+
+def _fresh(scheduler: Any) -> Any:
+    """Another of its kind with the very configuration.
+
+    A pipeline may have set what nobody gave the scheduler (Stable Diffusion's `steps_offset`, say); the list of what
+    nobody gave would have `from_config` take the defaults for these.
+    """
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return stock_class(type(scheduler)).from_config(config)
 
 
 @functools.cache
