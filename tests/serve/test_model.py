@@ -141,6 +141,36 @@ def test_dropped_weights_are_gone_also_where_their_originals_were_not_kept(folde
         assert [name for name, one in held.items() if one() is not None] == []
 
 
+def test_nobody_is_held_up_while_weights_are_parked(folder):
+    model = Model("a", Spec(source=str(folder)))
+    mode = model.mode_of(Request())
+    assert model.reserve(mode)
+    model.ready(mode)
+    model.leave()
+    move, on_the_way, arrive = model.pipe.to, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        on_the_way.set()
+        assert arrive.wait(60)
+        return move(*args)
+
+    model.pipe.to = slowly
+    parking = threading.Thread(target=model.park)
+    parking.start()
+    assert on_the_way.wait(60)
+    asked: list[bool] = []
+    asking = threading.Thread(target=lambda: asked.append(model.reserve(mode)))
+    asking.start()
+    asking.join(5)
+    assert asked == [False]
+    assert not model.park()
+    assert not model.unload()
+    arrive.set()
+    parking.join(60)
+    assert model.parked_bytes > 0
+    assert model.reserve(mode)
+
+
 @pytest.mark.gpu
 def test_a_parked_model_leaves_the_card_and_comes_back_the_same(folder, order):
     with Engine(models={"a": str(folder), "b": str(folder)}, memory=1, parked=2**30) as engine:

@@ -75,6 +75,7 @@ class Model:
         self._gate = threading.Lock()  # held for moments
         self._setup = threading.Lock()  # held while it loads
         self._mode: Mode | None = None  # of those who use it now
+        self._moving = threading.Lock()  # held while its weights are on their way to the host
         self._applied = Mode(preset=None)
         self._home: torch.device | None = None  # of a parked one: where it computes
         self._inputs_on: torch.device | None = None  # once it was asked for
@@ -165,7 +166,11 @@ class Model:
     def reserve(self, mode: Mode) -> bool:
         """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
         with self._gate:
-            if self.closing or (self.active and (self._mode != mode or mode.alone is not None)):
+            if (
+                self.closing
+                or self._moving.locked()
+                or (self.active and (self._mode != mode or mode.alone is not None))
+            ):
                 return False
             self._mode = mode
             self.active += 1
@@ -199,11 +204,15 @@ class Model:
         """Move the weights to host memory as they are, where nobody uses them and nothing places them piece by piece;
         whether that was done."""
         with self._gate:
-            if self.active or self.pipe is None or self._home or self._placed:
+            if self._moving.locked() or self.active or self.pipe is None or self._home or self._placed:
                 return False
+            self._moving.acquire()
+        try:
             home = self.device
-            self.pipe.to("cpu")
+            self.pipe.to("cpu")  # without the gate: whoever asks for a picture passes it
             self._home, self._inputs_on = home, None
+        finally:
+            self._moving.release()
         _free()
         logger.info("parked %s", self.alias)
         return True
@@ -211,7 +220,7 @@ class Model:
     def unload(self) -> bool:
         """Drop the weights, where they can be loaded again and nobody uses them; whether that was done."""
         with self._gate:
-            if self.active or self.pipe is None or self.pipe is self.spec.source:
+            if self._moving.locked() or self.active or self.pipe is None or self.pipe is self.spec.source:
                 return False
             # Not restored: that would fetch the originals of what is in few bits, to drop them.
             self.pipe = self._home = self._inputs_on = None
@@ -224,6 +233,8 @@ class Model:
 
     def close(self) -> None:
         """Give back: the weights, or the pipeline as it was handed in."""
+        with self._moving:
+            pass
         if not self.unload() and self.pipe is not None:
             self._return()
             if self._applied.loras:
