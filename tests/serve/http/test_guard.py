@@ -208,6 +208,19 @@ def test_animations_and_broken_pictures_are_refused(http):
         assert "0x" not in answer.text
 
 
+def test_a_cameras_preview_behind_a_jpeg_makes_no_animation_of_it():
+    from vivace.serve.http.uploads import decode
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(
+        buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (32, 24), "blue")]
+    )
+    assert Image.open(io.BytesIO(buffer.getvalue())).format == "MPO"
+    found = decode(buffer.getvalue(), Settings(), field="image")
+    assert found.size == (64, 48)
+    assert found.getpixel((1, 1))[0] > 200
+
+
 def test_metadata_does_not_get_through():
     from vivace.serve.http.uploads import decode
 

@@ -31,7 +31,8 @@ def decode(raw: bytes, settings: Settings, *, field: str) -> Image.Image:
                         f"it has {width}x{height} pixels; at least {SMALLEST_SIDE} a side and at most "
                         f"{settings.most_upload_pixels} in all are taken",
                     )
-                if getattr(file, "n_frames", 1) != 1:
+                # What else a camera puts behind a JPEG, such as a preview, makes no animation of it.
+                if file.format != "MPO" and getattr(file, "n_frames", 1) != 1:
                     raise _refusal(field, "it is an animation; one frame is taken")
                 # A new picture around the pixels alone: no EXIF, no profile, no text goes any further.
                 upright = eight_bits(ImageOps.exif_transpose(file))
