@@ -14,7 +14,7 @@ from vivace.families import FAMILIES
 from vivace.generation import video
 from vivace.serve import Engine
 from vivace.serve.http.app import create_app
-from vivace.serve.http.shelf import Shelf
+from vivace.serve.http.shelf import Shelf, held
 
 BODY = {"steps": 2, "frames": 5, "fps": 8, "seed": 3}
 
@@ -130,6 +130,19 @@ def test_unfinished_jobs_are_failed_after_a_crash(tmp_path):
     assert json.loads((tmp_path / f"{record(1)['id']}.json").read_text())["status"] == "failed"
     assert not (tmp_path / ".x.part.json").exists()
     assert (tmp_path / "video_broken.json").exists()
+
+
+def test_a_folder_is_one_servers_at_a_time(tmp_path):
+    with held(tmp_path / "videos"):
+        with pytest.raises(InputError, match="another server keeps its videos"), held(tmp_path / "videos"):
+            pass
+        with held(tmp_path / "others"), held(None):
+            pass
+    with held(tmp_path / "videos"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be a folder of videos"), held(tmp_path / "file"):
+        pass
 
 
 def test_time_and_quota(tmp_path):

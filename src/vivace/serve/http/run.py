@@ -18,6 +18,7 @@ from vivace.serve.engine import Engine
 from vivace.serve.http.app import create_app
 from vivace.serve.http.log import configure
 from vivace.serve.http.settings import Settings
+from vivace.serve.http.shelf import held
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,14 @@ class Draining(uvicorn.Server):
 def run(engine: Engine, settings: Settings, *, ready: Callable[[], None] | None = None) -> int:
     """Serve until a signal; the process's exit code. `ready` is called once, when it answers.
 
-    Raises InputError for where it cannot listen.
+    Raises InputError for where it cannot listen, and for a folder of videos that is another server's.
     """
     sockets = listen(settings.host, settings.port)
+    with held(settings.folder):
+        return _run(engine, settings, sockets, ready)
+
+
+def _run(engine: Engine, settings: Settings, sockets: list[socket.socket], ready: Callable[[], None] | None) -> int:
     configure()
     config = uvicorn.Config(
         create_app(engine, settings),

@@ -21,6 +21,32 @@ logger = logging.getLogger(__name__)
 LOST = {"code": "server_restarted", "message": "the server ended while it worked on this; ask again"}
 
 
+@contextlib.contextmanager
+def held(folder: Path | None) -> Iterator[None]:
+    """Keep a folder of videos for this process alone: another server would take what this one works on for lost.
+
+    Raises InputError for one that another server keeps.
+    """
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be a folder of videos ({error.strerror}); name another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another server keeps its videos in {folder}; name another --folder") from None
+        except OSError as error:  # there are file systems without locks
+            logger.warning("%s cannot be locked (%s): give it to one server alone", folder, error.strerror)
+        yield
+
+
 class Shelf:
     """Keeps the records of video jobs, as the API shows them, and their files, for `seconds` and within `most_bytes`.
 
