@@ -12,6 +12,8 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from vivace import Config, InputError
+from vivace.accelerate import accelerate, acceleration_of
+from vivace.config import resolve
 from vivace.evals.sample import draw
 from vivace.families import FAMILIES
 from vivace.few_step import FOLDER, use_few_step
@@ -251,6 +253,22 @@ def test_a_size_that_a_class_goes_without_is_no_request_for_it():
     assert prepare(request, source).pipeline.__name__ == source.pipeline
     with pytest.raises(FieldError, match="goes by the shape of its image"):
         prepare(replace(request, size=(64, 64)), source)
+
+
+@pytest.mark.parametrize("given", [None, Config(cache="firstblock:threshold=0.01")])
+def test_without_a_preset_a_request_gets_the_pipeline_as_it_came_whoever_was_before(pipe, order, given):
+    if given is not None:
+        accelerate(pipe, given)
+    plain, rough = order(steps=8, deterministic=True), order(steps=8, cache="firstblock:threshold=0.5")
+    with Engine(models={"tiny": Spec(source=pipe, preset=None)}) as engine:
+        before = engine.submit(plain).result(60)
+        assert engine.submit(rough).result(60).calls["skipped"] > 0
+        after = engine.submit(plain).result(60)
+        assert after.effective == before.effective
+        assert after.pictures[0].tobytes() == before.pictures[0].tobytes()
+        engine.submit(rough).result(60)
+    acceleration = acceleration_of(pipe)
+    assert (acceleration and acceleration.target.config.cache) == (resolve(given).cache if given else None)
 
 
 def test_the_engine_gives_a_pipeline_back_as_it_was(pipe, order):

@@ -79,7 +79,7 @@ class Model:
         self._applied = Mode(preset=None)
         self._home: torch.device | None = None  # of a parked one: where it computes
         self._inputs_on: torch.device | None = None  # once it was asked for
-        self._ours = False  # whether it is accelerated only since it is served
+        self._given = _config(self.pipe)  # how it was accelerated before it was served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
         self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
         for path in spec.loras.values():
@@ -239,11 +239,10 @@ class Model:
             self._return()
             if self._applied.loras:
                 self.pipe.unload_lora_weights()
-            if self._ours:
-                try:
-                    restore(self.pipe)
-                except InputError as error:
-                    logger.warning("%s stays accelerated: %s", self.alias, error)
+            try:
+                self._accelerate(None)
+            except InputError as error:
+                logger.warning("%s stays accelerated: %s", self.alias, error)
 
     def as_class(self, pipeline: type[Any]) -> Any:
         """The loaded pipeline, or one of another class around the same components, of the same configuration."""
@@ -275,6 +274,7 @@ class Model:
             # What it says names files; that is for the log.
             logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
             raise Unavailable(f"the model {self.alias} cannot be loaded") from error
+        self._given = _config(self.pipe)
         vae = getattr(self.pipe, "vae", None)
         # The pipeline would cast it to and fro around each decode, under the hands of other requests.
         if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
@@ -302,10 +302,16 @@ class Model:
         self.layouts.clear()
         if before.loras != mode.loras:
             self._adapt(mode)
-        if mode.preset is not None:
-            self._ours = self._ours or acceleration_of(self.pipe) is None
-            accelerate(self.pipe, mode.preset)
+        self._accelerate(mode.preset)
         self._applied = mode
+
+    def _accelerate(self, preset: Any) -> None:
+        """As a preset says; None: as it was when it came. Raises InputError."""
+        wanted = self._given if preset is None else preset
+        if wanted is None:
+            restore(self.pipe)
+        else:
+            accelerate(self.pipe, wanted)
 
     def _adapt(self, mode: Mode) -> None:
         """Exactly the LoRAs of the mode, none of an earlier one. Raises FieldError for one that does not fit."""
@@ -352,6 +358,11 @@ class Model:
             return resolve_device(self.spec.device)
         parts = [part for part in self._components if isinstance(part, torch.nn.Module)]
         return device_of(parts[0]) if parts else torch.device("cpu")
+
+
+def _config(pipe: Any) -> Config | None:
+    acceleration = None if pipe is None else acceleration_of(pipe)
+    return acceleration.target.config if acceleration else None
 
 
 def _streams(part: Any) -> bool:
