@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from vivace.families import FAMILIES
 from vivace.serve import Engine, Spec
+from vivace.serve.call import Axes
 from vivace.serve.engine import LOST_TO_MEMORY
 from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, Failure, FieldError, OutOfMemory, Unavailable
 
@@ -160,6 +161,29 @@ def test_a_wedged_worker_is_not_ready(pipe, start, order, gated):
         time.sleep(0.01)
     assert engine.health().ready
     engine.submit(order()).result(60)
+
+
+def test_a_cancel_on_the_way_to_a_call_does_not_wait_for_a_device_that_is_wedged(
+    engine, pipe, order, gated, monkeypatch
+):
+    gate, describe, asked = gated(pipe.transformer), Axes.describe, threading.Event()
+    gate.shut()
+    engine.submit(order())
+    assert gate.reached.wait(120)
+
+    def cancelled(*args, **options):
+        assert asked.wait(60)
+        job.cancel()
+        return describe(*args, **options)
+
+    monkeypatch.setattr(Axes, "describe", cancelled)
+    job = engine.submit(order())
+    asked.set()
+    try:
+        with pytest.raises(Cancelled):
+            job.result(30)
+    finally:
+        gate.open.set()
 
 
 def test_a_lost_device_fails_what_waits_and_stays_unready(engine, pipe, order, gated):

@@ -113,6 +113,8 @@ class Worker:
         with self._wake:
             if self._closing or self.dead:
                 raise Unavailable("the device is not there any more")
+            # Again: what was cancelled meanwhile has been withdrawn, and would wait here for good.
+            job.check()
             self._pending.append(call)
             self._gather.arrives(call)
             self._wake.notify_all()
