@@ -18,6 +18,7 @@ import uvicorn
 from vivace.families import FAMILIES
 from vivace.serve import Engine
 from vivace.serve.http.app import create_app
+from vivace.serve.http.run import Impatient
 from vivace.serve.http.settings import Settings
 
 KEY = "a-key-of-the-tests-alone"
@@ -48,7 +49,7 @@ def live(engine: Engine, settings: Settings) -> Iterator[Live]:
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     app = create_app(engine, settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, http="h11", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, access_log=False, http=Impatient, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

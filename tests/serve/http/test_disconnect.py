@@ -54,6 +54,26 @@ def test_one_that_goes_away_while_it_waits(launch, pipe, gated, order):
     first.result(30)
 
 
+def test_who_says_nothing_keeps_no_connection_and_who_is_answered_does(launch, pipe, gated, monkeypatch):
+    monkeypatch.setattr("vivace.serve.http.run.IDLE_SECONDS", 0.3)
+    server = launch({"tiny": pipe})
+    port = int(server.url.rpartition(":")[2])
+    silent, halfway, later = (socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3))
+    halfway.sendall(b"GET /livez HTTP/1.1\r\nHost: 127")
+    later.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert later.recv(10_000).startswith(b"HTTP/1.1 200")
+    later.sendall(b"GET /l")
+    gate = gated(pipe.transformer)
+    gate.shut()
+    asking = ask(server, b'{"prompt": "a", "size": "64x64", "steps": 1}')
+    asking.settimeout(60)
+    for connection in (silent, halfway, later):
+        assert connection.recv(10_000) == b""
+    time.sleep(1)
+    gate.open.set()
+    assert asking.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
 def test_a_wedged_worker_turns_ready_off(launch, pipe, gated, order):
     server = launch({"tiny": pipe}, engine={"stale": 0.3})
     gate = gated(pipe.transformer)

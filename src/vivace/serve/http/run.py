@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
@@ -24,8 +26,35 @@ logger = logging.getLogger(__name__)
 
 LOST = 70  # exit code when the device is lost: a supervisor has to start a new process
 HEADER_BYTES = 32_768
-IDLE_SECONDS = 20  # that a connection may stay open between requests
+IDLE_SECONDS = 20  # that a connection may stay open between requests, and about as long for the head of one
 LINGER = 2  # seconds for answers to reach their clients
+
+
+class Impatient(H11Protocol):
+    """A connection that is closed when the head of a request, for which nobody needs a key, is too long in coming.
+
+    uvicorn has a clock for the time between two requests alone: who opens connections and says nothing keeps them all.
+    """
+
+    late: asyncio.TimerHandle | None = None
+    seen: tuple[bool, object] = (True, None)  # at the last look: whether it waited for a head, and after which request
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self.late = self.loop.call_later(IDLE_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.late is not None:
+            self.late.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        over = self.cycle is None or self.cycle.response_complete
+        now = (over and self.timeout_keep_alive_task is None, self.cycle)
+        if now[0] and now == self.seen:
+            self.transport.close()
+            return
+        self.seen, self.late = now, self.loop.call_later(IDLE_SECONDS, self._look)
 
 
 class Draining(uvicorn.Server):
@@ -81,7 +110,7 @@ def _run(engine: Engine, settings: Settings, sockets: list[socket.socket], ready
         access_log=False,
         server_header=False,
         # Not whichever is installed: the other one has no limit for headers.
-        http="h11",
+        http=Impatient,
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
