@@ -97,7 +97,15 @@ def _guard(app: FastAPI, server: Server, page: Mounted | None) -> None:
     def quiet(scope: Scope) -> bool:
         return page is not None and page.loads(scope)
 
-    app.add_middleware(Guard, settings=server.settings, passes=passes, full=full, quiet=quiet, count=server.gauges.http)
+    app.add_middleware(
+        Guard,
+        settings=server.settings,
+        passes=passes,
+        full=full,
+        quiet=quiet,
+        count=server.gauges.http,
+        answering=server.answering,
+    )
 
 
 async def _warm(engine: Studio, *, drawn: bool) -> None:

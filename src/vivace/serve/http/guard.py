@@ -24,6 +24,9 @@ OPEN = ("/livez", "/readyz")
 PICTURES_IN_JSON = ("/sdapi/v1/img2img",)
 """The routes whose JSON carries pictures."""
 
+API = ("/v1/", "/sdapi/")
+"""Where the routes are whose answers are work: the page's may stay open for hours, with nothing to tell."""
+
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """The methods that are counted by name: whoever asks may make up others, and each would be remembered."""
 
@@ -36,7 +39,8 @@ class Guard:
 
     `passes` says whether a request carries something of ours that stands in for the key. `full` says whether the
     queue is full for it, so that a body which would only be thrown away is not read. `quiet` says whether it is one of
-    many that say nothing by themselves; where it goes well, only a debugging log has it.
+    many that say nothing by themselves; where it goes well, only a debugging log has it. The ids of the API's requests
+    are in `answering` until the last byte of their answers is sent.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class Guard:
         full: Callable[[Scope], ApiError | None],
         quiet: Callable[[Scope], bool],
         count: Callable[[str, int, float], None],
+        answering: set[str],
     ) -> None:
-        self.app, self.settings, self.count = app, settings, count
+        self.app, self.settings, self.count, self.answering = app, settings, count, answering
         self.passes, self.full, self.quiet = passes, full, quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,6 +79,8 @@ class Guard:
 
         try:
             self._check(scope)
+            if scope["path"].startswith(API):
+                self.answering.add(request_id)
             await self.app(scope, self._counted(scope, receive), answer)
         except ClientDisconnect:
             pass  # in the middle of its body
@@ -84,6 +91,7 @@ class Guard:
                 raise
             await told.response()(scope, receive, answer)
         finally:
+            self.answering.discard(request_id)
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in METHODS else "OTHER"

@@ -19,6 +19,7 @@ from vivace.errors import InputError
 from vivace.serve.engine import Engine
 from vivace.serve.http.app import create_app
 from vivace.serve.http.log import configure
+from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import held
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 LOST = 70  # exit code when the device is lost: a supervisor has to start a new process
 HEADER_BYTES = 32_768
 IDLE_SECONDS = 20  # that a connection may stay open between requests, and about as long for the head of one
-LINGER = 2  # seconds for answers to reach their clients
+LINGER = 2  # seconds for what is open after that
 
 
 class Impatient(H11Protocol):
@@ -58,13 +59,14 @@ class Impatient(H11Protocol):
 
 
 class Draining(uvicorn.Server):
-    """A server whose first signal refuses new requests, finishes the running ones, and then ends it."""
+    """A server whose first signal refuses new requests, finishes and answers the running ones, and ends it then."""
 
     def __init__(
-        self, config: uvicorn.Config, *, engine: Engine, seconds: float, ready: Callable[[], None] | None
+        self, config: uvicorn.Config, *, server: Server, engine: Engine, ready: Callable[[], None] | None
     ) -> None:
         super().__init__(config)
-        self.engine, self.seconds, self.ready = engine, seconds, ready
+        self.engine, self.ready = engine, ready
+        self.seconds, self.answering = server.settings.drain_seconds, server.answering
         self.signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -84,7 +86,8 @@ class Draining(uvicorn.Server):
         logger.info("draining")
         self.engine.drain()
         end = time.monotonic() + self.seconds
-        while self.engine.running and time.monotonic() < end:
+        # What is drawn has yet to be encoded, and read by whoever asked.
+        while (self.engine.running or self.answering) and time.monotonic() < end:
             time.sleep(0.05)
         self.engine.close(timeout=LINGER)
         self.should_exit = True
@@ -102,8 +105,9 @@ def run(engine: Engine, settings: Settings, *, ready: Callable[[], None] | None 
 
 def _run(engine: Engine, settings: Settings, sockets: list[socket.socket], ready: Callable[[], None] | None) -> int:
     configure()
+    app = create_app(engine, settings)
     config = uvicorn.Config(
-        create_app(engine, settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -116,7 +120,7 @@ def _run(engine: Engine, settings: Settings, sockets: list[socket.socket], ready
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LINGER,
     )
-    server = Draining(config, engine=engine, seconds=settings.drain_seconds, ready=ready)
+    server = Draining(config, server=app.state.server, engine=engine, ready=ready)
     threading.Thread(target=_end_with_device, args=(server,), daemon=True).start()
     server.run(sockets)
     return LOST if engine.lost else 0

@@ -40,6 +40,7 @@ class Server:
     shelf: Shelf
     sweeps: list[Callable[[], None]] = field(default_factory=list)  # what lets go of things that are over their time
     interruptible: set[Job] = field(default_factory=set)  # what the A1111 routes make now
+    answering: set[str] = field(default_factory=set)  # ids of the API's requests that are not answered to the end
     _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
 
     def full(self) -> ApiError | None:
