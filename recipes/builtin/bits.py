@@ -1,0 +1,85 @@
+"""Measure what 8 bits cost the built-in model: linears in fp8 and int8, fp8 attention, and both presets that use them.
+
+    python recipes/builtin/bits.py --captions 4000 --out benchmarks
+
+For each: caption accuracy with the paired interval of its difference from exact on the same captions and noise, FID,
+PSNR mean and worst beside the noise floor, which is stock diffusers at another batch size. The bar is an interval
+within a point of exact. What the device cannot do is said and left out. What is done is kept: run again, it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from paired import Bench, beside_exact, options
+
+from vivace.errors import InputError
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "fp8": {"quant": "fp8"},
+    "int8": {"quant": "int8"},
+    "fp8 attention": {"attention": "cudnn_fp8", "exact_ends": 0},
+    "fp8 attention, two steps at both ends in 16 bit": {"attention": "cudnn_fp8", "exact_ends": 2},
+    "fp8 and fp8 attention, two steps at both ends in 16 bit": {
+        "quant": "fp8", "attention": "cudnn_fp8", "exact_ends": 2,
+    },
+    "balanced": {"config": "balanced"},
+    "fast": {"config": "fast"},
+}  # fmt: skip
+BAR = -1.0  # points: the lower end of the paired interval
+
+
+def main() -> None:
+    given = options(__doc__, name="bits")
+    bench = Bench(given)
+    rows = [bench.measure("exact", bench.ours(), role="exact")]
+    rows.append(bench.measure("noise floor: stock", stock(), role="floor", batch=max(1, given.batch // 2)))
+    for name, fields in WAYS.items():
+        try:
+            rows.append(bench.measure(name, bench.ours(**fields), role="bits"))
+        except InputError as error:
+            print(f"{name}: {error}")
+    table = judged([row for row in rows if row])
+    file = bench.write(table, name="bits", out=given.out)
+    print(markdown(table))
+    print(file)
+    if bench.left:
+        print(f"{bench.left} left for the next time, when the same command goes on")
+
+
+@contextmanager
+def stock() -> Any:
+    """The pipeline as diffusers has it."""
+    yield float
+
+
+def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows beside exact; whether those in few bits are within the bar."""
+    found = [beside_exact(row, rows[0]) for row in rows]
+    return [
+        {**row, **({"within_a_point": row["difference_interval"][0] >= BAR} if row["role"] == "bits" else {})}
+        for row in found
+    ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the notes."""
+    lines = [
+        "| built-in model | speed | accuracy | difference from exact | within a point | FID | PSNR | worst |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["difference_interval"]
+        distance = "" if row["fid"] is None else f"{row['fid']:.2f}"
+        within = {True: "yes", False: "no", None: ""}[row.get("within_a_point")]
+        lines.append(
+            f"| {row['name']} | {row['speedup']:.2f} | {row['accuracy']:.1f} % | {row['difference']:+.1f} "
+            f"({low:+.1f} to {high:+.1f}) | {within} | {distance} | {row['psnr']:.1f} | {row['psnr_worst']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
