@@ -4,11 +4,17 @@ import gc
 import weakref
 
 import pytest
+import torch
+from PIL import ImageChops
 
 from vivace.accelerate import acceleration_of
+from vivace.families import FAMILIES
 from vivace.host_times import Times
 from vivace.one_off import stock_class
 from vivace.prompts import Prompts
+from vivace.serve.engine import Engine
+from vivace.serve.model import Spec
+from vivace.serve.request import Request
 
 
 @pytest.fixture
@@ -69,3 +75,17 @@ def test_what_a_former_preset_kept_of_the_prompts_is_gone(engine, pipe, order):
     engine.submit(order(quality="balanced", steps=1)).result(60)
     gc.collect()
     assert kept() is None
+
+
+def test_what_a_pipeline_set_in_its_scheduler_holds_for_requests_too():
+    """Stable Diffusion's sets an offset that nobody gave the scheduler: other steps are other pictures."""
+    pipe = FAMILIES["sd"].tiny()
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.steps_offset == 1
+    asked = Request(prompt="a red circle", size=(64, 64), steps=2, seed=0, deterministic=True)
+    noise = torch.Generator("cpu").manual_seed(0)
+    picture = pipe(asked.prompt, width=64, height=64, num_inference_steps=2, generator=noise).images[0]
+    with Engine(models={"model": Spec(source=pipe, preset="exact")}) as engine:
+        served = engine.submit(asked).result(60).pictures[0]
+    apart = ImageChops.difference(picture.convert("RGB"), served.convert("RGB"))
+    assert max(high for _, high in apart.getextrema()) <= 1
