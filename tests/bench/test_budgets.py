@@ -5,7 +5,7 @@ import torch
 
 from vivace import Config
 from vivace.accelerate import accelerate, acceleration_of
-from vivace.bench.budgets import CASES, STEPS, facts, of_bound
+from vivace.bench.budgets import CASES, STEPS, apart, facts, of_bound, run
 from vivace.families import FAMILIES
 from vivace.memory.placement import CONTEXT, GIB, Part, Placed, Placement, place
 from vivace.passes.target import Target
@@ -53,3 +53,23 @@ def test_a_step_moves_what_all_its_calls_move(name, calls):
 def test_every_case_is_a_model():
     for case in CASES.values():
         assert FAMILIES[case.family].variant(case.variant).denoiser is not None
+
+
+def test_ways_are_kept_as_they_come_and_only_what_failed_is_tried_again():
+    asked, kept = [], []
+
+    def measured(name, way, *, seconds):
+        asked.append(way)
+        return {"failed": "no room"} if way == "resident" else {"step_s": 1.0, "moved_per_step": 0, "bandwidth": 1}
+
+    names = ["sdxl-6"]
+    result = run(names, measure=measured, on_row=lambda found: kept.append(len(found["rows"]["sdxl-6"]) - 1))
+    assert (asked, kept) == (["resident", "vivace", "group offload"], [1, 2, 3])
+    again = run(names, rows=result["rows"], measure=lambda *_, seconds: {"step_s": 2.0})
+    assert again["rows"]["sdxl-6"]["resident"] == {"step_s": 2.0}
+    assert again["rows"]["sdxl-6"]["of_bound"] == 0.5
+    assert list(run(["flux-12"], budget=1.0, measure=measured)["rows"]["flux-12"]) == ["case"]
+
+
+def test_a_way_that_ends_says_why():
+    assert "Error" in apart("sdxl-6", "no such way", seconds=60)["failed"]

@@ -1,5 +1,6 @@
 """The LoRA benchmark, on a tiny model."""
 
+import json
 import math
 
 import pytest
@@ -23,3 +24,18 @@ def test_memory_is_flat_on_a_gpu():
     rows = lora.run(tiny=True, peer=False)["rows"]
     for mode in ("merged", "side"):
         assert len(set(rows[mode]["allocated_after_each_swap"][1:])) == 1
+
+
+def test_rows_are_kept_as_they_come_and_not_measured_twice(tmp_path, monkeypatch):
+    path = tmp_path / "lora.json"
+    monkeypatch.setattr(lora, "MODES", ("side",))
+    monkeypatch.setattr(lora.Bench, "hotswap", lambda self: 1 / 0)  # what ends a run midway
+    with pytest.raises(ZeroDivisionError):
+        lora.main(["--tiny", "-o", str(path)])
+    first = json.loads(path.read_text())
+    assert list(first["rows"]) == ["side"]
+    assert first["machine"]["versions"]["torch"]
+    monkeypatch.setattr(lora.Bench, "hotswap", lambda self: {"cold_s": 1.0})
+    lora.main(["--tiny", "-o", str(path)])
+    again = json.loads(path.read_text())["rows"]
+    assert again == {**first["rows"], lora.PEER: {"cold_s": 1.0}}

@@ -1,5 +1,5 @@
 """Whole runs within a budget of device memory: `python -m vivace.bench.budgets [CASE ...]` writes
-benchmarks/<date>-<gpu>-budgets.json.
+benchmarks/<date>-<gpu>-budgets.json, a row as soon as it is there; run again it goes on.
 
 Every case runs in a process of its own that may take no more than its budget (1 GB of it is the CUDA context's), at
 true size with random weights, text encoders included: ours, diffusers' group offload within the same budget, and
@@ -9,25 +9,28 @@ step and its bytes over the measured bandwidth.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vivace.bench.process import run_module
+from vivace.bench.results import record
 from vivace.machine import machine
 from vivace.memory.placement import CONTEXT, GIB
 
 logger = logging.getLogger(__name__)
 
 STEPS = 4
-LIMIT = 1500  # seconds that a case may take
+LIMIT = 400.0  # seconds that one way of a case may take
+LEAST = 40.0  # seconds of the budget under which nothing is begun: a pipeline at true size takes that long to draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,34 +186,74 @@ def of_bound(ours: Mapping[str, Any], resident: Mapping[str, Any]) -> float:
     return ours["step_s"] / max(resident["step_s"], ours["moved_per_step"] / ours["bandwidth"])
 
 
-def run(names: list[str]) -> dict[str, Any]:
-    """Every case, every way, each in its own process; a way that fails says so in its row."""
-    rows: dict[str, Any] = {}
+def run(
+    names: Sequence[str],
+    *,
+    ways: Sequence[str] = WAYS,
+    rows: dict[str, Any] | None = None,
+    limit: float = LIMIT,
+    budget: float | None = None,
+    measure: Callable[..., dict[str, Any]] | None = None,
+    on_row: Callable[[dict[str, Any]], None] = bool,
+) -> dict[str, Any]:
+    """Every case, every way, each in its own process; a way that fails says so in its row, and is tried again.
+
+    `rows` has what is known, and all of it goes to `on_row` after every way. `limit` seconds are for one way; after
+    `budget` seconds no further way is begun.
+    """
+    known, began = rows if rows is not None else {}, time.monotonic()
+    result = {"command": "python -m vivace.bench.budgets", "machine": machine(), "rows": known}
     for name in names:
-        rows[name] = {"case": asdict(CASES[name])}
-        for way in WAYS:
-            command = [sys.executable, "-m", "vivace.bench.budgets", "--measure", name, way]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-            last = done.stdout.strip().splitlines()[-1:] or ["{}"]
-            failed = {"failed": done.stderr.strip().splitlines()[-1:]}
-            rows[name][way] = json.loads(last[0]) if done.returncode == 0 else failed
-            logger.info("%s, %s: %s", name, way, rows[name][way])
-        ours, resident = rows[name]["vivace"], rows[name]["resident"]
-        if "step_s" in ours and "step_s" in resident:
-            rows[name]["of_bound"] = of_bound(ours, resident)
-    return {"command": "python -m vivace.bench.budgets", "machine": machine(), "rows": rows}
+        row = known.setdefault(name, {"case": asdict(CASES[name])})
+        for way in ways:
+            rest = limit if budget is None else min(limit, budget - (time.monotonic() - began))
+            if "step_s" in row.get(way, {}) or rest < LEAST:
+                continue
+            row[way] = (measure or apart)(name, way, seconds=rest)
+            logger.info("%s, %s: %s", name, way, row[way])
+            ours, resident = row.get("vivace", {}), row.get("resident", {})
+            if "step_s" in ours and "step_s" in resident:
+                row["of_bound"] = of_bound(ours, resident)
+            on_row(result)
+    return result
+
+
+def apart(name: str, way: str, *, seconds: float) -> dict[str, Any]:
+    """One case, one way, in a process of its own, which ends within so many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        ended = run_module("vivace.bench.budgets", ["--measure", name, way, str(path)], seconds=seconds)
+        if path.is_file():
+            return json.loads(path.read_text("utf-8"))
+    last = next((line for line in reversed(ended.said.splitlines()) if line.strip()), "no message")
+    return {"failed": last[:240] if ended.code is not None else f"not finished in {seconds:.0f} s"}
 
 
 def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO)
     if arguments[:1] == ["--measure"]:
-        sys.stdout.write(json.dumps(measure(*arguments[1:])) + "\n")
+        name, way, path = arguments[1:]
+        Path(path).write_text(json.dumps(measure(name, way)), "utf-8")
         return
-    import torch
+    asked = argparse.ArgumentParser(prog="python -m vivace.bench.budgets", description=__doc__)
+    asked.add_argument("cases", nargs="*", metavar="CASE", help=f"all of {', '.join(CASES)}")
+    asked.add_argument("-o", "--output", type=Path, default=record("budgets"), help="the JSON; what it has is kept")
+    asked.add_argument("--ways", default=",".join(WAYS), help="which of resident, vivace and group offload")
+    asked.add_argument("--limit-s", type=float, default=LIMIT, help="seconds that one way may take")
+    asked.add_argument("--budget-s", type=float, help="seconds after which no way is begun; the rest next time")
+    given = asked.parse_args(arguments)
+    ways = [way.strip() for way in given.ways.split(",")]
+    for asked_for, known in ((given.cases, CASES), (ways, WAYS)):
+        if unknown := [one for one in asked_for if one not in known]:
+            asked.error(f"there is no {unknown[0]!r}; known are {', '.join(known)}")
+    rows = json.loads(given.output.read_text("utf-8"))["rows"] if given.output.is_file() else {}
+    given.output.parent.mkdir(parents=True, exist_ok=True)
 
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
-    path = Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{gpu}-budgets.json"
-    path.write_text(json.dumps(run(arguments or list(CASES)), indent=1) + "\n", "utf-8")
+    def keep(result: dict[str, Any]) -> None:
+        given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+    times = {"limit": given.limit_s, "budget": given.budget_s}
+    run(given.cases or list(CASES), ways=ways, rows=rows, on_row=keep, **times)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""LoRA at true size: `python -m vivace.bench.lora` writes benchmarks/<date>-<gpu>-lora.json.
+"""LoRA at true size: `python -m vivace.bench.lora` writes benchmarks/<date>-<gpu>-lora.json, a row as
+soon as it is there; run again it goes on.
 
 FLUX.1-dev with random weights, LoRA of rank 64 on all linears of its blocks, from files. Predicted on an H200 before
 the first run: a merged swap 0.9 s (file 0.3, PEFT's layers 0.4, sums 0.2), a swap between loaded adapters beside the
@@ -7,14 +8,15 @@ linears 0.05 s, their products 7 % of a bf16 step (10 ms of traffic in 155).
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from vivace.accelerate import accelerate, restore
+from vivace.bench.results import record
 from vivace.families import FAMILIES
 from vivace.machine import machine
 
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 RANK = 64
 SWAPS = 10
+MODES = ("merged", "side")
+PEER = "diffusers hotswap and compile"
 STEPS = 5  # timed ones; the median counts
 
 
@@ -142,30 +147,43 @@ class Bench:
         return torch.cuda.memory_allocated() if self.device == "cuda" else None
 
 
-def run(*, tiny: bool = False, peer: bool = True) -> dict[str, Any]:
-    """All figures, with the machine they were taken on."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), tiny=tiny)
-        rows = {mode: bench.mode(mode) for mode in ("merged", "side")}
-        if peer:
-            rows["diffusers hotswap and compile"] = bench.hotswap()
-    return {
-        "command": "python -m vivace.bench.lora",
+def run(
+    *, tiny: bool = False, peer: bool = True, rows: dict[str, Any] | None = None, on_row: Callable[[Any], None] = bool
+) -> dict[str, Any]:
+    """All figures, with the machine they were taken on; `rows` has those that are known, and each goes to `on_row`."""
+    known = rows or {}
+    result: dict[str, Any] = {
+        "command": f"python -m vivace.bench.lora{' --tiny' * tiny}",
         "machine": machine(),
         "model": "FLUX.1-dev, random weights, 1024 x 1024" if not tiny else "tiny FLUX",
         "rank": RANK,
-        "file_bytes": bench.file_bytes,
-        "rows": rows,
+        "rows": known,
     }
+    left = [mode for mode in (*MODES, *([PEER] if peer else [])) if mode not in known]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), tiny=tiny) if left else None
+        for mode in left:
+            assert bench is not None
+            known[mode] = bench.hotswap() if mode == PEER else bench.mode(mode)
+            on_row({**result, "file_bytes": bench.file_bytes})
+    return {**result, "file_bytes": bench.file_bytes if bench else []}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO)
-    name = torch.cuda.get_device_name().split()[-1].lower()
-    path = Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{name}-lora.json"
-    path.write_text(json.dumps(run(), indent=1) + "\n", "utf-8")
-    logger.info("%s\n%s", path, path.read_text("utf-8"))
+    asked = argparse.ArgumentParser(prog="python -m vivace.bench.lora", description=__doc__)
+    asked.add_argument("-o", "--output", type=Path, default=record("lora"), help="the JSON; what it has is kept")
+    asked.add_argument("--tiny", action="store_true", help="a tiny model, to try the bench itself")
+    given = asked.parse_args(arguments)
+    rows = json.loads(given.output.read_text("utf-8"))["rows"] if given.output.is_file() else {}
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(result: Any) -> None:
+        given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+    run(tiny=given.tiny, rows=rows, on_row=keep)
+    logger.info("%s\n%s", given.output, given.output.read_text("utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

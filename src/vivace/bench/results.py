@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ def write(folder: Path) -> None:
         draw(groups, folder / "bench.png")
     parts = [markdown(groups), _kernels(kernels), _profiles(groups)]
     (folder / "bench.md").write_text("\n".join(part for part in parts if part))
+
+
+def record(what: str) -> Path:
+    """Where the figures of one kind go, by day and machine: benchmarks/<date>-<gpu>-<what>.json."""
+    import torch
+
+    name = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    return Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{name}-{what}.json"
 
 
 def _kernels(lines: Sequence[Mapping[str, Any]]) -> str:

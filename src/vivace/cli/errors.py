@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vivace.cli.command import command
 from vivace.errors import InputError
 
 
@@ -28,6 +29,7 @@ def errors(
     from vivace.bench.workload import workload_of
     from vivace.cli.generate import quiet, read_size
     from vivace.load import resolve_device, resolve_dtype
+    from vivace.machine import machine
     from vivace.quant import FORMATS
 
     for option, value, known in (("--quant", quant, FORMATS), ("--attention", attention, BACKENDS)):
@@ -41,7 +43,8 @@ def errors(
     with quiet():
         found = errors_of(workload, **{name: None if value == "none" else value for name, value in asked.items()})
     if as_json:
-        print(json.dumps({"workload": workload.to_dict(), "errors": found}))
+        about = {"command": command(), "machine": machine(), "workload": workload.to_dict()}
+        print(json.dumps({**about, "errors": found}))
         return
     for what, kinds in found.items():
         print(f"{workload.name}, {what}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vivace.kernels.quant_rows import quant_rows
@@ -73,6 +75,17 @@ def _refuses(device: torch.device) -> str | None:
     major, minor = capability(device)
     have = f"this one has {major}.{minor}" if device.type == "cuda" else f"this is {device.type}"
     return f"fp8 products need a GPU of compute capability 8.9 or newer, {have}; use quant='int8' or 'fp8_weights'"
+
+
+@functools.cache
+def _rows_on_cpu() -> bool:
+    """Whether this torch multiplies with a scale a row there: 2.11 does not."""
+    values, scales = torch.zeros(16, 16, dtype=E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(values, values.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 FP8 = Format(
