@@ -100,3 +100,10 @@ def test_a_trace_and_the_costliest_operators(quick, tmp_path):
     assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
     assert any("addmm" in row["name"] for row in rows)
     assert 0.5 < sum(row["share"] for row in rows) <= 1.001
+
+
+def test_a_tiny_pixart_is_timed_end_to_end(tmp_path):
+    """Its pipeline's table of shapes has none for it."""
+    workload = workload_of("pixart", device="cpu", dtype="float32", tiny=True, end_to_end=True)
+    found = run(workload, Contestant(name="eager"), reference=tmp_path / "none")
+    assert (found["status"], found["median_ms"] > 0) == ("done", True)

@@ -121,6 +121,8 @@ def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
         "num_frames": workload.frames,
         "num_inference_steps": workload.steps,
         "guidance_scale": workload.guidance,
+        # PixArt's knows the shapes that its published models were trained on, and no tiny one's.
+        "use_resolution_binning": not workload.tiny,
     }
     if "image" in accepted and accepted["image"].default is accepted["image"].empty:
         from PIL import Image

@@ -70,7 +70,10 @@ def _with_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _refuses(device: torch.device) -> str | None:
-    if device.type == "cpu" or capability(device) >= (8, 9):
+    if device.type == "cpu":
+        told = f"torch {torch.__version__} has fp8 products with a scale a row on GPUs alone"
+        return None if _rows_on_cpu() else f"{told}; use quant='int8' or 'fp8_weights'"
+    if capability(device) >= (8, 9):
         return None
     major, minor = capability(device)
     have = f"this one has {major}.{minor}" if device.type == "cuda" else f"this is {device.type}"
