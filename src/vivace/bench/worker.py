@@ -43,6 +43,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
 
     from vivace.bench.clock import WARM_UP, samples, summary, synchronize, wall
     from vivace.bench.flops import tflop
+    from vivace.bench.parts import parts_of
     from vivace.bench.power import watched
     from vivace.bench.subject import build, call_of
 
@@ -68,6 +69,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
             times = samples(call, device, fewest=3 if workload.end_to_end else 7)
         peak, last = _peak(device), _error(call(), reference)
         profile = _profile(call, trace) if trace else None
+        parts = parts_of(call, subject) if workload.end_to_end else None
         quiz = _quiz(subject, workload, contestant.quiz) if contestant.quiz else None
     report = _report(contestant, subject)
     return {
@@ -86,6 +88,7 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
         "error": last,
         "first_error": error,
         "report": report,
+        **({"parts": parts} if parts else {}),
         **({"profile": profile} if profile else {}),
         **({"quiz": quiz} if quiz else {}),
     }
