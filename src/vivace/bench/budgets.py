@@ -194,7 +194,7 @@ def run(
     limit: float = LIMIT,
     budget: float | None = None,
     measure: Callable[..., dict[str, Any]] | None = None,
-    on_row: Callable[[dict[str, Any]], None] = bool,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Every case, every way, each in its own process; a way that fails says so in its row, and is tried again.
 

@@ -86,9 +86,10 @@ def _request(denoiser: Any, arguments: Mapping[str, Any]) -> list[tuple[bool, fl
 
     scheduler, device = FlowMatchEulerDiscreteScheduler(), denoiser.device
     scheduler.set_timesteps(STEPS)
+    times: Any = scheduler.timesteps
     found = []
     with open_request(scheduler=scheduler) as scope:
-        for number, moment in enumerate(scheduler.timesteps):
+        for number, moment in enumerate(times):
             at = arguments["timestep"].new_full(arguments["timestep"].shape, float(moment) / 1000)
             scope.step = number
             synchronize(device)
@@ -112,7 +113,7 @@ def run(
     *,
     preset: str,
     rows: dict[str, Any] | None = None,
-    on_row: Callable[[dict[str, Any]], None] = bool,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """A row for each policy that `rows` lacks; all of it goes to `on_row` after each."""
     known = rows if rows is not None else {}
