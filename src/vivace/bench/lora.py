@@ -148,7 +148,11 @@ class Bench:
 
 
 def run(
-    *, tiny: bool = False, peer: bool = True, rows: dict[str, Any] | None = None, on_row: Callable[[Any], None] = bool
+    *,
+    tiny: bool = False,
+    peer: bool = True,
+    rows: dict[str, Any] | None = None,
+    on_row: Callable[[Any], None] = lambda row: None,
 ) -> dict[str, Any]:
     """All figures, with the machine they were taken on; `rows` has those that are known, and each goes to `on_row`."""
     known = rows or {}
