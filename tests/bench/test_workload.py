@@ -31,6 +31,7 @@ def test_a_name_takes_the_variants_own_shape_and_flags_replace_it():
         ("flux", {"size": (1000, 1000)}, "multiples of 16"),
         ("flux", {"tiny": True, "model": "/nowhere"}, "exclude each other"),
         ("flux", {"model": "/nowhere"}, "no model at /nowhere"),
+        ("flux", {"control": True}, "--control is for random weights of a Stable Diffusion UNet"),
     ],
 )
 def test_refused(name, options, said):
@@ -77,6 +78,32 @@ def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
     assert all(weight.is_meta for module in modules.values() for weight in module.parameters())
     assert modules[workload.facts.denoisers[0]].num_parameters() == workload.published.parameters
     assert {slot for slot in modules if "encoder" in slot} == set(workload.facts.text_encoders)
+
+
+@pytest.mark.parametrize("name", ["sd:1.5", "sdxl"])
+def test_a_controlnet_hands_over_a_map_for_every_skip(name):
+    """As many and as large as a ControlNet made for that UNet gives."""
+    from diffusers import ControlNetModel
+
+    workload = workload_of(name, **PLACE, tiny=True, control=True, size=(72, 64))
+    unet = build(workload)
+    inputs = inputs_of(unet, workload)
+    maps, middle = inputs["down_block_additional_residuals"], inputs["mid_block_additional_residual"]
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    told = {key: value for key, value in inputs.items() if not key.endswith(("residuals", "residual"))}
+    down, mid = controlnet(**told, controlnet_cond=torch.zeros(2, 3, 64, 72))
+    assert [one.shape for one in maps] == [one.shape for one in down]
+    assert middle.shape == mid.shape
+    assert "with a ControlNet" in workload.name
+    assert from_dict(workload.to_dict()) == workload
+
+
+def test_a_pipeline_with_a_controlnet_at_true_size():
+    workload = workload_of("sd:1.5", device="meta", dtype="bfloat16", end_to_end=True, control=True)
+    pipe = full_pipeline(workload)
+    assert type(pipe).__name__ == "StableDiffusionControlNetPipeline"
+    assert pipe.controlnet.num_parameters() == 361_279_120
+    assert all(weight.is_meta and weight.dtype == torch.bfloat16 for weight in pipe.controlnet.parameters())
 
 
 def test_a_widened_denoiser_sees_the_same_numbers():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vivace.bench.workload import Workload
+from vivace.families.unet import residuals
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ def build(workload: Workload) -> Any:
 
         pipe = load(workload.model, dtype=dtype, device=workload.device)
     elif workload.tiny:
-        pipe = family.tiny(_pipeline_class(workload)).to(workload.device, dtype)
+        pipe = family.tiny(workload.pipeline).to(workload.device, dtype)
     elif workload.end_to_end:
         pipe = full_pipeline(workload)
     else:
@@ -42,8 +43,7 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     from vivace.families.tokenizers import t5_tokenizer
 
     family, variant = workload.facts, workload.published
-    name = _pipeline_class(workload)
-    small = family.tiny(name)
+    small = family.tiny(workload.pipeline)
     slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
     parts = dict(small.components)
     if variant.experts > 1:
@@ -54,6 +54,10 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
             parts[slot] = family.full(workload.variant, component=slot, device=workload.device, dtype=dtype)
         elif isinstance(part, torch.nn.Module):
             parts[slot] = None  # what the published model lacks: an image encoder for adapters, a second expert
+    if workload.control:
+        beside: Any = diffusers.ControlNetModel
+        with torch.device(workload.device):
+            parts["controlnet"] = beside.from_unet(parts["unet"]).to(dtype=dtype)
     # The tiny Stable Diffusion 3 goes without its largest text encoder.
     for slot in {"tokenizer_3"} & parts.keys():
         parts[slot] = t5_tokenizer()
@@ -89,7 +93,10 @@ def inputs_of(denoiser: Any, workload: Workload) -> dict[str, Any]:
 
     drawn = getattr(torch, workload.dtype)
     shape = {name: getattr(workload, name) for name in ("size", "batch", "frames", "text_tokens")}
-    inputs = workload.facts.inputs(Stand(denoiser, device=torch.device(workload.device), dtype=drawn), **shape, seed=0)
+    stand = Stand(denoiser, device=torch.device(workload.device), dtype=drawn)
+    inputs = workload.facts.inputs(stand, **shape, seed=0)
+    if workload.control:
+        inputs |= residuals(stand, size=workload.size, batch=workload.batch, seed=0)
     return tree_map_only(
         torch.Tensor, lambda x: x.to(denoiser.device, denoiser.dtype if x.dtype == drawn else None), inputs
     )
@@ -103,10 +110,6 @@ class Stand:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
-
-
-def _pipeline_class(workload: Workload) -> str:
-    return workload.published.pipeline or workload.facts.pipelines[0]
 
 
 def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
         # PixArt's knows the shapes that its published models were trained on, and no tiny one's.
         "use_resolution_binning": not workload.tiny,
     }
-    if "image" in accepted and accepted["image"].default is accepted["image"].empty:
+    if "image" in accepted and (workload.control or accepted["image"].default is accepted["image"].empty):
         from PIL import Image
 
         wanted["image"] = Image.new("RGB", workload.size, "gray")

@@ -35,6 +35,7 @@ class Workload:
     text_tokens: int
     steps: int
     guidance: float
+    control: bool = False  # a ControlNet beside the denoiser, or what one hands it
 
     @property
     def facts(self) -> Family:
@@ -45,11 +46,18 @@ class Workload:
         return self.facts.variant(self.variant)
 
     @property
+    def pipeline(self) -> str:
+        """The diffusers pipeline that is called."""
+        own = _controlled(self.facts) if self.control else self.published.pipeline
+        return own or self.facts.pipelines[0]
+
+    @property
     def name(self) -> str:
         """One line that says what is timed."""
         frames = f", {self.frames} frames" if self.frames > 1 else ""
         batch = f", batch {self.batch}" if self.batch > 1 else ""
         what = f"end to end, {self.steps} steps" if self.end_to_end else f"one denoiser forward{batch}"
+        what += " with a ControlNet" if self.control else ""
         weights = f"{self.family}:{self.variant}{' tiny' if self.tiny else ''}" if self.model is None else self.model
         width, height = self.size
         return f"{weights} {width}x{height}{frames}, {what}, {self.dtype}"
@@ -72,11 +80,13 @@ def workload_of(
     model: str | None = None,
     tiny: bool = False,
     end_to_end: bool = False,
+    control: bool = False,
     **shape: Any,
 ) -> Workload:
     """The workload of `FAMILY[:variant]`; what `shape` leaves out or gives as None is the model's or variant's own.
 
-    Raises InputError for an unknown family or variant, and for a size its autoencoder cannot make.
+    Raises InputError for an unknown family or variant, for a size its autoencoder cannot make, and for a ControlNet
+    beside anything but a UNet of random weights.
     """
     family_name, _, variant_name = name.partition(":")
     if family_name not in FAMILIES:
@@ -84,6 +94,8 @@ def workload_of(
     family = FAMILIES[family_name]
     if model and tiny:
         raise InputError("--model and --tiny exclude each other; give one")
+    if control and (model or family.denoiser_class != "UNet2DConditionModel" or not _controlled(family)):
+        raise InputError("--control is for random weights of a Stable Diffusion UNet, such as sd:1.5; leave it out")
     variant_name = variant_name or next(iter(family.variants))
     variant = family.variant(variant_name)
     own = {name: getattr(variant, name) for name in OWN}
@@ -96,7 +108,12 @@ def workload_of(
     if any(side % multiple or side <= 0 for side in own["size"]):
         raise InputError(f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {multiple}")
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
-    return Workload(**names, device=device, dtype=dtype, **own)
+    return Workload(**names, device=device, dtype=dtype, control=control, **own)
+
+
+def _controlled(family: Family) -> str | None:
+    """The family's first pipeline with a ControlNet."""
+    return next((name for name in family.pipelines if "ControlNet" in name), None)
 
 
 def _of_model(model: str, family: Family) -> dict[str, Any]:

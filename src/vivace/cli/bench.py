@@ -39,6 +39,9 @@ def bench(
         str | None, typer.Option(metavar="A,B", help="eager, compile, compile-full, torchao, cache-dit; or none.")
     ] = None,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Text encoders, all steps, VAE.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="With a ControlNet; without --end-to-end what it hands over.")
+    ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel against its bandwidth bound.")] = False,
     ladder: Annotated[
         str | None, typer.Option(metavar="NAME", help="Rung by rung: sdxl, sd15, ssd1b, pixart, flux or builtin.")
@@ -79,7 +82,7 @@ def bench(
         raise InputError("--ray needs --serve; add it, or leave --ray out")
     if serve:
         given = {"--batch": batch, "--frames": frames, "--set": fields, "--peers": peers, "--ladder": ladder}
-        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "--limit-s": limit_s != LIMIT}
+        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "--limit-s": limit_s != LIMIT, "--control": control}
         given |= {"FAMILY beside --model": model and families, "--random beside --model": model and random}
         on_ray = {"--presets": presets, "--tiny": tiny, "--profile": profile, "--again": again, "--budget-s": budget_s}
         given |= {**on_ray, "--device": device, "--dtype": dtype} if ray else {}
@@ -100,7 +103,7 @@ def bench(
         return
     if ladder:
         given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
-        given |= {"--kernels": kernels, "--profile": profile, "--random": random}
+        given |= {"--kernels": kernels, "--profile": profile, "--random": random, "--control": control}
         if extra := [name for name, value in given.items() if value]:
             raise InputError(f"--ladder has its own inputs and rungs, and takes no {', '.join(extra)}; leave it out")
         shape = {"size": read_size(size) if size else None, "steps": steps, "model": model, "tiny": tiny}
@@ -116,7 +119,7 @@ def bench(
     if steps and not end_to_end:
         raise InputError(f"--steps {steps} says nothing about one denoiser forward; add --end-to-end, or leave it out")
     shape = {"size": read_size(size) if size else None, "batch": batch, "frames": frames, "steps": steps}
-    options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, **shape}
+    options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, "control": control, **shape}
     drafts = [workload_of(name, device="", dtype="", **options) for name in families or ()]
     contest = partial(contestants_of, presets=_names(presets or "exact"), fields=fields or ())
     contest(peers=_names(peers or ""))  # wrong names come out before the machine is asked, which takes seconds

@@ -186,6 +186,20 @@ def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
+def residuals(unet: Any, *, size: tuple[int, int], batch: int, seed: int = 0) -> dict[str, Any]:
+    """What a ControlNet hands a UNet's forward at `size` (width, height) in pixels, random: a map for every skip."""
+    noise = noise_for(unet, seed=seed + 1)
+    width, height = (side // 8 for side in size)
+    maps = [noise(batch, unet.config.block_out_channels[0], height, width)]
+    for block in unet.down_blocks:
+        maps += [noise(batch, resnet.out_channels, height, width) for resnet in block.resnets]
+        if block.downsamplers:
+            width, height = (width + 1) // 2, (height + 1) // 2
+            maps.append(noise(batch, block.resnets[-1].out_channels, height, width))
+    middle = noise(*maps[-1].shape)
+    return {"down_block_additional_residuals": maps, "mid_block_additional_residual": middle}
+
+
 def inputs(
     unet: UNet2DConditionModel,
     *,
