@@ -42,6 +42,18 @@ def test_one_line_a_contestant(finished):
         assert line["reference"] == "ok"
 
 
+def test_without_a_reference_there_is_no_error_and_no_process_for_it(tmp_path, monkeypatch):
+    once = bench(tmp_path, contestants=contestants_of(presets=[], fields=[], peers=["eager"]), reference=False)
+    ran, process = [], once._process
+    monkeypatch.setattr(once, "_process", lambda *args, **kwargs: ran.append(args[1].label) or process(*args, **kwargs))
+    assert once.run() == 0
+    (line,) = once.book.contests()
+    assert ran == ["eager"]
+    assert (line["status"], line["error"], line["reference"]) == ("done", None, "left out")
+    write(tmp_path)
+    assert "| eager |" in (tmp_path / "bench.md").read_text()
+
+
 def test_tables_and_a_chart(finished):
     rows = list(csv.DictReader((finished / "bench.csv").open()))
     assert {row["contestant"] for row in rows} == {"vivace exact", "eager"}

@@ -19,6 +19,7 @@ def test_a_name_takes_the_variants_own_shape_and_flags_replace_it():
     sd = workload_of("sd:2.1", **PLACE, batch=4, size=None)
     assert (sd.size, sd.batch, sd.steps) == ((768, 768), 4, 50)
     assert from_dict(sd.to_dict()) == sd
+    assert "control" not in sd.to_dict()  # results of before there was one are of the same workload
     assert workload_of("wan", **PLACE, tiny=True).frames == 5
     assert "end to end, 2 steps" in workload_of("flux", **PLACE, tiny=True, end_to_end=True).name
 

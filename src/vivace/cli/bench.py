@@ -63,6 +63,10 @@ def bench(
     limit_s: Annotated[float, typer.Option(min=1, help="Seconds a contestant may take.")] = LIMIT,
     budget_s: Annotated[float | None, typer.Option(min=0, help="Seconds all may take; the rest next time.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
+    no_reference: Annotated[
+        bool,
+        typer.Option("--no-reference", help="No fp32 call of each model, and so no errors: seconds for large ones."),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where results are kept.")] = Path(
@@ -82,7 +86,13 @@ def bench(
         raise InputError("--ray needs --serve; add it, or leave --ray out")
     if serve:
         given = {"--batch": batch, "--frames": frames, "--set": fields, "--peers": peers, "--ladder": ladder}
-        given |= {"--end-to-end": end_to_end, "--kernels": kernels, "--limit-s": limit_s != LIMIT, "--control": control}
+        given |= {
+            "--end-to-end": end_to_end,
+            "--kernels": kernels,
+            "--limit-s": limit_s != LIMIT,
+            "--control": control,
+            "--no-reference": no_reference,
+        }
         given |= {"FAMILY beside --model": model and families, "--random beside --model": model and random}
         on_ray = {"--presets": presets, "--tiny": tiny, "--profile": profile, "--again": again, "--budget-s": budget_s}
         given |= {**on_ray, "--device": device, "--dtype": dtype} if ray else {}
@@ -103,7 +113,13 @@ def bench(
         return
     if ladder:
         given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
-        given |= {"--kernels": kernels, "--profile": profile, "--random": random, "--control": control}
+        given |= {
+            "--kernels": kernels,
+            "--profile": profile,
+            "--random": random,
+            "--control": control,
+            "--no-reference": no_reference,
+        }
         if extra := [name for name, value in given.items() if value]:
             raise InputError(f"--ladder has its own inputs and rungs, and takes no {', '.join(extra)}; leave it out")
         shape = {"size": read_size(size) if size else None, "steps": steps, "model": model, "tiny": tiny}
@@ -139,7 +155,14 @@ def bench(
     if kernels:
         bench_kernels(seconds=limit_s, **told)
     left = Bench(
-        workloads=workloads, contestants=contestants, limit=limit_s, budget=budget_s, again=again, trace=profile, **told
+        workloads=workloads,
+        contestants=contestants,
+        limit=limit_s,
+        budget=budget_s,
+        again=again,
+        trace=profile,
+        reference=not no_reference,
+        **told,
     ).run()
     write(output)
     if left:
