@@ -279,9 +279,10 @@ def test_edit_with_a_mask(visit, site, tmp_path, monkeypatch, size):
     page.locator("#draw").click()
     done(page)
     (request,) = asked
-    assert request.images[0].size == request.mask.size == (320, 256)
-    assert [request.mask.getpixel(at) for at in ((240, 128), (80, 128))] == [255, 0]
-    assert request.images[0].getpixel((90, 110)) == (0xEE, 0x22, 0x22)
+    # Brought to the size that the model makes of such proportions, four fifths of its own.
+    assert request.images[0].size == request.mask.size == (256, 208)
+    assert [request.mask.getpixel(at) for at in ((192, 104), (64, 104))] == [255, 0]
+    assert request.images[0].getpixel((72, 88)) == (0xEE, 0x22, 0x22)
     expect(page.locator("#stage .facts")).to_contain_text("0.7")
     # The edit keeps its picture's shape, whatever the field says.
     assert loaded(page, "#stage .frame img") == [256, 208]
