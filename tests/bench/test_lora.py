@@ -6,6 +6,7 @@ import math
 import pytest
 
 from vivace.bench import lora
+from vivace.machine import machine
 
 
 def test_every_figure_is_there():
@@ -39,3 +40,20 @@ def test_rows_are_kept_as_they_come_and_not_measured_twice(tmp_path, monkeypatch
     lora.main(["--tiny", "-o", str(path)])
     again = json.loads(path.read_text())["rows"]
     assert again == {**first["rows"], lora.PEER: {"cold_s": 1.0}}
+
+
+def test_rows_of_another_machine_or_model_are_not_taken_for_this_ones(tmp_path, capsys):
+    """They would stand under this run's header."""
+    path = tmp_path / "lora.json"
+    here = {"command": f"{lora.COMMAND} --tiny", "machine": machine(), "rows": {}}
+    for other in (
+        {**here, "command": lora.COMMAND},
+        {**here, "machine": {**machine(), "gpus": [{"name": "another GPU"}]}},
+    ):
+        before = json.dumps(other)
+        path.write_text(before)
+        with pytest.raises(SystemExit) as ended:
+            lora.main(["--tiny", "-o", str(path)])
+        assert ended.value.code == 2
+        assert "name another -o" in capsys.readouterr().err
+        assert path.read_text() == before

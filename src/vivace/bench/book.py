@@ -63,7 +63,7 @@ class Book:
     def kernels(self) -> list[dict[str, Any]]:
         """The last result of every kernel's case on every machine."""
         lines = (line for line in self.lines if "kernel" in line)
-        return list({(line["kernel"], line["case"], _place(line["machine"])): line for line in lines}.values())
+        return list({(line["kernel"], line["case"], place_of(line["machine"])): line for line in lines}.values())
 
 
 def task_of(contestant: Contestant) -> dict[str, Any]:
@@ -71,12 +71,13 @@ def task_of(contestant: Contestant) -> dict[str, Any]:
     return {**asdict(contestant), "fields": list(contestant.fields)}
 
 
-def _place(machine: Mapping[str, Any]) -> str:
+def place_of(machine: Mapping[str, Any]) -> str:
+    """What figures have to share to stand beside one another: the GPU or processor, and torch."""
     return f"{gpu_of(machine) or machine['processor']} torch {machine['versions'].get('torch')}"
 
 
 def _key(workload: Mapping[str, Any], label: str, machine: Mapping[str, Any]) -> str:
-    return json.dumps([workload, label, _place(machine)], sort_keys=True)
+    return json.dumps([workload, label, place_of(machine)], sort_keys=True)
 
 
 def _key_of(line: Mapping[str, Any]) -> str:

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from vivace.bench.process import run_module
-from vivace.bench.results import record
+from vivace.bench.results import record, rows_of
+from vivace.errors import InputError
 from vivace.machine import machine
 from vivace.memory.placement import CONTEXT, GIB
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "python -m vivace.bench.budgets"
 STEPS = 4
 LIMIT = 400.0  # seconds that one way of a case may take
 LEAST = 40.0  # seconds of the budget under which nothing is begun: a pipeline at true size takes that long to draw
@@ -202,7 +204,7 @@ def run(
     `budget` seconds no further way is begun.
     """
     known, began = rows if rows is not None else {}, time.monotonic()
-    result = {"command": "python -m vivace.bench.budgets", "machine": machine(), "rows": known}
+    result = {"command": COMMAND, "machine": machine(), "rows": known}
     for name in names:
         row = known.setdefault(name, {"case": asdict(CASES[name])})
         for way in ways:
@@ -246,7 +248,10 @@ def main(arguments: list[str]) -> None:
     for asked_for, known in ((given.cases, CASES), (ways, WAYS)):
         if unknown := [one for one in asked_for if one not in known]:
             asked.error(f"there is no {unknown[0]!r}; known are {', '.join(known)}")
-    rows = json.loads(given.output.read_text("utf-8"))["rows"] if given.output.is_file() else {}
+    try:
+        rows = rows_of(given.output, command=COMMAND)
+    except InputError as error:
+        asked.error(str(error))
     given.output.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(result: dict[str, Any]) -> None:

@@ -24,12 +24,14 @@ import torch
 from safetensors.torch import save_file
 
 from vivace.accelerate import accelerate, restore
-from vivace.bench.results import record
+from vivace.bench.results import record, rows_of
+from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.machine import machine
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "python -m vivace.bench.lora"
 RANK = 64
 SWAPS = 10
 MODES = ("merged", "side")
@@ -157,7 +159,7 @@ def run(
     """All figures, with the machine they were taken on; `rows` has those that are known, and each goes to `on_row`."""
     known = rows or {}
     result: dict[str, Any] = {
-        "command": f"python -m vivace.bench.lora{' --tiny' * tiny}",
+        "command": COMMAND + " --tiny" * tiny,
         "machine": machine(),
         "model": "FLUX.1-dev, random weights, 1024 x 1024" if not tiny else "tiny FLUX",
         "rank": RANK,
@@ -179,7 +181,10 @@ def main(arguments: Sequence[str]) -> None:
     asked.add_argument("-o", "--output", type=Path, default=record("lora"), help="the JSON; what it has is kept")
     asked.add_argument("--tiny", action="store_true", help="a tiny model, to try the bench itself")
     given = asked.parse_args(arguments)
-    rows = json.loads(given.output.read_text("utf-8"))["rows"] if given.output.is_file() else {}
+    try:
+        rows = rows_of(given.output, command=COMMAND + " --tiny" * given.tiny)
+    except InputError as error:
+        asked.error(str(error))
     given.output.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(result: Any) -> None:

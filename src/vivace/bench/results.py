@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vivace.bench.book import Book, gpu_of
+from vivace.bench.book import Book, gpu_of, place_of
 from vivace.bench.chart import draw
 from vivace.bench.table import comma_separated, markdown, markdown_table
+from vivace.errors import InputError
+from vivace.machine import machine
 
 KERNEL_COLUMNS = ("kernel", "case", "µs", "bound µs", "share", "of")
 COSTLIEST = ("kernel", "launches", "ms", "share")
@@ -32,6 +35,20 @@ def record(what: str) -> Path:
 
     name = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
     return Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{name}-{what}.json"
+
+
+def rows_of(path: Path, *, command: str) -> dict[str, Any]:
+    """The rows that the record at `path` has, by name; none where there is no such file.
+
+    Raises InputError for one of another command or machine: its rows would stand under this one's name.
+    """
+    if not path.is_file():
+        return {}
+    kept = json.loads(path.read_text("utf-8"))
+    here = (command, place_of(machine()))
+    if (there := (kept["command"], place_of(kept["machine"]))) != here:
+        raise InputError(f"{path} has rows of {' on '.join(there)}, and this is {' on '.join(here)}; name another -o")
+    return kept["rows"]
 
 
 def _kernels(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.bench.clock import synchronize
-from vivace.bench.results import record
+from vivace.bench.results import record, rows_of
 from vivace.bench.subject import build, inputs_of
 from vivace.bench.workload import Workload, workload_of
 from vivace.cache import parse
@@ -108,6 +108,12 @@ def _skipped(denoiser: Any, step: int) -> bool:
     return lane.cache is not None and step in lane.cache.tally.last.steps
 
 
+def command_of(workload: Workload, preset: str) -> str:
+    """What measures it again."""
+    tiny = " --tiny" if workload.tiny else ""
+    return f"python -m vivace.bench.steps {workload.family}:{workload.variant} --preset {preset}{tiny}"
+
+
 def run(
     workload: Workload,
     *,
@@ -117,8 +123,12 @@ def run(
 ) -> dict[str, Any]:
     """A row for each policy that `rows` lacks; all of it goes to `on_row` after each."""
     known = rows if rows is not None else {}
-    command = f"python -m vivace.bench.steps {workload.family}:{workload.variant} --preset {preset}"
-    result = {"command": command, "machine": machine(), "workload": workload.to_dict(), "rows": known}
+    result = {
+        "command": command_of(workload, preset),
+        "machine": machine(),
+        "workload": workload.to_dict(),
+        "rows": known,
+    }
     wanted = {name: policy for name, policy in policies().items() if name not in known}
     denoiser = build(workload) if wanted else None
     for name, policy in wanted.items():
@@ -145,7 +155,10 @@ def main(arguments: Sequence[str]) -> None:
     place = resolve_device(None)
     dtype = str(resolve_dtype(None, place)).removeprefix("torch.")
     workload = workload_of(given.family, device=str(place), dtype=dtype, tiny=given.tiny)
-    rows = json.loads(given.output.read_text("utf-8"))["rows"] if given.output.is_file() else {}
+    try:
+        rows = rows_of(given.output, command=command_of(workload, given.preset))
+    except InputError as error:
+        asked.error(str(error))
     given.output.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(result: dict[str, Any]) -> None:
