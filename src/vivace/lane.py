@@ -210,10 +210,8 @@ class Lane:
             yield
 
     def _serve(self, kwargs: dict[str, Any], run: Run | None = None) -> Any:
-        reason = self._declined(kwargs)
-        split = None if reason else self.split
-        served_by = "fused blocks" if split is not None else reason or "stock blocks"
-        self._count(served_by, warn=reason is not None)
+        split, served_by = self._way(kwargs)
+        self._count(served_by, warn=split is None and self._fused is not None)
         if split is not None and split.once is not None and run is None:
             kwargs["once"] = self._once(split, kwargs)
         run = run or self.run
@@ -221,6 +219,12 @@ class Lane:
         if self.cache is None:
             return run("forward", forward, **kwargs)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by)
+
+    def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
+        """The fused blocks, if they serve such a call; and what does."""
+        reason = self._declined(kwargs)
+        split = None if reason else self.split
+        return split, "fused blocks" if split is not None else reason or "stock blocks"
 
     def _declined(self, kwargs: Mapping[str, Any]) -> str | None:
         if self._fused is None:
@@ -238,6 +242,8 @@ class Lane:
     def _follow(self, kwargs: Mapping[str, Any]) -> None:
         """Build again when the denoiser is not what it was; bring its adapters up to date."""
         with self._lock:
+            if self._watch is not None and self._rests(kwargs):
+                return  # looking at every weight would take most of such a call's time
             if self._watch is None or self._watch.changed():
                 self.release()
                 if self.adapters is not None:
@@ -249,6 +255,10 @@ class Lane:
             if self._watch is None:
                 # What was settled has let go of it.
                 self._build()
+
+    def _rests(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether nothing is computed for this call, as the cache's policy knows beforehand."""
+        return self.cache is not None and self.cache.rests(kwargs, served_by=self._way(kwargs)[1])
 
     def _build(self) -> None:
         """Build what is made from the weights as they are now."""

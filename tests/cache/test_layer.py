@@ -13,6 +13,7 @@ import vivace
 from vivace import request
 from vivace.families import FAMILIES
 from vivace.fused import FUSED
+from vivace.watch import Watch
 
 POLICIES = (
     "firstblock:threshold=0.4",
@@ -296,3 +297,34 @@ def test_a_lora_on_the_blocks(pipe, draw, last, spelled):
         vivace.restore(pipe)
         pipe.transformer.delete_adapters("default")
         pipe.transformer.unload_lora()
+
+
+class Replaced:
+    """Waited for at every step: before one of them it puts other weights in."""
+
+    def __init__(self, module: torch.nn.Module, *, before: int):
+        self.module, self.left = module, before
+
+    def wait(self, timeout: float) -> None:
+        if self.left == 0:
+            self.module.weight = torch.nn.Parameter(2 * self.module.weight, requires_grad=False)
+        self.left -= 1
+
+
+def test_a_step_known_to_be_skipped_looks_at_no_weight_and_the_next_sees_what_was_replaced(pipe, monkeypatch):
+    denoiser = vivace.accelerate(pipe.transformer, cache="steps:compute=0,3,6,7")
+    looked, changed = [], Watch.changed
+    monkeypatch.setattr(Watch, "changed", lambda watch: looked.append(watch) or changed(watch))
+    plain = sample(denoiser, seed=1, steps=8)
+    looked.clear()
+    assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
+    assert len(looked) == 4
+    stock = denoiser.proj_out.weight
+    found = []
+    for before in (1, 3, 4):
+        found.append(sample(denoiser, seed=1, steps=8, turn=Replaced(denoiser.proj_out, before=before)))
+        denoiser.proj_out.weight = stock
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert not torch.equal(found[2], plain)
+    assert torch.equal(sample(denoiser, seed=1, steps=8), plain)

@@ -59,18 +59,27 @@ class Cache:
         served_by: str,
     ) -> Any:
         """One call of the denoiser: its arguments, its result. `split` is the fused blocks', where these serve."""
-        now = request.current()
-        schedule = schedule_of(now, kwargs) if now is not None else None
-        if now is None or schedule is None or now.step >= len(schedule) or torch.is_grad_enabled():
-            reason = _idle_because(now, schedule)
-            self.idle[reason] = self.idle.get(reason, 0) + 1
+        place = _place(kwargs)
+        if isinstance(place, str):
+            self.idle[place] = self.idle.get(place, 0) + 1
             return run("forward", forward, **kwargs)
+        now, schedule = place
         branches, shared, count = self._request(now)
         call = Call(
             step=now.step, schedule=schedule, branch=now.branch, batch=now.batch, shared=shared,
             kwargs=kwargs, forward=forward, run=run, split=split or self.stock, watch=self._watch,
         )  # fmt: skip
-        return self._serve(call, branches, key=(now.branch, served_by, schedule, _signature(kwargs)), count=count)
+        return self._serve(call, branches, key=_key(now, served_by, schedule, kwargs), count=count)
+
+    def rests(self, kwargs: Mapping[str, Any], *, served_by: str) -> bool:
+        """Whether the policy knows already that nothing is computed for such a call."""
+        place = _place(kwargs)
+        if isinstance(place, str):
+            return False
+        now, schedule = place
+        branch = self._request(now)[0].get(_key(now, served_by, schedule, kwargs))
+        known = branch is not None and branch.step == now.step - 1
+        return known and self.policy.computes(now.step, schedule) is False
 
     def to_dict(self) -> dict[str, Any]:
         """What happened so far as plain values, ready for JSON."""
@@ -112,7 +121,8 @@ class Cache:
         if len(branches) > BRANCHES:
             branches.popitem(last=False)
         self.tally.add(count, step=call.step, skipped=call.skipped, span=(begin, mark(device)))
-        self.tally.peak_bytes = max(self.tally.peak_bytes, sum(nbytes(b.memory) for b in branches.values()))
+        if not call.skipped:
+            self.tally.peak_bytes = max(self.tally.peak_bytes, sum(nbytes(b.memory) for b in branches.values()))
         return out
 
     def _request(self, now: Request) -> tuple[OrderedDict[Any, Branch], dict[str, Any], Count]:
@@ -154,12 +164,17 @@ def _first(now: Request, times: tuple[float, ...], kwargs: Mapping[str, Any]) ->
     return found[0] if found else 0
 
 
-def _idle_because(now: Request | None, schedule: Schedule | None) -> str:
+def _place(kwargs: Mapping[str, Any]) -> tuple[Request, Schedule] | str:
+    """The request whose step such a call is, and that one's schedule; else why it is nobody's."""
+    now = request.current()
     if now is None:
         return "the denoiser was called outside a pipeline (open a vivace.request for a loop of your own)"
+    schedule = schedule_of(now, kwargs)
     if schedule is None:
         return "the pipeline has no scheduler with timesteps"
-    return "gradients are enabled" if torch.is_grad_enabled() else "the request ran past its schedule"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    return "the request ran past its schedule" if now.step >= len(schedule) else (now, schedule)
 
 
 def _conditions(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -167,13 +182,14 @@ def _conditions(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _signature(kwargs: Mapping[str, Any]) -> tuple:
+def _key(now: Request, served_by: str, schedule: Schedule, kwargs: Mapping[str, Any]) -> tuple:
     """What must be the same for two calls to be steps of one branch."""
-    shapes = tuple((t.shape, t.dtype) for t in tree_leaves(dict(kwargs)) if isinstance(t, torch.Tensor))
+    given = {name: value for name, value in kwargs.items() if name != "once"}  # which follows from the others
+    shapes = tuple((t.shape, t.dtype) for t in tree_leaves(given) if isinstance(t, torch.Tensor))
     words = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | bool))
     # Tensors made in inference mode keep no count of changes in place.
     prompts = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _conditions(kwargs))
-    return shapes, words, prompts
+    return now.branch, served_by, schedule, shapes, words, prompts
 
 
 def nbytes(thing: Any) -> int:

@@ -78,13 +78,13 @@ class Planned(Policy):
 
         return Memory(trail=Trail(NODES))
 
+    def computes(self, step: int, schedule: Schedule) -> bool:
+        return schedule.first + step in self.plan(schedule).compute
+
     def serve(self, memory: Memory, call: Call) -> Any:
         from vivace.cache.steps import serve_step
 
         plan = self.plan(call.schedule)
         step = call.schedule.first + call.step
         memory.since = since = step if memory.since is None else memory.since
-        return serve_step(
-            memory.trail, call, computed=step in plan.compute,
-            estimate=lambda: memory.trail.sum(plan.factors(step, since=since)),
-        )  # fmt: skip
+        return serve_step(self, memory.trail, call, estimate=lambda: memory.trail.sum(plan.factors(step, since=since)))

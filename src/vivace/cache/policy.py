@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
-    from vivace.cache.call import Call
+    from vivace.cache.call import Call, Schedule
     from vivace.passes.target import Target
 
 
@@ -90,6 +90,13 @@ class Policy:
     def fresh(self) -> Any:
         """What is remembered of one branch of one request, at its first step."""
         raise TypeError(f"{type(self).__name__} keeps nothing")
+
+    def computes(self, step: int, schedule: Schedule) -> bool | None:
+        """Whether `step` of a request is computed where that is known before the run; None where it is seen then.
+
+        The first call of a branch is computed in any case.
+        """
+        return None
 
     def serve(self, memory: Any, call: Call) -> Any:
         """What the denoiser returns for `call`, computed or estimated."""

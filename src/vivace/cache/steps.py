@@ -15,7 +15,7 @@ from vivace.cache.policy import Holds, Policy
 from vivace.errors import InputError
 
 if TYPE_CHECKING:
-    from vivace.cache.call import Call
+    from vivace.cache.call import Call, Schedule
     from vivace.cache.trail import Trail
 
 MOST_STEPS = 10_000  # of one run: a list that a stranger wrote must not fill the memory
@@ -45,20 +45,21 @@ class Steps(Policy):
 
         return Trail(self.order + 1)
 
-    def serve(self, memory: Trail, call: Call) -> Any:
-        wanted = read_steps(self.compute)
-        if is_mask(self.compute) and len(self.compute) != len(call.schedule) + call.schedule.first:
+    def computes(self, step: int, schedule: Schedule) -> bool:
+        if is_mask(self.compute) and len(self.compute) != schedule.whole:
             raise InputError(
-                f"the mask of cache={self.name!r} has {len(self.compute)} steps and this run has "
-                f"{len(call.schedule) + call.schedule.first}; give one digit for each, or list the steps to compute"
+                f"the mask of cache={self.name!r} has {len(self.compute)} steps and this run has {schedule.whole}; "
+                "give one digit for each, or list the steps to compute"
             )
-        computed = call.step + call.schedule.first in wanted
-        return serve_step(memory, call, computed=computed, estimate=partial(memory.at, call.time, order=self.order))
+        return step + schedule.first in read_steps(self.compute)
+
+    def serve(self, memory: Trail, call: Call) -> Any:
+        return serve_step(self, memory, call, estimate=partial(memory.at, call.time, order=self.order))
 
 
-def serve_step(memory: Trail, call: Call, *, computed: bool, estimate: Callable[[], Any]) -> Any:
+def serve_step(policy: Policy, memory: Trail, call: Call, *, estimate: Callable[[], Any]) -> Any:
     """The output of one step, computed and kept, or an estimate; the first of a branch is always computed."""
-    if computed or not len(memory):
+    if policy.computes(call.step, call.schedule) or not len(memory):
         out = call.whole()
         memory.keep(out, time=call.time)
         return out

@@ -15,7 +15,7 @@ from vivace.cache.policy import Holds, Policy
 if TYPE_CHECKING:
     import torch
 
-    from vivace.cache.call import Call
+    from vivace.cache.call import Call, Schedule
 
 
 @dataclass(eq=False)
@@ -53,14 +53,14 @@ class TaylorSeer(Policy):
     def fresh(self) -> Memory:
         return Memory()
 
-    def computes(self, step: int, *, left: int) -> bool:
-        """Whether the step is a full one, `left` steps before the last."""
-        return step < self.warmup or (step - self.warmup - 1) % self.interval == 0 or left < self.cooldown
+    def computes(self, step: int, schedule: Schedule) -> bool:
+        ending = len(schedule) - 1 - step < self.cooldown
+        return step < self.warmup or (step - self.warmup - 1) % self.interval == 0 or ending
 
     def serve(self, memory: Memory, call: Call) -> Any:
         from torch.utils._pytree import tree_flatten, tree_unflatten
 
-        if memory.step is None or self.computes(call.step, left=call.left):
+        if memory.step is None or self.computes(call.step, call.schedule):
             out = call.whole()
             leaves, memory.spec = tree_flatten(out)
             memory.factors = self._differences(leaves, memory, call.step)
