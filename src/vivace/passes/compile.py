@@ -17,6 +17,8 @@ def _check(target: Target) -> str | None:
         return "fuse='on' takes the same blocks; ask for one of the two"
     if config.compile == "auto" and fuses:
         return "the blocks are fused by hand"
+    if config.compile == "auto" and config.cache is not None and config.cache.modules:
+        return f"cache={config.cache.name!r} answers for each attention module, which would be compiled one by one"
     if config.compile == "auto" and target.device.type != "cuda":
         return f"on {target.device.type} compiling takes longer than it saves; compile='on' asks for it"
     if not any(True for _ in target.repeated_blocks()):
