@@ -57,7 +57,7 @@ def main() -> None:
         print("cache-dit is not installed; pip install cache-dit to have it in the table")
     else:
         rows += [bench.measure(f"cache-dit, {one}", peer(bench.pipe, one), role="peer") for one in PEERS]
-    table = judged([row for row in rows if row])
+    table = judged([row for row in rows if row], complete=not bench.left)
     file = bench.write(table, name="caches", out=given.out)
     print(markdown(table))
     print(file)
@@ -79,8 +79,11 @@ def peer(pipe: Any, threshold: float) -> Iterator[Callable[[int], float]]:
         cache_dit.disable_cache(pipe)
 
 
-def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows beside exact and, for caches, beside what the controls reach in the same time."""
+def judged(rows: Sequence[dict[str, Any]], *, complete: bool = True) -> list[dict[str, Any]]:
+    """The rows beside exact and, for caches, beside what the controls reach in the same time.
+
+    While rows are left that is not judged: nothing has beaten a control that is still to be measured.
+    """
     exact = rows[0]
     curves = {
         kind: [
@@ -95,7 +98,7 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         beside = {
             kind: {what: at_time(curve, share_of(row), what) for what in ("psnr", "accuracy")}
             for kind, curve in curves.items()
-            if row["role"] == "cache"
+            if row["role"] == "cache" and complete
         }
         beats = all(row[what] > control[what] for control in beside.values() for what in control)
         known = {"controls_at_its_time": beside, "beats_controls": beats} if beside else {}
