@@ -58,14 +58,15 @@ def test_a_config_as_code_is_that_config():
     assert eval(as_code(config), {"Config": Config}) == config
 
 
-def test_tuning_a_tiny_model(tmp_path):
+def test_tuning_a_tiny_model(tmp_path, monkeypatch):
     pipe = FAMILIES["sd3"].tiny()
+    # The list of what is tried on any model, at the length of a test.
+    monkeypatch.setattr("vivace.tune.CACHES", ("steps:compute=0-1,4", "deepcache", "planned"))
     contest = Contest(
         pipe=pipe, model="tiny", prediction="flow", prompts=("a fox", "a dog"), store=Store(tmp_path), steps=6,
         call={"height": 64, "width": 64},
     )  # fmt: skip
-    caches = ("steps:compute=0-1,4", "deepcache", "planned")
-    tuned = tune(contest, Target(kind="psnr", value=1000), caches=caches)
+    tuned = tune(contest, Target(kind="psnr", value=1000))
     assert {"deepcache", "planned", "attention=cudnn"} <= tuned.refused.keys()
     assert "needs a UNet" in tuned.refused["deepcache"]
     names = [v.contestant.name for v in tuned.verdicts]

@@ -53,11 +53,17 @@ class Tuned:
     refused: dict[str, str]  # contestant -> why it cannot be
 
 
-def tune(contest: Contest, target: Target, *, caches: Sequence[str] = CACHES) -> Tuned:
+def tune(contest: Contest, target: Target, *, caches: Sequence[str] | None = None) -> Tuned:
     """Measures exact choices and presets first, then every cache on top of the fastest choice, and of the fastest
-    preset where that is quicker; all of it can be stopped and resumed, since each drawing is kept."""
+    preset where that is quicker; all of it can be stopped and resumed, since each drawing is kept.
+
+    `caches` are those to try instead of `CACHES`. Raises InputError, before anything is drawn, for one of them that
+    this model cannot take; what was not asked for by its name is left out with the reason.
+    """
     refused: dict[str, str] = {}
     reference = Contestant(name="exact", role="reference", config=Config(), steps=contest.steps)
+    for spelled in caches or ():
+        contest.check(replace(reference, name=spelled, config=_with(reference, spelled)))
     contest.run(reference)
     floor = floor_of(reference)
     contest.run(floor)
@@ -68,7 +74,7 @@ def tune(contest: Contest, target: Target, *, caches: Sequence[str] = CACHES) ->
     cached = [
         replace(base, name=f"{start}{spelled}", role="candidate", config=_with(base, spelled))
         for start, base in bases.items()
-        for spelled in caches
+        for spelled in caches or CACHES
     ]
     verdicts = judge(contest, reference, [floor, *plain, *presets, *_measured(contest, cached, refused)])
     front = frontier(verdicts)

@@ -30,8 +30,13 @@ class Written:
 def draw_all(
     contest: Contest, *, presets: Sequence[str], configs: Mapping[str, Config]
 ) -> tuple[Contestant, list[Contestant]]:
-    """Every contestant draws every prompt: the reference, the floor, the candidates, and the controls they call for."""
+    """Every contestant draws every prompt: the reference, the floor, the candidates, and the controls they call for.
+
+    Raises InputError for a candidate that cannot be before anything is drawn.
+    """
     reference, candidates = contestants(presets=presets, configs=configs, steps=contest.steps)
+    for candidate in candidates:
+        contest.check(candidate)
     others = [floor_of(reference), *candidates]
     for contestant in (reference, *others):
         contest.run(contestant)

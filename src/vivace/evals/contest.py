@@ -113,6 +113,15 @@ class Contest:
                 self.pipe.scheduler = stock
         self.together(contestant)
 
+    def check(self, contestant: Contestant) -> None:
+        """Raises InputError where the contestant cannot be, without drawing anything."""
+        stock = self.pipe.scheduler
+        try:
+            self._prepare(contestant)
+        finally:
+            restore(self.pipe)
+            self.pipe.scheduler = stock
+
     def seconds(self, contestant: Contestant) -> float:
         """Mean seconds a picture, of what was drawn with these settings by whichever process."""
         return mean(r.seconds for r in self.of(contestant) if r.seconds is not None)
@@ -154,7 +163,7 @@ class Contest:
             record = Record(
                 contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index,
                 key=self.key(contestant, index), settings=contestant.settings(self),
-                seconds=seconds if len(batch) == 1 else None, computed=_computed(self.pipe),
+                seconds=seconds if contestant.batch == 1 else None, computed=_computed(self.pipe),
                 peak_bytes=torch.cuda.max_memory_allocated() if self.pipe.device.type == "cuda" else None,
             )  # fmt: skip
             frames = pictures[place]
@@ -171,7 +180,14 @@ class Contest:
             pictures = draw(self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
         if cuda:
             torch.cuda.synchronize()
-        return latents[0].float(), pictures.float(), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        # Rounded to 8 bits NaN would be black, and a black picture is as near to another as can be.
+        if not (latents[0].isfinite().all() and pictures.isfinite().all()):
+            raise InputError(
+                f"{contestant.name} draws numbers that are not finite, of which no distance can be told; leave it out, "
+                "or look for the layer with check_nan=True"
+            )
+        return latents[0].float(), pictures.float(), seconds
 
 
 @dataclass(frozen=True, kw_only=True)
