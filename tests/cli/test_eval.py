@@ -42,7 +42,9 @@ def test_compares_presets_and_says_how(run, tmp_path, capsys):
     prompts.write_text("a fox\na red house\n")
     options = ("--cache", "firstblock:threshold=0.2", "--prompts", prompts, "--steps", 2, "--size", "64x64")
     assert run(model, *options, "--device", "cpu", "-o", tmp_path / "eval") == 0
-    metrics = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out
+    assert "firstblock:threshold=0.2" in said, "names are whole in a pipe"
+    metrics = said.splitlines()[-1]
     assert metrics == str(tmp_path / "eval" / "metrics.json")
     command = json.loads((tmp_path / "eval" / "metrics.json").read_text())["command"]
     given = shlex.split(command)
@@ -63,7 +65,10 @@ def test_compares_presets_and_says_how(run, tmp_path, capsys):
         (("--prompts", "prompts.txt"), "--prompts needs --presets or --cache"),
         (("-o", "figures.json"), "-o needs --presets or --cache"),
         (("--presets", "exact,fast", "--json", "figures.json"), "--json is for the examination alone"),
-        (("--presets", "exact"), "nothing to compare with exact"),
+        (("--json", "/proc/figures.json"), "--json /proc/figures.json cannot be written"),
+        (("--presets", "exact"), "nothing to compare with 'exact'"),
+        (("--presets", "exact,fast", "--inception", "weights.pth"), "--inception is for FID and KID"),
+        (("--presets", "exact,fast", "--captions", 3, "--prompts", "prompts.txt"), "give one"),
         (("--presets", "exact,fast", "--fid", "a", "--kid", "b"), "take one folder"),
     ],
 )
