@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from vivace.cache.call import Call
+    from vivace.passes.target import Target
 
 
 @dataclass(eq=False)
@@ -48,6 +49,9 @@ class DiCache(Windowed):
 
     least: ClassVar = {**Windowed.least, "depth": 1}
     most: ClassVar = {"retain": 1}
+
+    def refuses(self, target: Target) -> str | None:
+        return self.leaves_none(target, "depth")
 
     def fresh(self) -> Memory:
         return Memory()

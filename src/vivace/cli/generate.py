@@ -165,7 +165,7 @@ def read_config(
     from vivace.config import parse_fields, resolve
 
     own = {"cache": cache, "vram": vram}
-    wanted = parse_fields(fields) | {name: value for name, value in own.items() if value}
+    wanted = parse_fields(fields) | {name: value for name, value in own.items() if value is not None}
     return resolve(preset, **wanted) if preset or wanted else None
 
 
