@@ -12,7 +12,7 @@ from vivace.attention import BACKENDS
 from vivace.cache import parse, spell
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
-from vivace.evals.contest import Contest, Contestant, floor_of
+from vivace.evals.contest import Contest, Contestant
 from vivace.evals.verdict import Verdict, judge
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def tune(contest: Contest, target: Target, *, caches: Sequence[str] | None = Non
     for spelled in caches or ():
         contest.check(replace(reference, name=spelled, config=_with(reference, spelled)))
     contest.run(reference)
-    floor = floor_of(reference)
-    contest.run(floor)
+    floor = contest.floor(reference)
     plain = _measured(contest, _choices(contest), refused)
     presets = _measured(contest, _presets(contest), refused)
     best = min((reference, *plain), key=contest.seconds)

@@ -190,6 +190,30 @@ def test_a_candidate_that_cannot_be_is_said_before_anything_is_drawn(tiny, tmp_p
     assert acceleration_of(tiny) is None
 
 
+def test_what_does_not_fit_is_said_and_the_floor_goes_on_one_by_one(tmp_path, caplog):
+    """A card on which two prompts at a time, or that cache, run out of memory."""
+    small = FAMILIES["sd3"].tiny()
+    contest = contest_in(tmp_path, small, steps=2)
+    reference, _ = contestants(presets=["exact"], configs={}, steps=2)
+    rows = []
+
+    def full(module, args, kwargs):
+        rows.append(len(kwargs["hidden_states"]))
+        if rows[-1] > contest.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    contest.room = 2  # with guidance one picture is two rows
+    small.transformer.register_forward_pre_hook(full, with_kwargs=True)
+    floor = contest.floor(reference)
+    assert (floor.name, len(contest.of(floor))) == ("floor: stock, one by one", 3)
+    assert max(rows) == 4
+    assert "the floor is drawn one by one" in caplog.text
+    contest.room = 1
+    with pytest.raises(InputError, match="bold needs more memory than there is"):
+        contest.run(Contestant(name="bold", role="candidate", config=CACHES["bold"], steps=8))
+    assert acceleration_of(small) is None
+
+
 def test_a_floor_in_pairs_has_no_time_of_its_own(compared):
     """Three prompts: the last one is drawn alone."""
     _, written = compared

@@ -11,7 +11,7 @@ from typing import Any
 
 from vivace.config import Config
 from vivace.evals import html, plot
-from vivace.evals.contest import Contest, Contestant, contestants, controls_of, floor_of
+from vivace.evals.contest import Contest, Contestant, contestants, controls_of
 from vivace.evals.instruments import Instruments
 from vivace.evals.sheet import sheet
 from vivace.evals.verdict import Verdict, judge
@@ -37,9 +37,10 @@ def draw_all(
     reference, candidates = contestants(presets=presets, configs=configs, steps=contest.steps)
     for candidate in candidates:
         contest.check(candidate)
-    others = [floor_of(reference), *candidates]
-    for contestant in (reference, *others):
-        contest.run(contestant)
+    contest.run(reference)
+    others = [contest.floor(reference), *candidates]
+    for candidate in candidates:
+        contest.run(candidate)
     controls = controls_of(contest, reference, candidates)
     for control in controls:
         contest.run(control)
