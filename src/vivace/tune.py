@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vivace.attention import BACKENDS
 from vivace.cache import parse, spell
 from vivace.config import PRESETS, Config
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.evals.contest import Contest, Contestant
 from vivace.evals.verdict import Verdict, judge
 
@@ -107,14 +107,16 @@ def _with(base: Contestant, spelled: str) -> Config:
 
 
 def _measured(contest: Contest, contestants: Sequence[Contestant], refused: dict[str, str]) -> list[Contestant]:
-    """Those that can run here, run; the reasons of the others."""
+    """Those that can run here, run; the reasons of the others go into `refused`."""
     done = []
     for contestant in contestants:
         try:
             contest.run(contestant)
-        except InputError as error:
-            refused[contestant.name] = str(error)
-            logger.info("%s is left out: %s", contestant.name, error)
+        except (InputError, RuntimeError) as error:
+            # A compiler that is missing here, or a kernel that fails, is no reason to measure nothing else.
+            known = isinstance(error, InputError)
+            refused[contestant.name] = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+            logger.info("%s is left out: %s", contestant.name, refused[contestant.name])
         else:
             done.append(contestant)
     return done
