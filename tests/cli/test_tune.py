@@ -59,6 +59,8 @@ def test_writes_the_frontier_and_goes_on_with_what_is_the_same(run, tmp_path, ca
         (("--cache", "firstblok"), "nearest is 'firstblock'"),
         (("--cache", "planned:file=none.json"), "cannot read the calibration none.json"),
         (("--cache", "deepcache"), "needs a UNet's down and up blocks"),
+        (("--frames", "9"), "--frames is for videos, which builtin is not known to make"),
+        (("--size", "4096x4096"), "--size 4096x4096 cannot be made: the longest side of builtin is"),
         (("--steps", "0"), "--steps must be 1 or more, got 0"),
         (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
     ],

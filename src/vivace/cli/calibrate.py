@@ -21,6 +21,7 @@ def calibrate(
     captions: Annotated[int, typer.Option(help="Captions that builtin draws.")] = 32,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; the model's own where not given.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler: euler, unipc, ...")] = None,
     seed: Annotated[int, typer.Option(help="Draws the noise, and which prompts are held out.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
@@ -37,7 +38,7 @@ def calibrate(
     check_writable(output, option="-o")
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     settings = settings_of(source, steps=steps, guidance=guidance)
-    call = call_of(source, settings, size)
+    call = call_of(source, settings, size=size, frames=frames)
 
     from vivace.cache.calibrate import calibrate as fit
     from vivace.scheduler import use_scheduler

@@ -44,6 +44,9 @@ def eval(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="With --presets: of a video; the model's own where not given.")
+    ] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS (needs the extra \\[eval]).")] = False,
     lpips_weights: Annotated[Path | None, typer.Option(help="AlexNet's weights for LPIPS, as torchvision's.")] = None,
     clip: Annotated[str | None, typer.Option(help="With --presets: CLIP score too, of this folder or hub id.")] = None,
@@ -73,7 +76,8 @@ def eval(
         raise InputError("--address and --workers need --ray; add it, or leave them out")
     if presets is None and not cache and model != "builtin":
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
-    compares = {"--prompts": prompts, "--size": size, "--lpips": lpips, "--lpips-weights": lpips_weights}
+    compares = {"--prompts": prompts, "--size": size, "--frames": frames}
+    compares |= {"--lpips": lpips, "--lpips-weights": lpips_weights}
     compares |= {"--clip": clip, "--fid": fid, "--kid": kid, "--inception": inception, "-o": None if ray else output}
     _check_use(compares, alone={"--json": json}, comparing=presets is not None or bool(cache))
     folder = output or Path("eval")
@@ -105,8 +109,8 @@ def eval(
     )  # fmt: skip
     order = Order(
         model=source.name, contents=contents_of(source), folder=folder.absolute() if ray else folder, prompts=texts,
-        steps=settings["steps"], seed=seed, call=call_of(source, settings, size), presets=names, configs=compared,
-        device=device,
+        steps=settings["steps"], seed=seed, call=call_of(source, settings, size=size, frames=frames), presets=names,
+        configs=compared, device=device,
     )  # fmt: skip
     contestants(presets=names, configs=compared, steps=order.steps)
     compare = partial(_draw_on_ray, address=address, workers=workers) if ray else _draw

@@ -32,12 +32,24 @@ def settings_of(source: Source, *, steps: int | None, guidance: float | None) ->
     return {"steps": 28, **source.defaults, **{name: value for name, value in given.items() if value is not None}}
 
 
-def call_of(source: Source, settings: dict[str, Any], size: str | None) -> dict[str, Any]:
-    """The arguments of the pipeline's call that say guidance and size, as given or as the model's own."""
-    from vivace.cli.generate import read_size
+def call_of(source: Source, settings: dict[str, Any], *, size: str | None, frames: int | None = None) -> dict[str, Any]:
+    """The arguments of the pipeline's call that say guidance, size and frames, as given or as the model's own.
 
-    width, height = read_size(size) if size else source.size or (None, None)
-    named = {"guidance_scale": settings.get("guidance"), "width": width, "height": height}
+    Raises InputError for what the model is known not to make.
+    """
+    from vivace.cli.generate import read_size
+    from vivace.generation.job import frames_problem, size_problem
+
+    asked = read_size(size) if size else None
+    if asked and (problem := size_problem(asked, source)):
+        raise InputError(f"--size {problem}")
+    if frames is not None:
+        if source.family is None or source.family.media != "video":
+            raise InputError(f"--frames is for videos, which {source.name} is not known to make; leave it out")
+        if problem := f"must be 1 or more, got {frames}" if frames < 1 else frames_problem(frames, source):
+            raise InputError(f"--frames {problem}")
+    width, height = asked or source.size or (None, None)
+    named = {"guidance_scale": settings.get("guidance"), "width": width, "height": height, "num_frames": frames}
     return {name: value for name, value in named.items() if value is not None}
 
 

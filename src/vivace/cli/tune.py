@@ -25,6 +25,7 @@ def tune(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; the model's own where not given.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
 ) -> None:
@@ -48,7 +49,7 @@ def tune(
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     order = Order(
         model=source.name, contents=contents_of(source), folder=output, prompts=texts, steps=settings["steps"],
-        seed=seed, call=call_of(source, settings, size), device=device,
+        seed=seed, call=call_of(source, settings, size=size, frames=frames), device=device,
     )  # fmt: skip
     with quiet(), status() as tell:
         pipe = load_source(source, device=device)
