@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vivace import Config, InputError
+from vivace.accelerate import acceleration_of
 from vivace.cache import FirstBlock
 from vivace.evals.contest import Contest, Contestant
 from vivace.evals.store import Store
@@ -58,16 +59,36 @@ def test_a_config_as_code_is_that_config():
     assert eval(as_code(config), {"Config": Config}) == config
 
 
-def test_tuning_a_tiny_model(tmp_path):
+def test_tuning_a_tiny_model(tmp_path, monkeypatch):
     pipe = FAMILIES["sd3"].tiny()
+    # The list of what is tried on any model, at the length of a test.
+    monkeypatch.setattr("vivace.tune.CACHES", ("steps:compute=0-1,4", "deepcache", "planned"))
     contest = Contest(
         pipe=pipe, model="tiny", prediction="flow", prompts=("a fox", "a dog"), store=Store(tmp_path), steps=6,
         call={"height": 64, "width": 64},
     )  # fmt: skip
-    caches = ("steps:compute=0-1,4", "deepcache", "planned")
-    tuned = tune(contest, Target(kind="psnr", value=1000), caches=caches)
+    tuned = tune(contest, Target(kind="psnr", value=1000))
     assert {"deepcache", "planned", "attention=cudnn"} <= tuned.refused.keys()
     assert "needs a UNet" in tuned.refused["deepcache"]
     names = [v.contestant.name for v in tuned.verdicts]
     assert {"steps:compute=0-1,4", "balanced", "fast"} <= {*names}
     assert tuned.chosen.contestant.name == "exact"
+
+
+def test_what_fails_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("vivace.tune.CACHES", ("steps:compute=0-1",))
+    pipe = FAMILIES["sd3"].tiny()
+
+    def break_presets(module, args, kwargs):
+        if acceleration_of(pipe) and acceleration_of(pipe).target.config.quant == "auto":
+            raise RuntimeError("no C compiler was found\nand a long story")
+
+    pipe.transformer.register_forward_pre_hook(break_presets, with_kwargs=True)
+    contest = Contest(
+        pipe=pipe, model="tiny", prediction="flow", prompts=("a fox",), store=Store(tmp_path), steps=3,
+        call={"height": 64, "width": 64},
+    )  # fmt: skip
+    tuned = tune(contest, Target(kind="psnr", value=20))
+    assert tuned.refused["balanced"] == tuned.refused["fast"] == "RuntimeError: no C compiler was found"
+    assert "steps:compute=0-1" in [v.contestant.name for v in tuned.verdicts]
+    assert acceleration_of(pipe) is None

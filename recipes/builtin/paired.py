@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,35 @@ def options(about: str | None, *, name: str) -> argparse.Namespace:
     return asked.parse_args()
 
 
+class Rows:
+    """The rows of one bench in a file; those with another key are of other things."""
+
+    def __init__(self, file: Path, *, key: str) -> None:
+        self.file, self.key = file, key
+
+    def kept(self) -> Iterator[dict[str, Any]]:
+        """Every row so far."""
+        text = self.file.read_text("utf-8") if self.file.is_file() else ""
+        for line in text.splitlines():
+            with suppress(ValueError):  # a line that was cut short
+                row = json.loads(line)
+                if row.pop("key") == self.key:
+                    yield row
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """One row more."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            # The newline comes first: a machine that stopped may have left half a line.
+            file.write("\n" + json.dumps({"key": self.key, **row}))
+
+
 class Bench:
     """The pipeline, the captions, and the exact pictures that others are compared with."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.began, self.longest, self.left = time.monotonic(), 0.0, 0
-        self.budget, self.batch, self.seed, self.state = given.budget_s, given.batch, given.seed, given.state
+        self.budget, self.batch, self.seed = given.budget_s, given.batch, given.seed
         self.exam = draw_exam(given.captions, seed=given.seed)
         self.pipe: Any = vivace.load("builtin", device=given.device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -65,13 +88,14 @@ class Bench:
         self.exact: list[torch.Tensor] = []  # 8-bit pictures, batch by batch
         self.usual = 0.0  # exact's seconds a picture in this run
         # What a row is of, beside its name: a model or a calibration made anew has none yet.
-        self.key = key_of(
+        key = key_of(
             {
                 "model": contents_of(find("builtin")), "calibrations": fingerprint(SHIPPED),
                 "place": place_of(self.pipe), "captions": given.captions, "batch": given.batch, "seed": given.seed,
             }
         )  # fmt: skip
-        self.known = {row["name"]: row for row in self._kept()}
+        self.rows = Rows(given.state, key=key)
+        self.known = {row["name"]: row for row in self.rows.kept()}
         self.real = Moments.of(rendered(draw_exam(given.captions, seed=given.seed + 1), self.reader))
 
     def measure(
@@ -92,9 +116,7 @@ class Bench:
         self.longest = max(self.longest, time.monotonic() - began)
         self.usual = self.usual or row["seconds"]
         row["exact_seconds"] = self.usual
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        with self.state.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": self.key, **row}) + "\n")
+        self.rows.keep(row)
         print(f"{name}: {row['seconds']:.4f} s a picture, {row['accuracy']:.1f} %, {row['psnr']:.1f} dB", flush=True)
         return row
 
@@ -110,13 +132,6 @@ class Bench:
         finally:
             vivace.restore(self.pipe)
             self.pipe.scheduler = stock
-
-    def _kept(self) -> Iterator[dict[str, Any]]:
-        text = self.state.read_text("utf-8") if self.state.is_file() else ""
-        # A machine that stopped may have cut the last line short.
-        for line in (json.loads(line) for line in text.splitlines() if line.endswith("}")):
-            if line.pop("key") == self.key:
-                yield line
 
     def _run(self, steps: int, computed: Callable[[int], float], batch: int) -> dict[str, Any]:
         right, distances, features, seconds, evaluations = "", [], [], 0.0, []
@@ -156,7 +171,8 @@ class Bench:
         place = torch.cuda.get_device_name(device).split()[-1].lower() if device.type == "cuda" else "cpu"
         file = out / f"{date.today()}-{place}-builtin-{name}.json"
         about = {
-            "command": f"python recipes/builtin/{name}.py --captions {len(self.exam.captions)} --batch {self.batch}",
+            "command": f"python recipes/builtin/{name}.py --captions {len(self.exam.captions)} "
+            f"--batch {self.batch} --seed {self.seed}",
             "machine": machine(), "place": place_of(self.pipe), "rows_left": self.left,
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from vivace import request
 from vivace.attention.backend import Attend
-from vivace.attention.ends import at_an_end, exact_ends
+from vivace.attention.ends import Ends, exact_ends
 from vivace.attention.native import NATIVE
 from vivace.attention.packed import Packed
 from vivace.attention.route import Route
@@ -84,7 +84,7 @@ class Lane:
         self.route: Route | None = None
         self.grid: Grid | None = None  # how a call's tokens lie, where attention asks
         self.narrow = False  # whether 16-bit products add up in 16 bit
-        self.ends = 0  # steps at each end of a request whose attention is exact
+        self.ends: Ends | None = None  # steps of a request whose attention is exact
         self.run: Run = Direct()
         self.cache: Cache | None = None
         self.split: Split | None = None
@@ -188,7 +188,7 @@ class Lane:
     @property
     def at_end(self) -> bool:
         """Whether the current request is at a step whose attention is exact."""
-        return bool(self.ends) and at_an_end(request.current(), self.ends)
+        return self.ends is not None and self.ends.hold(request.current())
 
     def segment(self, run: Callable[..., Any], segment: Callable[..., Any], end: bool, /, **kwargs: Any) -> Any:
         """Compute one segment of a call that went `through`, by `run`; `end` says what `at_end` did."""

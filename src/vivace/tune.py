@@ -11,8 +11,8 @@ from typing import Any, Literal
 from vivace.attention import BACKENDS
 from vivace.cache import parse, spell
 from vivace.config import PRESETS, Config
-from vivace.errors import InputError
-from vivace.evals.contest import Contest, Contestant, floor_of
+from vivace.errors import InputError, first_line
+from vivace.evals.contest import Contest, Contestant
 from vivace.evals.verdict import Verdict, judge
 
 logger = logging.getLogger(__name__)
@@ -53,14 +53,19 @@ class Tuned:
     refused: dict[str, str]  # contestant -> why it cannot be
 
 
-def tune(contest: Contest, target: Target, *, caches: Sequence[str] = CACHES) -> Tuned:
+def tune(contest: Contest, target: Target, *, caches: Sequence[str] | None = None) -> Tuned:
     """Measures exact choices and presets first, then every cache on top of the fastest choice, and of the fastest
-    preset where that is quicker; all of it can be stopped and resumed, since each drawing is kept."""
+    preset where that is quicker; all of it can be stopped and resumed, since each drawing is kept.
+
+    `caches` are those to try instead of `CACHES`. Raises InputError, before anything is drawn, for one of them that
+    this model cannot take; what was not asked for by its name is left out with the reason.
+    """
     refused: dict[str, str] = {}
     reference = Contestant(name="exact", role="reference", config=Config(), steps=contest.steps)
+    for spelled in caches or ():
+        contest.check(replace(reference, name=spelled, config=_with(reference, spelled)))
     contest.run(reference)
-    floor = floor_of(reference)
-    contest.run(floor)
+    floor = contest.floor(reference)
     plain = _measured(contest, _choices(contest), refused)
     presets = _measured(contest, _presets(contest), refused)
     best = min((reference, *plain), key=contest.seconds)
@@ -68,7 +73,7 @@ def tune(contest: Contest, target: Target, *, caches: Sequence[str] = CACHES) ->
     cached = [
         replace(base, name=f"{start}{spelled}", role="candidate", config=_with(base, spelled))
         for start, base in bases.items()
-        for spelled in caches
+        for spelled in caches or CACHES
     ]
     verdicts = judge(contest, reference, [floor, *plain, *presets, *_measured(contest, cached, refused)])
     front = frontier(verdicts)
@@ -102,14 +107,16 @@ def _with(base: Contestant, spelled: str) -> Config:
 
 
 def _measured(contest: Contest, contestants: Sequence[Contestant], refused: dict[str, str]) -> list[Contestant]:
-    """Those that can run here, run; the reasons of the others."""
+    """Those that can run here, run; the reasons of the others go into `refused`."""
     done = []
     for contestant in contestants:
         try:
             contest.run(contestant)
-        except InputError as error:
-            refused[contestant.name] = str(error)
-            logger.info("%s is left out: %s", contestant.name, error)
+        except (InputError, RuntimeError) as error:
+            # A compiler that is missing here, or a kernel that fails, is no reason to measure nothing else.
+            known = isinstance(error, InputError)
+            refused[contestant.name] = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+            logger.info("%s is left out: %s", contestant.name, refused[contestant.name])
         else:
             done.append(contestant)
     return done

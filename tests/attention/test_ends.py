@@ -9,7 +9,7 @@ import vivace
 from vivace import InputError, request
 from vivace.attention import BACKENDS
 from vivace.attention.backend import Backend
-from vivace.attention.ends import at_an_end
+from vivace.attention.ends import Ends
 from vivace.attention.native import NATIVE
 
 
@@ -59,11 +59,12 @@ def test_where_a_request_stands():
     ends = []
     for step in range(4):
         now.step = step
-        ends.append(at_an_end(now, 1))
+        ends.append(Ends(1).hold(now))
+        assert Ends(0, share=0.3).hold(now) == (step < 2), "a share is rounded up"
     assert ends == [True, False, False, True]
-    assert not at_an_end(None, 3)
-    assert at_an_end(request.Request(), 1)
-    assert not at_an_end(request.Request(step=5), 1)
+    assert not Ends(3).hold(None)
+    assert Ends(1).hold(request.Request())
+    assert not Ends(1).hold(request.Request(step=5))
 
 
 def test_refused_where_nothing_counts_steps(sd3_pipe, coarse):

@@ -97,6 +97,24 @@ def test_a_video_model_takes_it(fuse):
     assert "radial (not exact; " in line
 
 
+def test_the_first_quarter_of_the_steps_looks_everywhere(monkeypatch):
+    seen = []
+
+    def attend(*given, **named):
+        seen.append(request.current().step)
+        return attend_pattern(*given, **named)
+
+    monkeypatch.setattr("vivace.attention.radial.attend_pattern", attend)
+    pipe = FAMILIES["wan"].tiny()
+    pipe.set_progress_bar_config(disable=True)
+    vivace.accelerate(pipe, attention="radial", fuse="off")
+    call = {"height": 64, "width": 64, "num_frames": 57, "output_type": "latent", "max_sequence_length": 16}
+    pipe("a fox", num_inference_steps=5, **call)
+    assert set(seen) == {2, 3, 4}
+    line = next(note.detail for note in vivace.report(pipe).passes if note.name == "attention")
+    assert "the first quarter of the steps" in line
+
+
 def test_refused_for_pictures(sd3_pipe):
     with pytest.raises(InputError, match=r"it is for videos.* use attention='native'"):
         vivace.accelerate(sd3_pipe, attention="radial")

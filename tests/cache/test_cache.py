@@ -33,7 +33,7 @@ TIGHT = {
     "dicache": "dicache:threshold=0",
     "magcache": "magcache:ratios=2+2+3,threshold=0",
     "taylorseer": "taylorseer:interval=1",
-    "blockdance": "blockdance:begin=1,after=1",
+    "blockdance": "blockdance:after=1,begin=0.99,end=1",
     "pab": "pab:warmup=99",
     "guidance": "guidance:every=1",
 }
@@ -110,6 +110,12 @@ def test_a_unet_is_refused_by_what_follows_one_stream(unet_pipe, name):
         vivace.accelerate(unet_pipe, cache=name)
 
 
+@pytest.mark.parametrize("spelled", ["firstblock:depth=3", "dicache:depth=9", "blockdance:after=3"])
+def test_blocks_must_be_left_to_skip(pipe, spelled):
+    with pytest.raises(InputError, match=r"leaves none of the 3 blocks to skip; give at most 2"):
+        vivace.accelerate(pipe, cache=spelled)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_skips(family):
     one = FAMILIES[family]
@@ -155,6 +161,8 @@ def test_spelling_round_trip():
         ("steps:compute=9-3", "goes from 9 to 3"),
         ("guidance:begin=0.8,end=0.3", "no step with guidance"),
         ("guidance:end=5", "from 0 to 1"),
+        ("blockdance:begin=0.8,end=0.3", "no step to reuse"),
+        ("firstblock:threshold=0.1,order=1,threshold=0.2", "firstblock: threshold is given twice"),
         ("dicache:retain=7", "from 0 to 1"),
         ("planned:computed=7", "from 0 to 1"),
     ],

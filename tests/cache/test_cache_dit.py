@@ -37,6 +37,7 @@ def test_what_is_left_out_is_cache_dits_default(tmp_path):
     policy = FirstBlock(threshold=0.08, depth=8, warmup=8)
     assert parse(write(tmp_path, "cache_config: {}")) == policy
     assert parse(write(tmp_path, "enable_taylorseer: false\ntaylorseer_order: 2")) == policy
+    assert parse(write(tmp_path, "taylorseer_order: 2")) == policy, "an order alone turns no calibrator on"
     assert parse(write(tmp_path, "cache_type: FBCache")) == FirstBlock(threshold=0.08, warmup=8)
 
 
@@ -61,6 +62,11 @@ def test_a_flat_file_and_other_types(tmp_path):
         ("max_warmup_steps: null", "max_warmup_steps is a whole number, got None"),
         ("steps_computation_policy: static\nsteps_computation_mask: [1, x]", "a list of 0 and 1"),
         ("steps_computation_policy: static\nsteps_computation_mask: 5", "a list of 0 and 1"),
+        ("steps_computation_policy: static\nsteps_computation_mask: [1, 0]", "at least three"),
+        ("enable_calibrator: true\ncalibrator_type: foca", "calibrator_type='foca' has no counterpart"),
+        ("enable_taylorseer: true\ntaylorseer_cache_type: hidden_states", "only value that has is 'residual'"),
+        ("enable_dmd: true", "enable_dmd=True has no counterpart"),
+        ("max_accumulated_residual_diff_threshold: 0.5", "=0.5 has no counterpart here; the only value .* is None"),
         ("Fn_compute_blocks: many", "depth is a whole number"),
         ("- 1\n- 2", "holds no mapping"),
         ("a: [", "is not YAML"),
@@ -69,6 +75,19 @@ def test_a_flat_file_and_other_types(tmp_path):
 def test_what_we_cannot_do_is_said(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         parse(write(tmp_path, text))
+
+
+def test_what_changes_nothing_here_is_taken(tmp_path):
+    more = "  enable_encoder_taylorseer: true\n  calibrator_cache_type: residual\n  enable_separate_cfg: true\n"
+    text = DBCACHE.replace("warmup_interval: 2", "warmup_interval: 1")
+    assert parse(write(tmp_path, text + more)) == parse(write(tmp_path, text))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "cache.yaml"
+    path.write_bytes(b"cache_type: \xff\xfe")
+    with pytest.raises(InputError, match="is not YAML"):
+        parse(str(path))
 
 
 def test_a_missing_file():

@@ -163,10 +163,10 @@ def test_cond_and_uncond_are_kept_apart(last):
     """FLUX calls its transformer twice a step under guidance; each call must see its own past."""
     pipe = FAMILIES["flux"].tiny()
 
-    def latents(cache=None):
+    def latents(cache=None, scale=3.0):
         vivace.accelerate(pipe, cache=cache)
         return pipe(
-            "a fox", negative_prompt="a dog", true_cfg_scale=3.0, num_inference_steps=6, output_type="latent",
+            "a fox", negative_prompt="a dog", true_cfg_scale=scale, num_inference_steps=6, output_type="latent",
             height=64, width=64, generator=torch.Generator().manual_seed(0),
         ).images  # fmt: skip
 
@@ -176,6 +176,29 @@ def test_cond_and_uncond_are_kept_apart(last):
     assert 0 < swapped < 0.05
     latents("guidance:every=2")
     assert last(pipe)["skipped_steps"] == [3, 5]
+    latents("guidance:begin=0.5,every=1")
+    assert last(pipe)["skipped_steps"] == [0, 1, 2]
+    latents("guidance:end=0.5,every=1")
+    assert last(pipe)["skipped_steps"] == [3, 4, 5]
+    nowhere = latents("guidance:end=0.1,every=1")
+    torch.testing.assert_close(nowhere, latents(scale=1.0))
+
+
+def test_guidance_in_an_interval_of_one_batch(unet_pipe, last):
+    def latents(cache, **extra):
+        vivace.accelerate(unet_pipe, cache=cache)
+        generator = torch.Generator().manual_seed(0)
+        return unet_pipe("a fox", num_inference_steps=8, output_type="latent", generator=generator, **extra).images
+
+    try:
+        late = latents("guidance:begin=0.5,every=1")
+        assert last(unet_pipe)["skipped_steps"] == [1, 2, 3], "before the first step nothing tells the halves apart"
+        early = latents("guidance:end=0.5,every=1")
+        assert last(unet_pipe)["skipped_steps"] == [4, 5, 6, 7]
+        always, never = latents(None), latents(None, guidance_scale=1.0)
+        assert not any(torch.allclose(one, other) for one in (late, early) for other in (always, never))
+    finally:
+        vivace.restore(unet_pipe)
 
 
 def test_a_second_call_at_the_same_step_is_computed_and_not_remembered(pipe, draw, last):

@@ -73,6 +73,12 @@ def test_polynomial_is_highest_power_first():
     assert polynomial((), 1.0) == 0.0
 
 
+def test_a_signal_that_changed_infinitely_is_never_skipped():
+    """Published polynomials fall steeply beyond what they were fitted to, and 0 times infinity is no number."""
+    for coefficients in ((-52186.0, 9230.0, -528.0, 13.7, -0.05), (0.0, 1.0)):
+        assert polynomial(coefficients, float("inf")) == float("inf")
+
+
 def test_a_signal_per_sample_where_guidance_is_batched(pipe):
     """The change is the largest of any sample: two halves move differently."""
     from vivace.cache.change import relative_change

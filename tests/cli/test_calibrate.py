@@ -16,6 +16,12 @@ def model(tmp_path_factory):
     return folder
 
 
+def write(folder):
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a fox\na dog\na red house\nseven cats\n")
+    return prompts
+
+
 def run(*arguments) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in ("calibrate", *arguments)])
@@ -23,10 +29,8 @@ def run(*arguments) -> int:
 
 
 def test_writes_a_file_that_generate_takes(model, tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a fox\na dog\na red house\nseven cats\n")
     out = tmp_path / "calibration.json"
-    assert run(model, "--prompts", prompts, "--shares", "0.5", "-o", out) == 0
+    assert run(model, "--prompts", write(tmp_path), "--shares", "0.5", "-o", out) == 0
     document = json.loads(out.read_text())
     assert document["steps"] == 8
     assert str(out) in capsys.readouterr().out
@@ -43,8 +47,24 @@ def test_writes_a_file_that_generate_takes(model, tmp_path, capsys):
         ((), "--prompts is needed"),
         (("--shares", "2"), "no shares between 0 and 1"),
         (("-o", "none/calibration.json"), "cannot be written"),
+        (("-o", "/proc/calibration.json"), "-o /proc/calibration.json cannot be written"),
+        (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
+        (("--steps", "0"), "--steps must be 1 or more, got 0"),
+        (("--size", "0x64"), "--size '0x64' is not WxH"),
     ],
 )
-def test_bad_input_is_one_line(model, capsys, arguments, message):
-    assert run(model, *arguments) == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_one_line(model, tmp_path, capsys, arguments, message):
+    prompts = () if message.startswith("--prompts") else ("--prompts", write(tmp_path))
+    assert run(model, *prompts, *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_what_cannot_be_planned_is_said(model, tmp_path, capsys):
+    """8 steps: one computed step is reached over all the others, none is not; and 8 leave nothing to skip."""
+    out = tmp_path / "calibration.json"
+    assert run(model, "--prompts", write(tmp_path), "--shares", "0.01,0.99", "-o", out) == 0
+    reason = "no plans of [0, 8] computed steps of 8, only from 1 to 7"
+    assert reason in json.loads(out.read_text())["refused"]["planned"]
+    assert reason in capsys.readouterr().out, "in a pipe nothing is cut to a terminal's width"

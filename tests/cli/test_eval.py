@@ -42,12 +42,27 @@ def test_compares_presets_and_says_how(run, tmp_path, capsys):
     prompts.write_text("a fox\na red house\n")
     options = ("--cache", "firstblock:threshold=0.2", "--prompts", prompts, "--steps", 2, "--size", "64x64")
     assert run(model, *options, "--device", "cpu", "-o", tmp_path / "eval") == 0
-    metrics = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out
+    assert "firstblock:threshold=0.2" in said, "names are whole in a pipe"
+    metrics = said.splitlines()[-1]
     assert metrics == str(tmp_path / "eval" / "metrics.json")
     command = json.loads((tmp_path / "eval" / "metrics.json").read_text())["command"]
     given = shlex.split(command)
     assert given[:3] == ["vivace", "eval", str(model)]
     assert given[3:] == [*map(str, options), "--device", "cpu"]
+
+
+def test_compares_videos_of_so_many_frames(run, tmp_path):
+    model, prompts, out = tmp_path / "wan", tmp_path / "prompts.txt", tmp_path / "eval"
+    FAMILIES["wan"].tiny().save_pretrained(model)
+    prompts.write_text("a fox\na red house\n")
+    options = ("--cache", "steps:compute=0", "--prompts", prompts, "--steps", 3, "--size", "32x32", "--device", "cpu")
+    assert run(model, *options, "--frames", 4, "-o", out) == 2
+    assert run(model, *options, "--frames", 5, "-o", out) == 0
+    document = json.loads((out / "metrics.json").read_text())
+    assert document["call"]["num_frames"] == 5
+    (cached,) = (verdict for verdict in document["verdicts"] if verdict["role"] == "candidate")
+    assert "temporal error" in [metric["name"] for metric in cached["metrics"]]
 
 
 @pytest.mark.parametrize(
@@ -61,9 +76,13 @@ def test_compares_presets_and_says_how(run, tmp_path, capsys):
         (("--workers", 2), "need --ray"),
         (("--json", "none/figures.json"), "cannot be written"),
         (("--prompts", "prompts.txt"), "--prompts needs --presets or --cache"),
+        (("--frames", 5), "--frames needs --presets or --cache"),
         (("-o", "figures.json"), "-o needs --presets or --cache"),
         (("--presets", "exact,fast", "--json", "figures.json"), "--json is for the examination alone"),
-        (("--presets", "exact"), "nothing to compare with exact"),
+        (("--json", "/proc/figures.json"), "--json /proc/figures.json cannot be written"),
+        (("--presets", "exact"), "nothing to compare with 'exact'"),
+        (("--presets", "exact,fast", "--inception", "weights.pth"), "--inception is for FID and KID"),
+        (("--presets", "exact,fast", "--captions", 3, "--prompts", "prompts.txt"), "give one"),
         (("--presets", "exact,fast", "--fid", "a", "--kid", "b"), "take one folder"),
     ],
 )

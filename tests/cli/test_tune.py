@@ -35,7 +35,10 @@ def test_writes_the_frontier_and_goes_on_with_what_is_the_same(run, tmp_path, ca
     document = json.loads((out / "tune.json").read_text())
     assert document["command"].startswith(f"vivace tune {model} --prompts")
     assert (out / "frontier.png").stat().st_size > 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Config(")
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("Config(")
+    assert document["refused"]
+    assert all(name in said for name in document["refused"]), "what was left out is said"
     first = drawn(out)
     assert run(model, *options, "-o", out) == 0
     assert drawn(out) == first
@@ -54,10 +57,17 @@ def test_writes_the_frontier_and_goes_on_with_what_is_the_same(run, tmp_path, ca
         (("--target-speed", "-2x"), "is not understood"),
         (("--target-speed", "2x", "--target-quality", "psnr=30"), "give one"),
         (("--cache", "firstblok"), "nearest is 'firstblock'"),
+        (("--cache", "planned:file=none.json"), "cannot read the calibration none.json"),
+        (("--cache", "deepcache"), "needs a UNet's down and up blocks"),
+        (("--frames", "9"), "--frames is for videos, which builtin is not known to make"),
+        (("--size", "4096x4096"), "--size 4096x4096 cannot be made: the longest side of builtin is"),
+        (("--steps", "0"), "--steps must be 1 or more, got 0"),
+        (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
     ],
 )
-def test_bad_input_is_one_line(run, capsys, arguments, message):
-    assert run("builtin", *arguments) == 2
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
+    assert run("builtin", "-o", tmp_path, "--device", "cpu", *arguments) == 2
+    assert not list(tmp_path.glob("records-*"))
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

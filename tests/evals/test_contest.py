@@ -169,6 +169,58 @@ def test_controls_have_the_candidates_time(tiny, tmp_path):
     assert judge(contest, reference, [half, *controls])[1].wins == "loses to unipc, 4 steps"
 
 
+def test_what_is_not_finite_is_no_contestant(tmp_path):
+    """In 8 bits NaN would be black: as near to another black picture as can be."""
+    broken = FAMILIES["sd3"].tiny()
+    contest = contest_in(tmp_path, broken, steps=2)
+    reference, _ = contestants(presets=["exact"], configs={}, steps=2)
+    with torch.no_grad():
+        broken.transformer.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="exact draws numbers that are not finite"):
+        contest.run(reference)
+    assert contest.store.records() == {}
+    assert acceleration_of(broken) is None
+
+
+def test_a_candidate_that_cannot_be_is_said_before_anything_is_drawn(tiny, tmp_path):
+    contest = contest_in(tmp_path, tiny)
+    with pytest.raises(InputError, match="no TeaCache polynomial"):
+        draw_all(contest, presets=["exact"], configs={"tea": Config(cache="teacache")})
+    assert contest.store.records() == {}
+    assert acceleration_of(tiny) is None
+
+
+def test_what_does_not_fit_is_said_and_the_floor_goes_on_one_by_one(tmp_path, caplog):
+    """A card on which two prompts at a time, or that cache, run out of memory."""
+    small = FAMILIES["sd3"].tiny()
+    contest = contest_in(tmp_path, small, steps=2)
+    reference, _ = contestants(presets=["exact"], configs={}, steps=2)
+    rows = []
+
+    def full(module, args, kwargs):
+        rows.append(len(kwargs["hidden_states"]))
+        if rows[-1] > contest.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    contest.room = 2  # with guidance one picture is two rows
+    small.transformer.register_forward_pre_hook(full, with_kwargs=True)
+    floor = contest.floor(reference)
+    assert (floor.name, len(contest.of(floor))) == ("floor: stock, one by one", 3)
+    assert max(rows) == 4
+    assert "the floor is drawn one by one" in caplog.text
+    contest.room = 1
+    with pytest.raises(InputError, match="bold needs more memory than there is"):
+        contest.run(Contestant(name="bold", role="candidate", config=CACHES["bold"], steps=8))
+    assert acceleration_of(small) is None
+
+
+def test_a_floor_in_pairs_has_no_time_of_its_own(compared):
+    """Three prompts: the last one is drawn alone."""
+    _, written = compared
+    (floor,) = (v for v in written.verdicts if v.contestant.role == "floor")
+    assert floor.seconds is None
+
+
 def test_a_flicker_is_seen_by_no_frame_but_by_their_order():
     from vivace.evals.store import Drawn
 
@@ -180,6 +232,10 @@ def test_a_flicker_is_seen_by_no_frame_but_by_their_order():
     assert temporal_error(still, still).item() == 0
     assert temporal_error(brighter, still).item() == pytest.approx(0, abs=1e-6)
     assert temporal_error(flicker, still).item() > 0.3
+    frozen = Drawn(latents=torch.zeros(1), frames=torch.full((3, 3, 16, 16), 0.5))
+    assert temporal_error(frozen, frozen).item() == 0
+    a_level = Drawn(latents=torch.zeros(1), frames=frozen.frames + torch.tensor([0, 1, 0]).view(3, 1, 1, 1) / 255)
+    assert temporal_error(a_level, frozen).item() == pytest.approx(1)
 
 
 def test_mistakes_are_said():

@@ -31,3 +31,16 @@ def test_higher_is_higher_and_faster_is_further_right():
 def test_one_point_and_equal_points():
     assert scatter(points()[:1], title="", x="", y="").svg.count("<circle") == 1
     assert scatter([points()[0]] * 2, title="", x="", y="").svg.count("<circle") == 2
+
+
+def test_many_and_long_names_all_have_room():
+    """As many as `vivace tune` tries, and a calibration's path in one of them."""
+    many = [Point(name=f"{'planned:file=' + 9 * '/long'}:{i}", role="candidate", x=1 + i, y=i) for i in range(60)]
+    canvas = scatter(many, title="", x="x", y="y")
+    names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>\d+  (\S+)</text>', canvas.svg)
+    assert len(names) == 60
+    assert all(name.startswith("planned:file=") and name.endswith(f":{59 - i}") for i, (_, _, name) in enumerate(names))
+    assert max(float(y) for _, y, _ in names) < canvas.image.height / SCALE
+    ink = canvas.image.convert("L").point(lambda level: 255 * (level < 250)).getbbox()
+    assert ink is not None
+    assert ink[2] < canvas.image.width - 1, "the last letters are inside"

@@ -26,3 +26,23 @@ def test_a_control_is_read_at_the_share_of_exacts_time(recipe, rows):
     caches = recipe("caches")
     half = {**rows[0], "seconds": 1.0, "psnr": 30.0}
     assert caches.at_time([rows[0], half], 0.75, "psnr") == pytest.approx((99 + 30) / 2)
+
+
+def test_no_cache_is_said_to_beat_controls_that_are_still_to_be_measured(recipe, rows):
+    caches = recipe("caches")
+    half = {**rows[0], "name": "euler, 14 steps", "role": "control", "seconds": 1.0, "psnr": 30.0}
+    cache = {**rows[0], "name": "steps", "role": "cache", "seconds": 1.0, "psnr": 20.0}
+    assert caches.judged([rows[0], cache, half])[1]["beats_controls"] is False
+    assert "beats_controls" not in caches.judged([rows[0], cache], complete=False)[1]
+
+
+def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
+    """The next run adds its rows behind it, and the one after that reads them all."""
+    kept = recipe("paired").Rows(tmp_path / "new" / "rows.jsonl", key="k")
+    assert list(kept.kept()) == []
+    kept.keep(rows[0])
+    with kept.file.open("a") as file:
+        file.write('\n{"key": "k", "name": "cu')
+    kept.keep(rows[1])
+    recipe("paired").Rows(kept.file, key="of another model").keep(rows[2])
+    assert list(kept.kept()) == rows[:2]

@@ -40,6 +40,7 @@ class Backend:
     dtypes: frozenset[torch.dtype] = frozenset({torch.float16, torch.bfloat16})
     since: tuple[int, int] | None = None  # the lowest compute capability of a GPU that can run it
     exact: bool = True  # to the last digits of 16 bit; others may leave a request's first and last steps to native
+    dense_share: float = 0.0  # of a request's steps, at its beginning, that are native's in any case
     leaves: str = ""  # which calls it hands to native, for the report
     masks: bool = False  # takes a mask
     depth: int | None = None  # the largest head it takes

@@ -5,9 +5,10 @@ The first steps lay out a picture and the last ones finish its texture; both sho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vivace import request
 from vivace.attention.backend import Attend, Backend
@@ -27,19 +28,28 @@ def with_exact_ends(backend: Backend) -> Attend:
     return replace(packed, attend=attend, serves=lambda **call: not request.EXACT.get() and packed.serves(**call))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Which steps of a request are exact."""
+
+    steps: int  # at each end
+    share: float = 0.0  # of all its steps, at the beginning
+
+    def hold(self, now: request.Request | None) -> bool:
+        """Whether a request is at such a step; a call outside a request is not."""
+        if now is None:
+            return False
+        total = now.steps
+        if total is None:
+            return now.step < self.steps
+        return now.step < max(self.steps, math.ceil(self.share * total)) or now.step >= total - self.steps
+
+
 @contextmanager
-def exact_ends(steps: int) -> Iterator[None]:
-    """A denoiser call, exact where it is among the first or last `steps` of its request."""
-    token = request.EXACT.set(at_an_end(request.current(), steps))
+def exact_ends(ends: Ends) -> Iterator[None]:
+    """A denoiser call, exact where its request is at such a step."""
+    token = request.EXACT.set(ends.hold(request.current()))
     try:
         yield
     finally:
         request.EXACT.reset(token)
-
-
-def at_an_end(now: request.Request | None, steps: int) -> bool:
-    """Whether a request is in its first or last `steps` steps; a call outside a request is not."""
-    if now is None:
-        return False
-    total = now.steps
-    return now.step < steps or (total is not None and now.step >= total - steps)

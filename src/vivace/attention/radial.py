@@ -31,6 +31,9 @@ BANDS = 6
 DENSE_LAYERS = 1
 """The first layers of a stack look everywhere."""
 
+DENSE_SHARE = 0.25
+"""Of a request's steps, the first ones, which look everywhere: they lay out what moves where."""
+
 LEAST_SAVED = 0.4
 """Below this share of query-key pairs left out, gathering the bands and merging costs what it saves."""
 
@@ -145,7 +148,8 @@ RADIAL = Backend(
     devices=frozenset({"cuda", "cpu"}),
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     exact=False,
-    leaves="cross-attention, the first layer and single frames native's",
+    dense_share=DENSE_SHARE,
+    leaves="the first quarter of the steps, the first layer, cross-attention and videos of few frames native's",
     masks=True,
     asks_where=True,
 )

@@ -61,8 +61,11 @@ def parse(text: str) -> Policy | None:
     if kind is None:
         raise InputError(f"unknown cache policy {name!r}; {_nearest(name, POLICIES)}")
     # A comma separates fields only where a name follows: lists have commas too.
-    parts = [part for part in re.split(r",(?=\s*\w+=)", rest) if part]
-    return kind(**dict(_field(kind, part) for part in parts))
+    fields = [_field(kind, part) for part in re.split(r",(?=\s*\w+=)", rest) if part]
+    names = [name for name, _ in fields]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{kind.name}: {min(twice)} is given twice; give it once")
+    return kind(**dict(fields))
 
 
 def _field(kind: type[Policy], text: str) -> tuple[str, Any]:

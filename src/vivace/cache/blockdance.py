@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.cache.policy import Holds, Policy
+from vivace.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +52,16 @@ class BlockDance(Policy):
     least: ClassVar = {"after": 1, "group": 2}
     most: ClassVar = {"begin": 1, "end": 1}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.begin >= self.end:
+            raise InputError(
+                f"blockdance: from begin={self.begin:g} to end={self.end:g} there is no step to reuse; give an end "
+                "above begin, or no cache"
+            )
+
     def refuses(self, target: Target) -> str | None:
-        blocks = sum(1 for _ in target.repeated_blocks()) // len(target.denoisers)
-        if self.after is not None and self.after >= blocks:
-            return f"blockdance: after={self.after} leaves none of the {blocks} blocks to compute"
-        return None
+        return None if self.after is None else self.leaves_none(target, "after")
 
     def fresh(self) -> Memory:
         return Memory()

@@ -10,12 +10,22 @@ from typing import Any
 from vivace.cache.dicache import DiCache
 from vivace.cache.first_block import FirstBlock
 from vivace.cache.policy import Policy
-from vivace.cache.steps import Steps
+from vivace.cache.steps import Steps, is_mask
 from vivace.errors import InputError
 
+CALIBRATED = ("enable_taylorseer", "enable_calibrator")
+MASK, POLICY = "steps_computation_mask", "steps_computation_policy"
+OWN = frozenset({"cache_type", *CALIBRATED, MASK, POLICY})
+"""Keys that are read by themselves."""
+
+# Guidance's halves are told apart by the pipeline, a run's steps by its scheduler, and no more than the picture's
+# stream is estimated: the last block's text goes nowhere.
 IGNORED = frozenset(
-    {"cache_type", "enable_taylorseer", "enable_calibrator", "calibrator_type", "taylorseer_cache_type"}
-)
+    {
+        "enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate", "num_inference_steps",
+        "enable_encoder_taylorseer", "enable_encoder_calibrator",
+    }
+)  # fmt: skip
 
 # cache-dit's key -> ours.
 FIELDS = {
@@ -38,13 +48,12 @@ NEUTRAL: dict[str, Any] = {
     "max_cached_steps": -1,
     "warmup_interval": 1,
     "max_accumulated_residual_diff_threshold": None,
-    "enable_separate_cfg": None,
-    "cfg_compute_first": None,
-    "cfg_diff_compute_separate": None,
-    "num_inference_steps": None,
-    "steps_computation_policy": None,
+    "enable_dmd": False,
+    "enable_foca": False,
+    "calibrator_type": "taylorseer",
+    "calibrator_cache_type": "residual",
+    "taylorseer_cache_type": "residual",
 }
-MASK = "steps_computation_mask"
 
 
 def read(path: str) -> Policy:
@@ -55,7 +64,7 @@ def read(path: str) -> Policy:
         found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
         raise InputError(f"{path} holds no mapping; it should have a cache_config section")
@@ -67,21 +76,22 @@ def read(path: str) -> Policy:
 
 def policy_of(section: Mapping[str, Any]) -> Policy:
     """The policy that a cache section stands for. Raises InputError, for an unknown key with the nearest one."""
-    known = {*IGNORED, *FIELDS, *NEUTRAL, MASK}
+    known = {*OWN, *IGNORED, *FIELDS, *NEUTRAL}
     for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
             raise InputError(f"unknown key {key!r} in a cache-dit section; the nearest is {near!r}")
-        if key in NEUTRAL and NEUTRAL[key] is not None and value not in (None, NEUTRAL[key]):
+        if key in NEUTRAL and value not in (None, NEUTRAL[key]):
             raise InputError(f"{key}={value!r} has no counterpart here; the only value that has is {NEUTRAL[key]!r}")
-    order = _whole(section, "taylorseer_order", 1) if _calibrated(section) else 0
+    order = _whole(section, "taylorseer_order", 1)
+    order = order if any(map(section.get, CALIBRATED)) else 0
     mask = section.get(MASK)
     if mask is not None:
-        if section.get("steps_computation_policy", "dynamic") != "static":
-            raise InputError(f"{MASK} has a counterpart only with steps_computation_policy: static; set that")
+        if section.get(POLICY, "dynamic") != "static":
+            raise InputError(f"{MASK} has a counterpart only with {POLICY}: static; set that")
         digits = "".join(map(str, mask)) if isinstance(mask, list) else str(mask)
-        if not set(digits) <= {"0", "1"}:
-            raise InputError(f"{MASK} is a list of 0 and 1, one a step, got {mask!r}")
+        if not is_mask(digits):
+            raise InputError(f"{MASK} is a list of 0 and 1, one a step and at least three, got {mask!r}")
         return Steps(compute=digits, order=order)
     kind = str(section.get("cache_type", "DBCache"))
     if kind.upper() not in DEFAULTS:
@@ -92,11 +102,6 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
     if fields.get("max_skips") == -1:
         fields.pop("max_skips")
     return DiCache(**fields) if kind.upper() == "DICACHE" else FirstBlock(**fields, order=order)
-
-
-def _calibrated(section: Mapping[str, Any]) -> bool:
-    asked = [section[key] for key in ("enable_taylorseer", "enable_calibrator") if key in section]
-    return any(asked) if asked else "taylorseer_order" in section
 
 
 def _whole(section: Mapping[str, Any], key: str, default: int) -> int:

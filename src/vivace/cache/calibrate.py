@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import exp, log
+from math import exp, isfinite, log
 from typing import Any
 from zlib import crc32
 
@@ -180,6 +180,8 @@ def _observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[E
         bench.tell(f"exact runs: {number + 1} of {len(train) + len(test)}")
         run = bench.run(prompt, record, outputs=True)
         assert run.latents is not None
+        if not run.latents.isfinite().all():
+            raise InputError(f"the exact run of {prompt!r} ends in latents that are not finite; load in another dtype")
         log_[prompt] = list(record.log)
         record.log.clear()
         bench.exact[prompt] = run.latents.float().clone()
@@ -228,8 +230,9 @@ def _planned(
     """A plan for every share of steps where it beats an even mask and fewer steps on held-out prompts; else why not."""
     found = [schedules(errors, back=back) for back in (1, NODES)]
     scheduler = type(bench.pipe.scheduler).__name__
+    wanted, possible = {round(share * errors.steps) for share in shares}, found[0].keys() - {errors.steps}
     rows, worse = [], []
-    for count in sorted({round(share * errors.steps) for share in shares} & found[0].keys() - {errors.steps}):
+    for count in sorted(wanted & possible):
         bench.tell(f"plans: {count} of {errors.steps} steps")
         # What is nearly as good by sums of errors can differ by far in real runs.
         plans = {
@@ -250,7 +253,11 @@ def _planned(
             rows.append(row)
         else:
             worse.append(f"{count} steps: error {measured:.3g}, the best of them {min(controls.values()):.3g}")
-    return rows, "" if not worse else f"no better than even masks and fewer steps at {'; '.join(worse)}"
+    reasons = [f"no better than even masks and fewer steps at {'; '.join(worse)}"] if worse else []
+    if beyond := sorted(wanted - possible):
+        reach = f"from {min(possible)} to {max(possible)}" if possible else "none"
+        reasons.append(f"there are no plans of {beyond} computed steps of {errors.steps}, only {reach}")
+    return rows, "; ".join(reasons)
 
 
 def _controls(bench: Bench, errors: Errors, count: int, prompts: Sequence[str]) -> dict[str, float]:
@@ -272,7 +279,9 @@ def _changes(
 
     def pairs(prompts: Sequence[str]) -> list[tuple[float, float]]:
         changes = (change for prompt in prompts for change in log_[prompt])
-        return [(c.signal, c.output) for c in changes if c.signal is not None and c.output is not None]
+        found = [(c.signal, c.output) for c in changes if c.signal is not None and c.output is not None]
+        # What was zero at one step and is not at the next has changed infinitely.
+        return [pair for pair in found if all(map(isfinite, pair))]
 
     return pairs(train), pairs(test)
 

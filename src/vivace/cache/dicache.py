@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from vivace.cache.call import Call
+    from vivace.passes.target import Target
 
 
 @dataclass(eq=False)
@@ -23,7 +24,6 @@ class Memory:
     """The last probe, the change since the last computed step, and of the last two of those probe and whole."""
 
     probe: torch.Tensor | None = None
-    start: torch.Tensor | None = None
     change: float = 0.0
     residuals: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (of the probe, of all blocks), older first
     skips: int = 0
@@ -36,7 +36,7 @@ class DiCache(Windowed):
     name: ClassVar[str] = "dicache"
     blocks: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
-    holds: ClassVar[Holds] = Holds(hiddens=6)
+    holds: ClassVar[Holds] = Holds(hiddens=5)
 
     threshold: float = 0.1
     """Sum of relative changes of the probe's output, from which a step is computed."""
@@ -50,6 +50,9 @@ class DiCache(Windowed):
     least: ClassVar = {**Windowed.least, "depth": 1}
     most: ClassVar = {"retain": 1}
 
+    def refuses(self, target: Target) -> str | None:
+        return self.leaves_none(target, "depth")
+
     def fresh(self) -> Memory:
         return Memory()
 
@@ -60,7 +63,7 @@ class DiCache(Windowed):
         probe = front.state.x
         if memory.probe is not None:
             memory.change += relative_change(probe, memory.probe)
-        memory.probe, memory.start = probe, front.start
+        memory.probe = probe
         early = call.step <= self.retain * len(call.schedule)
         forced = not memory.residuals or early or self.forced(call, skips=memory.skips)
         if forced or memory.change >= self.threshold:

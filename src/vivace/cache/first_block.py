@@ -58,6 +58,8 @@ class FirstBlock(Windowed):
     most: ClassVar = {"order": 2, "computed": 1}
 
     def refuses(self, target: Target) -> str | None:
+        if reason := self.leaves_none(target, "depth"):
+            return reason
         if self.file is None:
             return None if self.computed is None else "computed= takes a calibration's threshold; name it with file="
         calibration = calibration_of(target, file=self.file)

@@ -39,7 +39,7 @@ class GuidanceReuse(Policy):
     """Guided steps at the beginning that always compute both."""
 
     begin: float = 0.0
-    """Share of the steps before which there is no guidance."""
+    """Share of the steps before which there is no guidance; the first step has it where both halves are one batch."""
 
     end: float = 1.0
     """Share of the steps after which there is no guidance."""
@@ -83,18 +83,16 @@ class GuidanceReuse(Policy):
         if call.branch != "uncond" or seen is None or seen[0] != call.step:
             out = call.whole()
             if call.branch == "cond":
-                call.shared["cond"] = (call.step, [leaf.clone() for leaf in tree_flatten(out)[0]])
+                leaves, spec = tree_flatten(out)
+                call.shared["cond"] = (call.step, [leaf.clone() for leaf in leaves], spec)
             return out
-        conditional = seen[1]
+        _, conditional, spec = seen
         if guided and (full or memory.difference is None):
             out = call.whole()
-            leaves, call.shared["spec"] = tree_flatten(out)
-            memory.difference = [c - u for c, u in zip(conditional, leaves, strict=True)]
+            memory.difference = [c - u for c, u in zip(conditional, tree_flatten(out)[0], strict=True)]
             return out
-        if "spec" not in call.shared:
-            return call.whole()
         call.skipped = True
-        return tree_unflatten(_unconditional(conditional, memory, guided=guided), call.shared["spec"])
+        return tree_unflatten(_unconditional(conditional, memory, guided=guided), spec)
 
     def _batch(self, memory: Memory, call: Call, *, guided: bool, full: bool) -> Any:
         """Both halves in one batch, the unconditional one first."""

@@ -87,6 +87,13 @@ class Policy:
         """The policy with everything filled in that is known about `target`."""
         return self
 
+    def leaves_none(self, target: Target, field: str) -> str | None:
+        """Why so many blocks as `field` says cannot be taken from the front of the stream; None where some are left."""
+        blocks, given = sum(1 for _ in target.repeated_blocks()) // len(target.denoisers), getattr(self, field)
+        if given < blocks:
+            return None
+        return f"{self.name}: {field}={given} leaves none of the {blocks} blocks to skip; give at most {blocks - 1}"
+
     def fresh(self) -> Any:
         """What is remembered of one branch of one request, at its first step."""
         raise TypeError(f"{type(self).__name__} keeps nothing")

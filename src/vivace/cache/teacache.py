@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.cache.calibration import calibration_of
@@ -93,7 +94,10 @@ class TeaCache(Windowed):
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:
-    """The polynomial with these coefficients, highest power first, at `x`."""
+    """The polynomial with these coefficients, highest power first, at `x`; infinite where `x` is."""
+    # The signs of some would say that nothing changed.
+    if x == inf:
+        return inf
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient

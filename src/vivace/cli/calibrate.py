@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vivace.cli.command import command
-
-if TYPE_CHECKING:
-    from vivace.load import Source
 
 
 def calibrate(
@@ -24,6 +21,7 @@ def calibrate(
     captions: Annotated[int, typer.Option(help="Captions that builtin draws.")] = 32,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; the model's own where not given.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler: euler, unipc, ...")] = None,
     seed: Annotated[int, typer.Option(help="Draws the noise, and which prompts are held out.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
@@ -31,19 +29,16 @@ def calibrate(
     """Fit the Planned schedule, TeaCache's polynomial and FirstBlock's threshold to MODEL."""
     import json
 
-    from vivace.cli.eval import status
+    from vivace.cli.figures import call_of, check_writable, prompts_of, settings_of, status
     from vivace.cli.generate import quiet
-    from vivace.errors import InputError
     from vivace.load import find, load_source
 
     source = find(model)
     wanted = _shares(shares)
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"-o {output} cannot be written; name a file in a folder that exists")
+    check_writable(output, option="-o")
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
-    settings = {"steps": 28, **source.defaults}
-    settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
-    call = call_of(source, settings, size)
+    settings = settings_of(source, steps=steps, guidance=guidance)
+    call = call_of(source, settings, size=size, frames=frames)
 
     from vivace.cache.calibrate import calibrate as fit
     from vivace.scheduler import use_scheduler
@@ -74,33 +69,10 @@ def _shares(text: str) -> list[float]:
     return found
 
 
-def call_of(source: Source, settings: dict[str, Any], size: str | None) -> dict[str, Any]:
-    """The arguments of the pipeline's call that say guidance and size, as given or as the model's own."""
-    from vivace.cli.generate import read_size
-
-    width, height = read_size(size) if size else source.size or (None, None)
-    named = {"guidance_scale": settings.get("guidance"), "width": width, "height": height}
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def prompts_of(path: Path | None, *, builtin: bool, captions: int, seed: int) -> tuple[str, ...]:
-    """The prompts in a file, or captions of the built-in model's world. Raises InputError where there are neither."""
-    from vivace.errors import InputError
-    from vivace.generation.prompt import read_prompts
-
-    if path is not None:
-        return read_prompts(path)
-    if not builtin:
-        raise InputError("--prompts is needed: a file with one prompt a line, of the kind the model will be used with")
-    from vivace.evals.builtin import draw_exam
-
-    # Not the captions that `vivace eval` draws from the same seed: those judge.
-    return draw_exam(captions, seed=seed + 1000).captions
-
-
 def _show(document: dict, output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from vivace.cli.figures import show
 
     table = Table("cache", "computed", "error", "controls", title=f"{document['model']}: {document['steps']} steps")
     for row in document.get("planned", ()):
@@ -113,6 +85,6 @@ def _show(document: dict, output: Path) -> None:
         table.add_row("teacache", "", f"R² {document['teacache']['r2']:.2f} on held-out prompts", "")
     for name, reason in document["refused"].items():
         table.add_row(name, "refused", reason, "")
-    Console().print(table)
+    show(table)
     usable = [f"--cache {name}:file={output}" for name in ("planned", "firstblock", "teacache") if name in document]
     print(f"{output}  (use it with {' or '.join(usable)})")

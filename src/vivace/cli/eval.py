@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,9 @@ def eval(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="With --presets: width and height in pixels.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="With --presets: of a video; the model's own where not given.")
+    ] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="With --presets: LPIPS (needs the extra \\[eval]).")] = False,
     lpips_weights: Annotated[Path | None, typer.Option(help="AlexNet's weights for LPIPS, as torchvision's.")] = None,
     clip: Annotated[str | None, typer.Option(help="With --presets: CLIP score too, of this folder or hub id.")] = None,
@@ -67,37 +69,37 @@ def eval(
     time buys with fewer steps; a contact sheet and one HTML page. Run again it goes on where it was stopped; under
     `accelerate launch` every GPU draws its share, and with --ray every GPU of a cluster.
     """
+    from vivace.cli.figures import call_of, check_writable, prompts_of, settings_of
     from vivace.load import find
 
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps must be 1 or more, got {steps}")
-    if guidance is not None and not 0 <= guidance <= 1000:
-        raise InputError(f"--guidance must be from 0 to 1000, got {guidance}")
     if (address or workers) and not ray:
         raise InputError("--address and --workers need --ray; add it, or leave them out")
     if presets is None and not cache and model != "builtin":
         raise InputError(f"eval examines builtin, got {model!r}; only its world has a reader (compare with --presets)")
-    compares = {"--prompts": prompts, "--size": size, "--lpips": lpips, "--lpips-weights": lpips_weights}
+    compares = {"--prompts": prompts, "--size": size, "--frames": frames}
+    compares |= {"--lpips": lpips, "--lpips-weights": lpips_weights}
     compares |= {"--clip": clip, "--fid": fid, "--kid": kid, "--inception": inception, "-o": None if ray else output}
     _check_use(compares, alone={"--json": json}, comparing=presets is not None or bool(cache))
     folder = output or Path("eval")
     source = find(model)
-    settings = {"steps": 28, **source.defaults}
-    settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    settings = settings_of(source, steps=steps, guidance=guidance)
     if presets is None and not cache:
-        if json is not None and (json.is_dir() or not json.parent.is_dir()):
-            raise InputError(f"--json {json} cannot be written; name a file in a folder that exists")
+        if json is not None:
+            check_writable(json, option="--json")
         cluster = {"address": address, "workers": workers, "folder": folder} if ray else None
         _examine(source, settings, captions=captions or 4000, seed=seed, device=device, json=json, cluster=cluster)
         return
     from vivace.cache import parse
-    from vivace.cli.calibrate import call_of, prompts_of
     from vivace.config import PRESETS, resolve
     from vivace.evals.contest import Order, contents_of, contestants
 
-    names = (presets or "exact").split(",")
+    names = [name.strip() for name in (presets or "exact").split(",")]
     if len(names) == 1 and not cache:
-        raise InputError(f"there is nothing to compare with {presets}; name a second preset after it, or give --cache")
+        raise InputError(
+            f"there is nothing to compare with {presets!r}; name a second preset after it, or give --cache"
+        )
+    if prompts is not None and captions is not None:
+        raise InputError("--captions and --prompts were both given; give one")
     base = resolve(names[0]) if names[0] in PRESETS else None
     compared = {spelled: resolve(base, cache=parse(spelled)) for spelled in cache or ()}
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions or 16, seed=seed)
@@ -107,8 +109,8 @@ def eval(
     )  # fmt: skip
     order = Order(
         model=source.name, contents=contents_of(source), folder=folder.absolute() if ray else folder, prompts=texts,
-        steps=settings["steps"], seed=seed, call=call_of(source, settings, size), presets=names, configs=compared,
-        device=device,
+        steps=settings["steps"], seed=seed, call=call_of(source, settings, size=size, frames=frames), presets=names,
+        configs=compared, device=device,
     )  # fmt: skip
     contestants(presets=names, configs=compared, steps=order.steps)
     compare = partial(_draw_on_ray, address=address, workers=workers) if ray else _draw
@@ -134,6 +136,7 @@ def _draw(source: Source, order: Order) -> Drawn | None:
     """Under `accelerate launch` one process a GPU, of which the first has something to show; alone, one process."""
     from accelerate import PartialState
 
+    from vivace.cli.figures import status
     from vivace.cli.generate import quiet
     from vivace.evals.comparison import draw_all
     from vivace.load import load_source
@@ -152,6 +155,7 @@ def _draw(source: Source, order: Order) -> Drawn | None:
 
 
 def _draw_on_ray(source: Source, order: Order, *, address: str | None, workers: int | None) -> Drawn:
+    from vivace.cli.figures import status
     from vivace.cli.generate import quiet
     from vivace.cluster.connect import connect
     from vivace.evals.spread import draw, ranks_of
@@ -165,8 +169,7 @@ def _draw_on_ray(source: Source, order: Order, *, address: str | None, workers: 
 
 def _show(contest: Contest, reference: Contestant, others: list[Contestant], *, instruments: Instruments) -> None:
     """Write what was found about a comparison that is drawn, and say it."""
-    from rich.console import Console
-
+    from vivace.cli.figures import show
     from vivace.evals.comparison import write_all
     from vivace.machine import machine
 
@@ -174,10 +177,7 @@ def _show(contest: Contest, reference: Contestant, others: list[Contestant], *, 
     about = {"command": command(without=PLACES), "model": contest.model, "prompts": count}
     about |= {"steps": contest.steps, "seed": contest.seed, "place": contest.place, "call": contest.call}
     written = write_all(contest, reference, others, instruments=instruments, about=about | {"machine": machine()})
-    console = Console()
-    # A pipe has no width to keep to.
-    table = _table(written.verdicts, title=f"{contest.model}: {count} prompts, {contest.steps} steps")
-    console.print(table, width=None if console.is_terminal else 200)
+    show(_table(written.verdicts, title=f"{contest.model}: {count} prompts, {contest.steps} steps"))
     print(f"{written.report}\n{written.sheet}\n{written.metrics}")
 
 
@@ -195,6 +195,8 @@ def _instruments(
     from vivace.evals import perceptual
     from vivace.evals.instruments import Dataset, Instruments
 
+    if inception and not (fid or kid):
+        raise InputError("--inception is for FID and KID; add --fid or --kid, or leave it out")
     if fid and kid and fid != kid:
         raise InputError(f"--fid and --kid take one folder, got {fid} and {kid}; run twice, nothing is drawn twice")
     paired = {"LPIPS": perceptual.lpips(weights=lpips_weights)} if lpips else {}
@@ -225,18 +227,6 @@ def _table(verdicts: list[Any], *, title: str) -> Any:
     return table
 
 
-@contextmanager
-def status() -> Iterator[Callable[[str], None]]:
-    """Says on a terminal what is being done; elsewhere nothing."""
-    from rich.console import Console
-
-    if not sys.stderr.isatty():
-        yield lambda line: None
-        return
-    with Console(stderr=True).status("loading") as shown:
-        yield shown.update
-
-
 def _examine(
     source: Source,
     settings: dict[str, Any],
@@ -250,6 +240,7 @@ def _examine(
     from rich.console import Console
     from rich.progress import Progress
 
+    from vivace.cli.figures import show
     from vivace.cli.generate import quiet
     from vivace.evals import builtin
     from vivace.evals.metric import table, to_json
@@ -268,7 +259,7 @@ def _examine(
     if json is not None:
         about = {"command": command(without=PLACES), "captions": captions, **settings, "seed": seed}
         json.write_text(to_json(rows, about=about | place | {"machine": machine()}) + "\n", encoding="utf-8")
-    Console().print(table(rows, title=f"{source.name}: {captions:,} captions, {settings['steps']} steps"))
+    show(table(rows, title=f"{source.name}: {captions:,} captions, {settings['steps']} steps"))
 
 
 Taken = tuple["Answers", "Reader", dict[str, str]]

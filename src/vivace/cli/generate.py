@@ -140,7 +140,7 @@ def _on_ray(job: Job, address: str | None, *, workers: int | None, on_step: Call
 def read_size(text: str) -> tuple[int, int]:
     """`768x512` -> (768, 512). Raises InputError."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise InputError(f"--size {text!r} is not WxH in pixels; write it like 768x512")
     return int(width), int(height)
 
@@ -165,7 +165,7 @@ def read_config(
     from vivace.config import parse_fields, resolve
 
     own = {"cache": cache, "vram": vram}
-    wanted = parse_fields(fields) | {name: value for name, value in own.items() if value}
+    wanted = parse_fields(fields) | {name: value for name, value in own.items() if value is not None}
     return resolve(preset, **wanted) if preset or wanted else None
 
 

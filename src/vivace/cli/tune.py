@@ -25,6 +25,7 @@ def tune(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; the model's own where not given.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
 ) -> None:
@@ -33,30 +34,28 @@ def tune(
     The frontier is of speed and quality. Ctrl-C keeps what was measured, and the same command goes on from there.
     """
     from vivace.cache import parse
-    from vivace.cli.calibrate import call_of, prompts_of
-    from vivace.cli.eval import status
+    from vivace.cli.figures import call_of, prompts_of, settings_of, status
     from vivace.cli.generate import quiet
     from vivace.evals.contest import Order, contents_of
     from vivace.load import find, load_source
-    from vivace.tune import CACHES, read_target
+    from vivace.tune import read_target
     from vivace.tune import tune as run
 
     target = read_target(quality=target_quality, speed=target_speed)
     for spelled in cache or ():
         parse(spelled)
     source = find(model)
-    settings = {"steps": 28, **source.defaults}
-    settings |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    settings = settings_of(source, steps=steps, guidance=guidance)
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     order = Order(
         model=source.name, contents=contents_of(source), folder=output, prompts=texts, steps=settings["steps"],
-        seed=seed, call=call_of(source, settings, size), device=device,
+        seed=seed, call=call_of(source, settings, size=size, frames=frames), device=device,
     )  # fmt: skip
     with quiet(), status() as tell:
         pipe = load_source(source, device=device)
         pipe.set_progress_bar_config(disable=True)
         contest = order.contest(pipe, prediction=source.prediction, tell=tell)
-        tuned = run(contest, target, caches=cache or CACHES)
+        tuned = run(contest, target, caches=cache)
     _write(tuned, contest, output)
 
 
@@ -64,9 +63,9 @@ def _write(tuned, contest, output: Path) -> None:
     """The frontier as JSON, PNG and a table, and the Config."""
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
+    from vivace.cli.figures import show
     from vivace.evals import plot
     from vivace.evals.comparison import chart
     from vivace.machine import machine
@@ -95,7 +94,9 @@ def _write(tuned, contest, output: Path) -> None:
         "verdicts": [verdict.to_dict() for verdict in tuned.verdicts],
     }  # fmt: skip
     (output / "tune.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    Console().print(table)
+    show(table)
+    if tuned.refused:
+        print(f"left out, for the reasons in tune.json: {'; '.join(tuned.refused)}")
     print(f"{output / 'frontier.png'}\n{output / 'tune.json'}")
     if chosen is None:
         print("nothing measured reaches the target; the table has what there is")

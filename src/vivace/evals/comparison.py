@@ -11,7 +11,7 @@ from typing import Any
 
 from vivace.config import Config
 from vivace.evals import html, plot
-from vivace.evals.contest import Contest, Contestant, contestants, controls_of, floor_of
+from vivace.evals.contest import Contest, Contestant, contestants, controls_of
 from vivace.evals.instruments import Instruments
 from vivace.evals.sheet import sheet
 from vivace.evals.verdict import Verdict, judge
@@ -30,11 +30,17 @@ class Written:
 def draw_all(
     contest: Contest, *, presets: Sequence[str], configs: Mapping[str, Config]
 ) -> tuple[Contestant, list[Contestant]]:
-    """Every contestant draws every prompt: the reference, the floor, the candidates, and the controls they call for."""
+    """Every contestant draws every prompt: the reference, the floor, the candidates, and the controls they call for.
+
+    Raises InputError for a candidate that cannot be before anything is drawn.
+    """
     reference, candidates = contestants(presets=presets, configs=configs, steps=contest.steps)
-    others = [floor_of(reference), *candidates]
-    for contestant in (reference, *others):
-        contest.run(contestant)
+    for candidate in candidates:
+        contest.check(candidate)
+    contest.run(reference)
+    others = [contest.floor(reference), *candidates]
+    for candidate in candidates:
+        contest.run(candidate)
     controls = controls_of(contest, reference, candidates)
     for control in controls:
         contest.run(control)

@@ -113,6 +113,30 @@ class Contest:
                 self.pipe.scheduler = stock
         self.together(contestant)
 
+    def check(self, contestant: Contestant) -> None:
+        """Raises InputError where the contestant cannot be, without drawing anything."""
+        stock = self.pipe.scheduler
+        try:
+            self._prepare(contestant)
+        finally:
+            restore(self.pipe)
+            self.pipe.scheduler = stock
+
+    def floor(self, reference: Contestant) -> Contestant:
+        """The noise floor, drawn: in pairs, or one by one where two need more memory than there is."""
+        pairs = floor_of(reference)
+        try:
+            self.run(pairs)
+        except InputError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError) or self.ranks > 1:
+                raise
+            logger.warning("two prompts at a time need more memory than there is; the floor is drawn one by one")
+        else:
+            return pairs
+        alone = floor_of(reference, batch=1)
+        self.run(alone)
+        return alone
+
     def seconds(self, contestant: Contestant) -> float:
         """Mean seconds a picture, of what was drawn with these settings by whichever process."""
         return mean(r.seconds for r in self.of(contestant) if r.seconds is not None)
@@ -154,7 +178,7 @@ class Contest:
             record = Record(
                 contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index,
                 key=self.key(contestant, index), settings=contestant.settings(self),
-                seconds=seconds if len(batch) == 1 else None, computed=_computed(self.pipe),
+                seconds=seconds if contestant.batch == 1 else None, computed=_computed(self.pipe),
                 peak_bytes=torch.cuda.max_memory_allocated() if self.pipe.device.type == "cuda" else None,
             )  # fmt: skip
             frames = pictures[place]
@@ -167,11 +191,23 @@ class Contest:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         started = time.perf_counter()
-        with final_latents(self.pipe.scheduler) as latents:
-            pictures = draw(self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
+        try:
+            with final_latents(self.pipe.scheduler) as latents:
+                pictures = draw(self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{contestant.name} needs more memory than there is; leave it out, or take a smaller size"
+            ) from error
         if cuda:
             torch.cuda.synchronize()
-        return latents[0].float(), pictures.float(), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        # Rounded to 8 bits NaN would be black, and a black picture is as near to another as can be.
+        if not (latents[0].isfinite().all() and pictures.isfinite().all()):
+            raise InputError(
+                f"{contestant.name} draws numbers that are not finite, of which no distance can be told; leave it out, "
+                "or look for the layer with check_nan=True"
+            )
+        return latents[0].float(), pictures.float(), seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +264,10 @@ def contestants(
     return reference, [Contestant(name=n, role="candidate", config=c, steps=steps) for n, c in named.items()]
 
 
-def floor_of(reference: Contestant) -> Contestant:
-    """The exact maths run another way: stock diffusers, two prompts at a time."""
-    return Contestant(name="floor: stock, in pairs", role="floor", config=None, steps=reference.steps, batch=2)
+def floor_of(reference: Contestant, *, batch: int = 2) -> Contestant:
+    """The exact maths run another way: stock diffusers, two prompts at a time or, with other kernels still, one."""
+    name = f"floor: stock, {'in pairs' if batch == 2 else 'one by one'}"
+    return Contestant(name=name, role="floor", config=None, steps=reference.steps, batch=batch)
 
 
 def controls_of(contest: Contest, reference: Contestant, candidates: Sequence[Contestant]) -> list[Contestant]:

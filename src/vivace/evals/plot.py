@@ -10,7 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 1080, 460  # units
+WIDTH, HEIGHT = 1080, 460  # units; higher where the names need it
+LINE = 19  # units from name to name
+LETTERS = 50  # of a name at most
 LEFT, RIGHT, TOP, BOTTOM = 70, 350, 56, 56  # the names stand on the right
 SCALE = 2  # pixels of the PNG a unit
 INK, FAINT, GRID = "#212529", "#868e96", "#e9ecef"
@@ -30,9 +32,10 @@ class Point:
 class Canvas:
     """Lines, dots and words, drawn twice: as SVG elements and into a picture."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, height: int = HEIGHT) -> None:
+        self.height = height
         self.elements: list[str] = []
-        self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
+        self.image = Image.new("RGB", (WIDTH * SCALE, height * SCALE), "white")
         self._draw = ImageDraw.Draw(self.image)
 
     def line(self, points: Sequence[tuple[float, float]], *, colour: str, width: float = 1) -> None:
@@ -60,7 +63,7 @@ class Canvas:
     def svg(self) -> str:
         inside = "\n".join(self.elements)
         return (
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" '
+            f'<svg viewBox="0 0 {WIDTH} {self.height}" xmlns="http://www.w3.org/2000/svg" '
             f'font-family="system-ui, sans-serif">\n{inside}\n</svg>'
         )
 
@@ -78,22 +81,23 @@ def scatter(
 
     `level` is a name and a height: drawn where it lies among the points, else only said.
     """
-    canvas = Canvas()
+    height = max(HEIGHT, TOP + BOTTOM + LINE * len(points))
+    canvas = Canvas(height=height)
     xs, ys = _range([1.0, *(point.x for point in points)]), _range([point.y for point in points])
 
     def at(px: float, py: float) -> tuple[float, float]:
         across = (px - xs[0]) / (xs[-1] - xs[0])
         up = (py - ys[0]) / (ys[-1] - ys[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (height - TOP - BOTTOM)
 
     for tick in xs:
         canvas.line([at(tick, ys[0]), at(tick, ys[-1])], colour=GRID)
-        canvas.text((at(tick, ys[0])[0], HEIGHT - BOTTOM + 18), f"{tick:g}", colour=FAINT, anchor="middle")
+        canvas.text((at(tick, ys[0])[0], height - BOTTOM + 18), f"{tick:g}", colour=FAINT, anchor="middle")
     for tick in ys:
         canvas.line([at(xs[0], tick), at(xs[-1], tick)], colour=GRID)
         canvas.text((LEFT - 8, at(xs[0], tick)[1] + 4), f"{tick:g}", colour=FAINT, anchor="end")
     canvas.text((LEFT, 24), title, size=15)
-    canvas.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14), x, colour=FAINT, anchor="middle")
+    canvas.text(((LEFT + WIDTH - RIGHT) / 2, height - 14), x, colour=FAINT, anchor="middle")
     canvas.text((LEFT - 8, TOP - 10), y, colour=FAINT, anchor="end")
     if level:
         _level(canvas, level, inside=ys[0] <= level[1] <= ys[-1], height=at(xs[0], level[1])[1])
@@ -105,7 +109,7 @@ def scatter(
         canvas.dot(at(point.x, point.y), colour=colour, radius=9)
         px, py = at(point.x, point.y)
         canvas.text((px, py + 4), str(number), size=11, colour="#ffffff", anchor="middle")
-        canvas.text((WIDTH - RIGHT + 24, TOP + 10 + 19 * number), f"{number}  {point.name}", colour=colour)
+        canvas.text((WIDTH - RIGHT + 24, TOP + LINE * number), f"{number}  {_short(point.name)}", colour=colour)
     return canvas
 
 
@@ -123,6 +127,11 @@ def _level(canvas: Canvas, level: tuple[str, float], *, inside: bool, height: fl
     canvas.text(
         (WIDTH - RIGHT, place), said if inside else f"{said}, out of sight", colour=COLOURS["floor"], anchor="end"
     )
+
+
+def _short(name: str) -> str:
+    """A name as far as there is room on the right."""
+    return name if len(name) <= LETTERS else f"{name[: LETTERS // 2]}…{name[-LETTERS // 2 :]}"
 
 
 def _range(values: Sequence[float]) -> list[float]:

@@ -301,6 +301,8 @@ def _call(pipe: DiffusionPipeline, ready: Ready, *, prompt: str, seed: int) -> l
         output = run(**text, **ready.call, generator=generator, output_type="pil")
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory for this; use --vram auto, or a smaller --size") from error
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
     except Exception as error:  # stock pipelines check few of their arguments

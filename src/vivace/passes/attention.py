@@ -11,7 +11,7 @@ import torch
 from vivace.attention import backend_of
 from vivace.attention.backend import Backend, within_bounds
 from vivace.attention.cudnn_fp8 import CUDNN_FP8, where_it_wins
-from vivace.attention.ends import with_exact_ends
+from vivace.attention.ends import Ends, with_exact_ends
 from vivace.attention.guard import guarded
 from vivace.attention.native import RULES
 from vivace.attention.route import Route
@@ -66,14 +66,16 @@ def _apply(target: Target) -> None:
     (chosen, _), config = _choice(target), target.config
     if not chosen.masks or chosen.depth is not None:
         chosen = replace(chosen, attend=within_bounds(chosen))  # fused blocks call it beside the route
-    if config.exact_ends and not chosen.exact:
+    ends = Ends(config.exact_ends, share=chosen.dense_share)
+    ends = None if chosen.exact or ends == Ends(0) else ends
+    if ends:
         chosen = replace(chosen, attend=with_exact_ends(chosen))
     attend = guarded(chosen) if config.check_nan else chosen.attend
     rules = tuple(rule for rule in RULES if _sm(target.device) == rule.sm)
     for lane in target.lanes.values():
         lane.attend = attend
         lane.grid = target.family.grid if chosen.asks_where and target.family else None
-        lane.ends = 0 if chosen.exact else config.exact_ends
+        lane.ends = ends
         # Plain SDPA is what stock modules call anyway.
         if chosen.name != "native" or config.check_nan or rules:
             lane.route = Route(chosen, attend=attend)
