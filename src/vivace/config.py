@@ -84,9 +84,6 @@ class Config:
     graph_gib: float = 4.0
     """Device memory that the CUDA graphs may hold, in GiB; the least recently used go first."""
 
-    streams: Switch = "auto"
-    """Text and picture of a joint block beside one another, in CUDA graphs."""
-
     def __post_init__(self) -> None:
         if isinstance(self.cache, str):
             object.__setattr__(self, "cache", parse(self.cache))

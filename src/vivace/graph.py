@@ -12,7 +12,6 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from vivace import request
-from vivace.abreast import recorded_abreast
 from vivace.autocast import autocast_type
 
 SEEN = 256
@@ -54,7 +53,6 @@ class Graphs:
 
     def __init__(self, *, budget: int, record: Record | None = None) -> None:
         self.budget = budget
-        self.abreast = False  # whether what does not wait for one another is recorded side by side
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._record = record or CudaRecorder()
@@ -80,8 +78,7 @@ class Graphs:
             if recording is None and not self._came_before(key):
                 return segment(**kwargs)
             if recording is None:
-                with recorded_abreast(self.abreast):
-                    recording = self._record(segment, leaves, spec)
+                recording = self._record(segment, leaves, spec)
                 self._keep(key, recording)
             self.recordings.move_to_end(key)
             recording.fill(tensors)

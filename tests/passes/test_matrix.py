@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import vivace
 from vivace import InputError
 from vivace.families import FAMILIES
-from vivace.fused import FUSED, fused_of
+from vivace.fused import FUSED
 from vivace.passes import PASSES
 from vivace.passes.channels_last import convolutions
 
@@ -28,7 +28,6 @@ ASKED = {
     "compile": {"compile": "on"},
     "cache": {"cache": "steps:compute=0-9"},
     "graphs": {"graphs": "on"},
-    "streams": {"streams": "on"},
     "vae": {"vae": "on"},
     "prompts": {"prompts": "on"},
     "encoders": {"encoders": "int8_weights"},
@@ -38,11 +37,6 @@ ASKED = {
 REFUSED = {
     "graphs on a CPU": lambda asked, family, device: "graphs" in asked and device == "cpu",
     "graphs under the NaN guard": lambda asked, family, device: {"graphs", "attention"} <= asked,
-    "streams on a CPU": lambda asked, family, device: "streams" in asked and device == "cpu",
-    "streams under the NaN guard": lambda asked, family, device: {"streams", "attention"} <= asked,
-    "streams of blocks with one thing at a time": lambda asked, family, device: (
-        "streams" in asked and ("compile" in asked or not (family in FUSED and fused_of(FAMILIES[family]).abreast))
-    ),
     "adapters for what takes none": lambda asked, family, device: (
         "lora" in asked and not hasattr(models(family)[0], "load_lora_adapter")
     ),

@@ -17,7 +17,7 @@ def test_one_order_each_place_with_its_reason():
     names = [one.name for one in PASSES]
     first, last = (
         ["attention", "lora", "channels_last", "vae", "quant", "encoders", "prompts", "vram"],
-        ["fuse", "compile", "cache", "accumulate", "graphs", "streams"],
+        ["fuse", "compile", "cache", "accumulate", "graphs"],
     )
     assert names == first + last
     assert all(one.why_here for one in PASSES)

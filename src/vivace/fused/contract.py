@@ -25,7 +25,6 @@ class Fused:
     check: Callable[[Any], str | None]  # why this denoiser cannot be fused
     declines: Callable[..., str | None]  # declines(**forward_kwargs): why one call must take the stock path
     build: Callable[[Any, Parts], Split]
-    abreast: bool = False  # its blocks have pieces that do not wait for one another
 
     def fuse(self, denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise | None = None) -> Split:
         """The fused Split of a denoiser as it is now, with `attend` for its attention.

@@ -143,5 +143,4 @@ FLUX = Fused(
     check=check,
     declines=declines,
     build=build,
-    abreast=True,
 )

@@ -146,5 +146,4 @@ FLUX2 = Fused(
     check=check,
     declines=declines,
     build=build,
-    abreast=True,
 )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from vivace.abreast import abreast
 from vivace.family import Block, State
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly, heads_for, projected
@@ -166,8 +164,7 @@ class JointBlock:
         if residual is None and self.following is not None:
             following, _ = self.following._divided(state)
             norms = [stream.norm(modulation) for stream in following]
-        pairs = zip(streams, xs, ys, norms, strict=True)
-        made = abreast([partial(self._stream, *one, modulation) for one in pairs])
+        made = [self._stream(*one, modulation) for one in zip(streams, xs, ys, norms, strict=True)]
 
         *images, text = [x for x, _ in made]
         x = images[0] if len(images) == 1 else torch.cat(images, dim=1)
@@ -192,8 +189,7 @@ class JointBlock:
         """What each stream gets of it: [B, S_i, D], as rows or e4m3 heads."""
         # The text comes last here; in the joint sequence it may be the first.
         shift = 0 if self.image_first else 1
-        made = abreast([partial(stream.qkv, x) for stream, x in zip(streams, normed, strict=True)])
-        products = [(qkv, stream.heads) for stream, qkv in zip(streams, made, strict=True)]
+        products = [(stream.qkv(x), stream.heads) for stream, x in zip(streams, normed, strict=True)]
         ordered = products[-shift:] + products[:-shift] if shift else products
         shares = attend_jointly(ordered, tokens, attend=self.attend, elementwise=self.elementwise)
         return [*shares[shift:], *shares[:shift]]

@@ -153,5 +153,4 @@ QWEN_IMAGE = Fused(
     check=check,
     declines=declines,
     build=build,
-    abreast=True,
 )

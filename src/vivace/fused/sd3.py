@@ -152,5 +152,4 @@ SD3 = Fused(
     check=check,
     declines=declines,
     build=build,
-    abreast=True,
 )

@@ -11,7 +11,6 @@ from vivace.passes.graphs import GRAPHS
 from vivace.passes.lora import LORA
 from vivace.passes.prompts import PROMPTS
 from vivace.passes.quantize import QUANTIZE
-from vivace.passes.streams import STREAMS
 from vivace.passes.target import Pass
 from vivace.passes.vae import VAE
 from vivace.passes.vram import VRAM
@@ -30,5 +29,4 @@ PASSES: tuple[Pass, ...] = (
     CACHE,
     ACCUMULATE,
     GRAPHS,
-    STREAMS,
 )

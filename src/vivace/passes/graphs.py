@@ -48,8 +48,7 @@ def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int] | 
     )
 
 
-def check_graphs(target: Target) -> str | None:
-    """Why the call is not recorded; None when it will be."""
+def _check(target: Target) -> str | None:
     if target.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {target.device.type}"
     if target.config.check_nan:
@@ -86,9 +85,9 @@ def _forecast(target: Target) -> str:
 
 GRAPHS = Pass(
     name="graphs",
-    why_here="after all that changes kernels: it records what they made",
+    why_here="last: it records what all the others made",
     wants=lambda config: config.graphs,
-    check=check_graphs,
+    check=_check,
     apply=_apply,
     forecast=_forecast,
 )
