@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from vivace.config import resolve
+from vivace.distill.typed import checked
 from vivace.errors import InputError
 
 Distance = Literal["l2", "l1", "huber", "features", "lpips"]
@@ -222,7 +223,7 @@ class DistillConfig:
     """Draws everything that is random."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check(checked(self))
 
     def rolls_out(self, stage: Stage) -> bool:
         """Whether a loss of the stage asks where the teacher's solver goes."""
