@@ -202,6 +202,17 @@ def test_resume_off_does_not_overwrite(ten):
         train(ten[0], pipe=teacher(), resume=False)
 
 
+def test_a_tracker_that_is_not_installed_is_no_silent_loss(config, tmp_path):
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    here = {str(one.value) for one in get_available_trackers()}
+    missing = next(str(one.value) for one in LoggerType if one.value not in here | {"all"})
+    with pytest.raises(InputError, match=f"trackers has {missing}, which is not installed; pip install {missing}"):
+        train(config(tmp_path, records=Records(trackers=(missing,), sample_every=0)), pipe=teacher())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_teacher_without_the_guidance_asked(config, tmp_path):
     from diffusers import FluxTransformer2DModel
 

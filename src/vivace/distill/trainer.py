@@ -101,18 +101,23 @@ def make_folder(folder: Path) -> None:
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
     """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
+    asked = list(config.records.trackers)
     try:
         # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
-        return Accelerator(
+        made = Accelerator(
             mixed_precision="no",
             cpu=not torch.accelerator.is_available(),
-            log_with=list(config.records.trackers) or None,
+            log_with=asked or None,
             project_dir=output,
         )
     except (ValueError, ImportError) as error:
-        raise InputError(
-            f"trackers {list(config.records.trackers)} cannot be had ({error}); {install('train')}"
-        ) from error
+        raise InputError(f"trackers {asked} cannot be had ({error}); {install('train')}") from error
+    # accelerate leaves out in silence what it knows and does not find.
+    missing = sorted({*asked} - {str(getattr(one, "value", one)) for one in made.log_with} - {"all"})
+    if missing:
+        how = install("train") if missing[0] == "tensorboard" else f"pip install {missing[0]}"
+        raise InputError(f"records.trackers has {missing[0]}, which is not installed; {how}, or leave it out")
+    return made
 
 
 def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any = None) -> Training:
