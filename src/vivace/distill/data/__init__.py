@@ -35,9 +35,10 @@ def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int
             raise InputError(f"size is {list(config.size)}; data of kind builtin are squares, such as [256, 256]")
         return World(batch=config.batch, seed=config.seed, rank=rank, side=config.size[0], device=device)
     if data.kind == "cached":
-        from vivace.distill.data.cached import Cached
+        from vivace.distill.data.cached import Cached, made_of
 
-        return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device)
+        made = made_of(config)
+        return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device, made=made)
     from vivace.distill.data.folder import Folder
     from vivace.distill.data.sample import bucket_sizes
     from vivace.distill.data.shards import Shards
