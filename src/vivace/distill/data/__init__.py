@@ -39,6 +39,7 @@ def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int
 
         made = made_of(config)
         return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device, made=made)
+    from vivace.distill.conditioners import picture_key
     from vivace.distill.data.folder import Folder
     from vivace.distill.data.sample import bucket_sizes
     from vivace.distill.data.shards import Shards
@@ -47,4 +48,5 @@ def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int
     cache = Path(data.cache or Path(config.output) / "shards").expanduser()
     source = Folder(path) if data.kind == "folder" else Shards(path, cache=cache)
     sizes = bucket_sizes(config.size, data.ratios, multiple=multiple)
-    return Stream(source, data, sizes=sizes, batch=config.batch, seed=config.seed, rank=rank, world=world)
+    needs = filter(None, map(picture_key, config.conditioners))
+    return Stream(source, data, sizes=sizes, batch=config.batch, seed=config.seed, rank=rank, world=world, needs=needs)
