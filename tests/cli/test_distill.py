@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 
 import pytest
 
@@ -89,9 +91,31 @@ def test_precache_then_train(config, tmp_path, capsys):
     assert "result  (2 batches)" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_precache_as_json(config, tmp_path, capsys):
+    assert code_of("distill", config, "--precache", tmp_path / "cache", "--batches", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "cache"), "batches": 1}
+
+
+def test_only_the_first_of_several_processes_prints(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys.modules["vivace.cli.distill"], "EVERY", 0.0)
+    assert code_of("distill", config, "--json") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_has_a_line_a_minute_with_the_time_left(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["vivace.cli.distill"], "EVERY", 0.0)
+    assert code_of("distill", config) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"training 2 of 2, 0:00:00 left stage 1 dist \S+", lines[-1])
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--dry-run", "--precache", "cache"), "--dry-run writes nothing and --precache writes a cache; give one"),
+        (("--batches", "7"), "--batches is the length of a --precache; a training's is in its stages"),
         (("--set", "studnt.rank=3"), "unknown key studnt; the nearest is student"),
         (("--set", "stages[0].steps=5"), "does not divide into 4 modes; the nearest that does is 4"),
         (("--set", "size=[60, 60]"), "size [60, 60] cannot be made: Stable Diffusion 3 and 3.5 needs multiples of 16"),
