@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -89,6 +92,22 @@ def test_precache_then_train(config, tmp_path, capsys):
     cached = ("--set", "data.kind=cached", "--set", f"data.path={tmp_path / 'cache'}")
     assert code_of("distill", config, *cached) == 0
     assert "result  (2 batches)" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_saves_and_says_by_its_code_that_there_is_more_to_do(config, tmp_path, number, code):
+    command = [sys.executable, "-m", "vivace", "distill", str(config), "--set", "stages[0].batches=100000"]
+    command += ["--set", "records.save_every=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        until = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("step-*")) and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(number)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == code
+    done = int(re.search(r"stopped after (\d+) of 100000 batches", said)[1])  # type: ignore[index]
+    assert (tmp_path / "out" / f"step-{done:08d}" / "manifest.json").is_file()
+    assert not (tmp_path / "out" / "result").exists()
 
 
 def test_precache_as_json(config, tmp_path, capsys):

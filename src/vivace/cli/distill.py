@@ -18,7 +18,7 @@ from vivace.errors import InputError
 
 if TYPE_CHECKING:
     from vivace.distill.plan import Plan
-    from vivace.distill.trainer import Progress
+    from vivace.distill.trainer import Progress, Result
 
 GIB = 2**30
 BATCHES = 1000  # of a cache
@@ -95,8 +95,14 @@ def _train(config: Any, *, as_json: bool) -> None:
             tell(progress.done, f"stage {progress.stage + 1} {shown}")
 
         result = train(config, on_batch=on_batch)
-    if not _tells():
-        return
+    if _tells():
+        _print_result(result, batches=config.batches, as_json=as_json)
+    if result.signal is not None:
+        # As a process that the signal ended: what started it then knows that there is more to do.
+        raise typer.Exit(128 + result.signal)
+
+
+def _print_result(result: Result, *, batches: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**vars(result), "folder": str(result.folder or ""), "checkpoint": str(result.checkpoint)}))
         return
@@ -105,7 +111,7 @@ def _train(config: Any, *, as_json: bool) -> None:
             "left out, in all epochs: " + ", ".join(f"{reason} ({count})" for reason, count in result.skipped.items())
         )
     if result.stopped:
-        print(f"stopped after {result.done} of {config.batches} batches; {result.checkpoint} goes on from there")
+        print(f"stopped after {result.done} of {batches} batches; {result.checkpoint} goes on from there")
     else:
         print(f"{result.folder}  ({result.done} batches)")
 

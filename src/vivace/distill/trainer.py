@@ -52,6 +52,7 @@ class Result:
 
     done: int
     stopped: bool  # by a signal, before its end
+    signal: int | None = None  # which one
     folder: Path | None  # the result; None where it was stopped
     checkpoint: Path
     losses: Mapping[str, float]
@@ -157,7 +158,14 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
     folder = None if stopped else _finish(training, output)
     skipped = getattr(training.supply, "skipped", {})
     return Result(
-        done=training.done, stopped=stopped, folder=folder, checkpoint=saved, losses=losses, skipped=dict(skipped)
+        done=training.done,
+        stopped=stopped,
+        # Of several processes another one may have been told.
+        signal=(stop[0] if stop else int(signal.SIGTERM)) if stopped else None,
+        folder=folder,
+        checkpoint=saved,
+        losses=losses,
+        skipped=dict(skipped),
     )
 
 
