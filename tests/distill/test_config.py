@@ -60,7 +60,7 @@ def test_steps_need_not_divide_where_modes_are_not_used():
         ({"size": (0, 64)}, "size is"),
         ({"distance": "lpips"}, "lpips_weights go together"),
         ({"data": Data(kind="shards")}, r"data\.path is missing"),
-        ({"data": Data(kind="builtin", ratios=())}, r"data\.ratios"),
+        ({"data": Data(kind="builtin", ratios=(0.0,))}, r"data\.ratios is \[0\.0\]"),
     ],
 )
 def test_fields(fields, said):

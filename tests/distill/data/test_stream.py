@@ -1,5 +1,6 @@
 """Shards and folders as a stream: filters, broken samples, buckets, and resumption to the sample."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from vivace.distill import Conditioner, Data, DistillConfig, Stage
-from vivace.distill.data import supply_of
+from vivace.distill.data import sizes_of, supply_of
 from vivace.distill.data.folder import Folder
 from vivace.distill.data.sample import bucket, bucket_sizes
 from vivace.distill.data.shards import Shards
@@ -163,6 +164,13 @@ def test_bucket_sizes_keep_area_and_multiple():
     assert sizes == [(704, 1472), (1024, 1024), (1344, 768)]
     assert bucket((1000, 600), sizes) == (1344, 768)
     assert bucket((999, 1000), sizes) == (1024, 1024)
+
+
+def test_without_ratios_pictures_have_the_size_asked():
+    config = DistillConfig(output="o", stages=(Stage(batches=1),), data=Data(path="x"), size=(768, 512))
+    assert sizes_of(config, multiple=16) == [(768, 512)]
+    buckets = dataclasses.replace(config, data=Data(path="x", ratios=(1.5, 1.0)))
+    assert sizes_of(buckets, multiple=16) == [(768, 512), (624, 624)]
 
 
 def test_further_pictures_of_a_sample(tmp_path):
