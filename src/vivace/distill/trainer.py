@@ -89,7 +89,10 @@ def train(
         with _signals() as stop:
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
-        accelerator.end_training()
+        try:
+            accelerator.end_training()
+        except OSError as error:  # of a log; what else went wrong is told already
+            logger.warning("the end of the log cannot be written (%s)", error.strerror)
 
 
 def make_folder(folder: Path) -> None:
@@ -108,7 +111,7 @@ def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
         made = Accelerator(
             mixed_precision="no",
             cpu=not torch.accelerator.is_available(),
-            log_with=asked or None,
+            log_with=[*asked] or None,
             project_dir=output,
         )
     except (ValueError, ImportError) as error:
@@ -136,14 +139,14 @@ def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any 
 
 
 def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
-    config, accelerator = training.config, training.accelerator
+    config = training.config
     losses: Mapping[str, float] = {}
     while training.done < config.batches and not _stopping(training, stop):
         number, start = training.stage_number, time.perf_counter()
         losses = training.batch()
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
-        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
+        _log(training, losses, output)
         if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
             _draw(training, output / "samples" / f"{training.done:08d}.png")
         if training.done % config.records.save_every == 0 or training.done == config.batches:
@@ -167,6 +170,17 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         losses=losses,
         skipped=dict(skipped),
     )
+
+
+def _log(training: Training, losses: Mapping[str, float], output: Path) -> None:
+    """The losses to the trackers. Raises InputError where they cannot write: nor could a checkpoint."""
+    try:
+        training.accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
+    except OSError as error:
+        raise InputError(
+            f"the log of batch {training.done} cannot be written ({error.strerror}); {_left(output)}; "
+            "make room and start again"
+        ) from error
 
 
 def _check_finite(losses: Mapping[str, float], done: int, output: Path) -> None:
