@@ -2,7 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -89,9 +94,47 @@ def test_precache_then_train(config, tmp_path, capsys):
     assert "result  (2 batches)" in capsys.readouterr().out.replace("\n", "")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_saves_and_says_by_its_code_that_there_is_more_to_do(config, tmp_path, number, code):
+    command = [sys.executable, "-m", "vivace", "distill", str(config), "--set", "stages[0].batches=100000"]
+    command += ["--set", "records.save_every=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        until = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("step-*")) and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(number)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == code
+    done = int(re.search(r"stopped after (\d+) of 100000 batches", said)[1])  # type: ignore[index]
+    assert (tmp_path / "out" / f"step-{done:08d}" / "manifest.json").is_file()
+    assert not (tmp_path / "out" / "result").exists()
+
+
+def test_precache_as_json(config, tmp_path, capsys):
+    assert code_of("distill", config, "--precache", tmp_path / "cache", "--batches", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "cache"), "batches": 1}
+
+
+def test_only_the_first_of_several_processes_prints(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys.modules["vivace.cli.distill"], "EVERY", 0.0)
+    assert code_of("distill", config, "--json") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_has_a_line_a_minute_with_the_time_left(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["vivace.cli.distill"], "EVERY", 0.0)
+    assert code_of("distill", config) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"training 2 of 2, 0:00:00 left stage 1 dist \S+", lines[-1])
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--dry-run", "--precache", "cache"), "--dry-run writes nothing and --precache writes a cache; give one"),
+        (("--batches", "7"), "--batches is the length of a --precache; a training's is in its stages"),
         (("--set", "studnt.rank=3"), "unknown key studnt; the nearest is student"),
         (("--set", "stages[0].steps=5"), "does not divide into 4 modes; the nearest that does is 4"),
         (("--set", "size=[60, 60]"), "size [60, 60] cannot be made: Stable Diffusion 3 and 3.5 needs multiples of 16"),

@@ -5,8 +5,9 @@ import torch
 
 from vivace import accelerate
 from vivace.config import PRESETS, Config
-from vivace.distill import Stage
+from vivace.distill import Data, Stage
 from vivace.distill.actors import make_actors
+from vivace.distill.data.sample import Batch
 from vivace.distill.student import trainable
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -105,3 +106,27 @@ def test_buckets_of_other_sizes_pass(actors_of, batch):
         target = actors.objective.target(item, start, actors.student)
         assert target.shape == item.z.shape == (2, item.z.shape[1], 8, 16)
         assert actors.objective.fooling(actors.discriminator, target, item, start, generator).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"size": (2048, 64)}, r"\[2048, 64\] pixels \(Width \(128\) cannot be greater than `pos_embed_max_size`: 64"),
+        ({"data": Data(path="x", ratios=(1.0, 1e-3))}, r"\[16, 2016\] pixels \(Height"),
+    ],
+)
+def test_a_size_that_the_denoiser_refuses_is_said_before_training(config, fields, said):
+    with pytest.raises(InputError, match=f"the denoiser refuses a picture of {said}.*; check size, data.ratios"):
+        make_actors(config(**fields), FAMILIES["sd3"].tiny())
+
+
+def test_the_discriminator_takes_every_bucket(config):
+    """It was as deep as pictures of `size` allow, which is too deep for the short side of another ratio."""
+    made = make_actors(config(size=(128, 128), data=Data(path="x", ratios=(1.0, 0.25))), FAMILIES["sd3"].tiny())
+    assert made.discriminator is not None
+    for width, height in ((128, 128), (64, 256)):
+        item = made.prepare(Batch(torch.zeros(2, 3, height, width), ("a", "b")))
+        sigma = torch.full((2,), 0.5, dtype=torch.float64)
+        with torch.no_grad():
+            logits = made.discriminator(made.objective.seen(item.z, sigma, item.call.guided_half()))
+        assert logits.shape[0] == 2

@@ -16,10 +16,17 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 # name -> the generator's loss of the fakes (-1, 2), the discriminator's of the real ones (0.5, 3) and those fakes
 BY_HAND = {
     "hinge": (-(-1 + 2) / 2, (0.5 + 0) / 2 + (0 + 3) / 2),
-    "least_squares": ((4 + 1) / 2, ((0.25 + 4) / 2 + (1 + 4) / 2) / 2),
+    "least_squares": (
+        ((sigmoid(-1) - 1) ** 2 + (sigmoid(2) - 1) ** 2) / 2,
+        (((sigmoid(0.5) - 1) ** 2 + (sigmoid(3) - 1) ** 2) / 2 + (sigmoid(-1) ** 2 + sigmoid(2) ** 2) / 2) / 2,
+    ),
     "non_saturating": (
         (softplus(1) + softplus(-2)) / 2,
         ((softplus(-0.5) + softplus(-3)) / 2 + (softplus(-1) + softplus(2)) / 2) / 2,

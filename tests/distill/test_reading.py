@@ -30,6 +30,12 @@ def test_ready_configs_are_right(name):
         assert {one.argument for one in config.conditioners} <= {"image", "mask_image"}
 
 
+def test_consistency_follows_a_running_mean_in_ready_configs():
+    """Without one its target is the latest weights, and on the built-in model it ran after itself to nothing."""
+    found = [read_config(name) for name in READY]
+    assert [config.student.ema is not None for config in found if config.method == "consistency"] == [True]
+
+
 def test_every_backbone_has_a_ready_config():
     assert {"builtin", "sd15", "sdxl", "pixart", "sd3", "flux", "sdxl-adapter", "sdxl-controlnet"} <= set(READY)
 

@@ -18,8 +18,18 @@ from vivace.few_step import ENDS, WEIGHTS, use_few_step
 TARGETS = {
     "sd": ("to_q", "to_k", "to_v", "to_out.0"),
     "sdxl": ("to_q", "to_k", "to_v", "to_out.0"),
-    "pixart": ("to_q", "to_out.0", "net.0.proj", "net.2"),
-    "sd3": ("to_q", "add_k_proj", "to_add_out", "net.0.proj", "net.2", "norm1.linear"),
+    "pixart": ("to_q", "to_out.0", "net.0.proj", "net.2", "proj_out", "linear", "linear_1", "linear_2"),
+    "sd3": (
+        "to_q",
+        "add_k_proj",
+        "to_add_out",
+        "net.0.proj",
+        "net.2",
+        "norm1.linear",
+        "proj_out",
+        "linear_1",
+        "linear_2",
+    ),
     "flux": ("to_q", "add_k_proj", "net.2", "proj_mlp"),
 }
 

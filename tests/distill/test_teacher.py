@@ -51,6 +51,14 @@ def test_with_a_control_model_in_bfloat16(config, folders):
             "no config.json that names its class",
         ),
         ({"pipeline": "Nothing"}, "no pipeline 'Nothing'"),
+        (
+            {"pipeline": "StableDiffusionXLControlNetPipeline", "control": "/nowhere"},
+            "no folder /nowhere with a control model; check the key control",
+        ),
+        (
+            {"pipeline": "StableDiffusionXLControlNetPipeline", "control": "nobody/nothing"},
+            r"no control model nobody/nothing here, and none from the hub \(.+\); check the key control",
+        ),
     ],
 )
 def test_what_cannot_be(config, folders, fields, said):

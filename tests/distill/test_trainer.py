@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -167,6 +168,38 @@ def test_what_cannot_be_written_is_one_line(config, tmp_path):
         train(config(run, records=records), pipe=teacher())
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from vivace.distill import Data, DistillConfig, Records, Stage, Student, train
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+
+def fill(progress):
+    if progress.done == 3:
+        held = max(file.stat().st_size for file in Path(sys.argv[1], "logs").rglob("events*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (held, held))
+
+stages = (Stage(batches=20, steps=4, guidance=(2.0, 3.0)),)
+records = Records(sample_every=0, save_every=2)
+own = dict(size=(64, 64), data=Data(kind="builtin"), student=Student(rank=4), batch=1, accelerate=None)
+try:
+    config = DistillConfig(output=sys.argv[1], stages=stages, records=records, **own)
+    train(config, pipe=FAMILIES["sd3"].tiny(), on_batch=fill)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_log_that_cannot_be_written_stops_with_one_line(tmp_path):
+    """A full disk is met by the log first, which grows with every batch."""
+    pytest.importorskip("tensorboard")
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = r"the last good checkpoint is \S+step-00000002; make room and start again"
+    assert re.fullmatch(rf"the log of batch [45] cannot be written \(File too large\); {left}\n", done.stdout)
+
+
 def test_checkpoints_that_are_all_broken_are_not_trained_over(ten, tmp_path):
     shutil.copytree(ten[1], tmp_path, dirs_exist_ok=True)
     for path in checkpoint.checkpoints(tmp_path):
@@ -200,6 +233,17 @@ def test_a_finished_training_does_nothing_more(ten):
 def test_resume_off_does_not_overwrite(ten):
     with pytest.raises(InputError, match="holds checkpoints of another run"):
         train(ten[0], pipe=teacher(), resume=False)
+
+
+def test_a_tracker_that_is_not_installed_is_no_silent_loss(config, tmp_path):
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    here = {str(one.value) for one in get_available_trackers()}
+    missing = next(str(one.value) for one in LoggerType if one.value not in here | {"all"})
+    with pytest.raises(InputError, match=f"trackers has {missing}, which is not installed; pip install {missing}"):
+        train(config(tmp_path, records=Records(trackers=(missing,), sample_every=0)), pipe=teacher())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_teacher_without_the_guidance_asked(config, tmp_path):

@@ -1,5 +1,6 @@
 """Trains in the processes that torchrun starts; each writes what it holds at the end. Run by test_trainer."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from safetensors.torch import save_file
 from vivace.distill import Critic, Data, DistillConfig, Optimizer, Records, Stage, Student
 from vivace.distill.trainer import make_accelerator, make_training, train
 from vivace.families import FAMILIES
+
+PLAIN = (Stage(batches=8, steps=4, guidance=(2.0, 3.0)),)
+SIMULATED = (Stage(batches=8, steps=4, guidance=(2.0, 3.0), simulated=0.5),)
 
 
 def config(output: Path, parallel: str) -> DistillConfig:
@@ -46,6 +50,12 @@ def main(output: Path) -> None:
             tensors = training.tensors()
             held = {f"{part}.{key}": value.contiguous() for part, own in tensors.items() for key, value in own.items()}
             save_file(held, output / f"{parallel}-{name}-{accelerator.process_index}")
+    # Processes that chose for themselves would gather shards at different times.
+    for fields in ({"method": "consistency", "timesteps": "uniform"}, {"stages": SIMULATED}):
+        own = dataclasses.replace(config(output / "run", "fsdp"), critic=None, **{"stages": PLAIN, **fields})
+        training = make_training(own, accelerator, pipe=FAMILIES["sd3"].tiny())
+        for _ in range(8):
+            training.batch()
     # and the whole of it, sharded, with checkpoints, grids and result
     train(config(output / "run", "fsdp"), pipe=FAMILIES["sd3"].tiny())
 

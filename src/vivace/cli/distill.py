@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vivace.errors import InputError
+
 if TYPE_CHECKING:
     from vivace.distill.plan import Plan
-    from vivace.distill.trainer import Progress
+    from vivace.distill.trainer import Progress, Result
 
 GIB = 2**30
+BATCHES = 1000  # of a cache
+EVERY = 60.0  # seconds between lines where there is no terminal for a bar
 
 
 def distill(
@@ -24,16 +31,24 @@ def distill(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key: student.rank=16; repeatable.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure plan, memory and time; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure plan, memory and time; write nothing (but fetch shards by URL).")
+    ] = False,
     precache: Annotated[
         Path | None, typer.Option(help="Only write latents and prompt embeddings of the data to this folder.")
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="With --precache: how many batches.")] = 1000,
+    batches: Annotated[int | None, typer.Option(min=1, help=f"With --precache: how many batches ({BATCHES}).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Distil a model to a few steps. A stopped training goes on when it is started again."""
     from vivace.distill.reading import read_config
 
+    if dry_run and precache is not None:
+        raise InputError("--dry-run writes nothing and --precache writes a cache; give one of them")
+    if batches is not None and precache is None:
+        raise InputError(
+            "--batches is the length of a --precache; a training's is in its stages (--set stages[0].batches=)"
+        )
     fields = {"output": str(output)} if output else {}
     chosen = read_config(config, assignments=tuple(assignments or ()), **fields)
 
@@ -44,15 +59,30 @@ def distill(
             from vivace.distill.plan import make_plan
 
             plan = make_plan(chosen)
-            print(json.dumps(plan.to_dict())) if as_json else _print_plan(plan)
+            if _tells():
+                print(json.dumps(plan.to_dict())) if as_json else _print_plan(plan)
         elif precache is not None:
-            from vivace.distill.precache import write_cache
-
-            with _bar(batches, "writing") as tell:
-                count = write_cache(chosen, precache, batches=batches, on_batch=lambda done: tell(done, ""))
-            print(f"{precache}: {count} batches; train on them with --set data.kind=cached --set data.path={precache}")
+            _precache(chosen, precache, batches=batches or BATCHES, as_json=as_json)
         else:
             _train(chosen, as_json=as_json)
+
+
+def _tells() -> bool:
+    """Whether this process is the one of several (torchrun) that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _precache(config: Any, folder: Path, *, batches: int, as_json: bool) -> None:
+    from vivace.distill.precache import write_cache
+
+    with _bar(batches, "writing") as tell:
+        count = write_cache(config, folder, batches=batches, on_batch=lambda done: tell(done, ""))
+    if not _tells():
+        return
+    if as_json:
+        print(json.dumps({"folder": str(folder), "batches": count}))
+        return
+    print(f"{folder}: {count} batches; train on them with --set data.kind=cached --set data.path={folder}")
 
 
 def _train(config: Any, *, as_json: bool) -> None:
@@ -65,6 +95,14 @@ def _train(config: Any, *, as_json: bool) -> None:
             tell(progress.done, f"stage {progress.stage + 1} {shown}")
 
         result = train(config, on_batch=on_batch)
+    if _tells():
+        _print_result(result, batches=config.batches, as_json=as_json)
+    if result.signal is not None:
+        # As a process that the signal ended: what started it then knows that there is more to do.
+        raise typer.Exit(128 + result.signal)
+
+
+def _print_result(result: Result, *, batches: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**vars(result), "folder": str(result.folder or ""), "checkpoint": str(result.checkpoint)}))
         return
@@ -73,7 +111,7 @@ def _train(config: Any, *, as_json: bool) -> None:
             "left out, in all epochs: " + ", ".join(f"{reason} ({count})" for reason, count in result.skipped.items())
         )
     if result.stopped:
-        print(f"stopped after {result.done} of {config.batches} batches; {result.checkpoint} goes on from there")
+        print(f"stopped after {result.done} of {batches} batches; {result.checkpoint} goes on from there")
     else:
         print(f"{result.folder}  ({result.done} batches)")
 
@@ -99,21 +137,44 @@ def _print_plan(plan: Plan) -> None:
 
 @contextmanager
 def _bar(total: int, name: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with the time left, where stderr is a terminal."""
+    """How far a long work is, with the time left: a bar on a terminal, else a line a minute on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not sys.stderr.isatty():
+        yield _lines(total, name)
+        return
     columns: Sequence[Any] = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not _tells()) as progress:
         task = progress.add_task(name, total=total)
 
         def tell(done: int, text: str) -> None:
             progress.update(task, completed=done, description=f"{name} {text}".strip())
 
         yield tell
+
+
+def _lines(total: int, name: str) -> Callable[[int, str], None]:
+    """The same as lines, for a log that is read later."""
+    begun: list[tuple[float, int]] = []  # when, and what was done by then: a training may have been resumed
+    told = 0.0
+
+    def tell(done: int, text: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if not begun:
+            begun.append((now, done))
+            told = now
+        if now - told < EVERY or not _tells():
+            return
+        told = now
+        start, before = begun[0]
+        left = timedelta(seconds=round((total - done) * (now - start) / max(1, done - before)))
+        print(f"{name} {done} of {total}, {left} left {text}".strip(), file=sys.stderr, flush=True)
+
+    return tell

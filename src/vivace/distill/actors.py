@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from vivace.config import resolve
 from vivace.distill import conditioners
 from vivace.distill.call import Recorder
 from vivace.distill.config import DistillConfig
+from vivace.distill.data import sizes_of
 from vivace.distill.data.sample import Batch
 from vivace.distill.discriminator import make_discriminator
 from vivace.distill.features import Features
@@ -23,7 +24,7 @@ from vivace.distill.levels import levels_of
 from vivace.distill.objective import Item, Objective
 from vivace.distill.student import beside, compile_blocks, make_student
 from vivace.distill.view import View
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.family import Family, UnknownFamilyError, family_of
 from vivace.quant.linear import QuantLinear
 
@@ -98,13 +99,12 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     objective = Objective(config, view, teacher, features, _tokens, perceptual)
     recorder = Recorder(pipe, family=family, channels=channels)
     actors = Actors(pipe, family, recorder, objective, student, None, critic, config)
-    probe = actors.prepare(_blank(config))
-    _check_item(config, probe, teacher)
+    probes = [_probe(actors, size) for size in sizes_of(config, multiple=family.multiple)]
     if config.accelerate is not None:
         # The weights in 16 bit are the student's to keep.
         accelerate(pipe, config.accelerate, **({"keep_base": "no"} if quantises else {}))
     if any(stage.adversarial for stage in config.stages):
-        return replace(actors, discriminator=_discriminator(objective, probe))
+        return replace(actors, discriminator=_discriminator(objective, probes))
     return actors
 
 
@@ -132,9 +132,9 @@ def _tokens(z: torch.Tensor) -> int:
     return z.shape[2] * z.shape[3] // 4
 
 
-def _blank(config: DistillConfig) -> Batch:
+def _blank(config: DistillConfig, size: tuple[int, int]) -> Batch:
     """A batch of one grey picture, with every further picture that a conditioner asks for."""
-    width, height = config.size
+    width, height = size
     grey = torch.zeros(1, 3, height, width)
     keys = [conditioners.picture_key(one) for one in config.conditioners]
     return Batch(grey, ("",), {key: grey for key in keys if key is not None})
@@ -143,6 +143,22 @@ def _blank(config: DistillConfig) -> Batch:
 def _on(batch: Batch, device: torch.device) -> Batch:
     extras: Mapping[str, torch.Tensor] = {name: value.to(device) for name, value in batch.extras.items()}
     return Batch(batch.pixels.to(device), batch.captions, extras)
+
+
+@torch.no_grad()
+def _probe(actors: Actors, size: tuple[int, int]) -> Item:
+    """A grey picture of a size in pixels, which the teacher was called with. Raises InputError where it refuses."""
+    item, view = actors.prepare(_blank(actors.config, size)), actors.objective.view
+    _check_item(actors.config, item, actors.teacher)
+    sigma = torch.full((1,), view.levels.at(500.0), dtype=torch.float64)
+    try:
+        view.guided(actors.teacher, item.z, sigma, item.call, guidance=1.0)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"the denoiser refuses a picture of {list(size)} pixels ({first_line(error)}); "
+            "check size, data.ratios and conditioners"
+        ) from error
+    return item
 
 
 def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
@@ -170,10 +186,12 @@ def _check_precision(teacher: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _discriminator(objective: Objective, probe: Item) -> nn.Module:
+def _discriminator(objective: Objective, probes: Sequence[Item]) -> nn.Module:
+    """A discriminator for the teacher's features, as deep as the smallest of the pictures' sizes allows."""
     sigma = torch.full((1,), objective.view.levels.at(500.0), dtype=torch.float64)
-    seen = objective.seen(probe.z, sigma, probe.call.guided_half())
+    seen = [objective.seen(probe.z, sigma, probe.call.guided_half()) for probe in probes]
+    side = min(min(one.shape[2:]) for one in seen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(objective.config.seed)
-        made = make_discriminator(seen.shape[1], min(seen.shape[2:]), width=objective.config.discriminator.width)
-    return made.to(seen.device)
+        made = make_discriminator(seen[0].shape[1], side, width=objective.config.discriminator.width)
+    return made.to(seen[0].device)

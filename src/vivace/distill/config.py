@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from vivace.config import resolve
+from vivace.distill.typed import checked
 from vivace.errors import InputError
 
 Distance = Literal["l2", "l1", "huber", "features", "lpips"]
@@ -101,8 +102,8 @@ class Data:
     """Samples with a lower score, or none, are left out."""
     least_side: int = 0
     """Pictures with a shorter side, in pixels, are left out."""
-    ratios: tuple[float, ...] = (1.0,)
-    """Aspect ratios (width / height) of the buckets; a picture goes to the nearest."""
+    ratios: tuple[float, ...] = ()
+    """Aspect ratios (width / height) of the buckets, of which a picture goes to the nearest; empty: that of `size`."""
     window: int = 4
     """Shards that are mixed with each other."""
     workers: int = 4
@@ -222,7 +223,7 @@ class DistillConfig:
     """Draws everything that is random."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check(checked(self))
 
     def rolls_out(self, stage: Stage) -> bool:
         """Whether a loss of the stage asks where the teacher's solver goes."""
@@ -284,7 +285,7 @@ def check(config: DistillConfig) -> None:
         raise InputError("distance: lpips and lpips_weights go together; without a file use distance: features")
     if config.data.kind != "builtin" and not config.data.path:
         raise InputError(f"data.path is missing; data of kind {config.data.kind} is read from there")
-    if not config.data.ratios or min(config.data.ratios) <= 0:
+    if any(ratio <= 0 for ratio in config.data.ratios):
         raise InputError(f"data.ratios is {list(config.data.ratios)}; it takes width / height, such as [0.75, 1.0]")
     if config.conditioners and records.sample_every and records.prompts:
         raise InputError("sample grids are drawn from text alone; with conditioners set records.sample_every: 0")

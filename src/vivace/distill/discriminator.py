@@ -13,11 +13,12 @@ def make_discriminator(channels: int, side: int, *, width: int = 64) -> nn.Seque
     """Features [B, channels, side, side] to logits [B, n].
 
     Halves the side and doubles the width until a 4 x 4 map is left, which one convolution turns into a logit; longer
-    or larger features give several. Group norms between, none at the ends.
+    or larger features give several. A map too small for two halvings begins with a convolution that keeps its side.
+    Group norms between, none at the ends.
     """
     layers: list[nn.Module] = []
     before, after = channels, width
-    if side < 2 * LAST:
+    if side < 4 * LAST:
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.SiLU()]
         before, after = after, 2 * after
     while side >= 2 * LAST:

@@ -64,10 +64,10 @@ def _vanilla(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 GAMES: dict[str, Game] = {
     # arXiv 1705.02894
     "hinge": Game(lambda fake: -fake.mean(), lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean()),
-    # arXiv 1611.04076
+    # arXiv 1611.04076, of probabilities as in Flash Diffusion: bounded, so that no weight of it runs away
     "least_squares": Game(
-        lambda fake: (fake - 1).square().mean(),
-        lambda real, fake: ((real - 1).square().mean() + fake.square().mean()) / 2,
+        lambda fake: (fake.sigmoid() - 1).square().mean(),
+        lambda real, fake: ((real.sigmoid() - 1).square().mean() + fake.sigmoid().square().mean()) / 2,
     ),
     # arXiv 1406.2661: its practical and its original generator
     "non_saturating": Game(lambda fake: F.softplus(-fake).mean(), _vanilla),

@@ -53,16 +53,28 @@ class Objective:
     tokens: Callable[[torch.Tensor], int]  # how many tokens a transformer makes of such latents
     perceptual: Distance | None = None  # LPIPS of decoded latents
 
-    def start(self, item: Item, stage: Stage, student: Callable[..., Any], generator: torch.Generator) -> Start:
-        """Draw a level from the stage's mixture, noise and a guidance, each once for the batch."""
+    def start(
+        self,
+        item: Item,
+        stage: Stage,
+        student: Callable[..., Any],
+        generator: torch.Generator,
+        *,
+        choices: torch.Generator | None = None,
+    ) -> Start:
+        """Draw a level from the stage's mixture, a guidance and noise, each once for the batch.
+
+        `choices`, where given, draws all but the noise: what decides how often teacher and student are called.
+        """
         config, z = self.config, item.z
+        choices = choices or generator
         odds = mixture(stage, kind=config.timesteps)
-        index = int(torch.multinomial(odds.to(z.device), 1, generator=generator))
+        index = int(torch.multinomial(odds.to(choices.device), 1, generator=choices))
         low, high = stage.guidance
-        guidance = low + (high - low) * float(torch.rand((), generator=generator, device=z.device))
+        guidance = low + (high - low) * _share(choices)
         levels = self.view.levels.grid(stage.steps, tokens=self.tokens(z))
         before = steps_before(stage, index)
-        if stage.simulated and before and float(torch.rand((), generator=generator, device=z.device)) < stage.simulated:
+        if stage.simulated and before and _share(choices) < stage.simulated:
             places = levels[[*before, index, -1]]
             return Start(self.simulated(item, places, guidance, student, generator), levels[index:], guidance)
         noise = self.noise(z, generator)
@@ -141,7 +153,7 @@ class Objective:
         """The distribution matching loss; `critic` denoises the student's pictures."""
         with torch.no_grad():
             low, high = stage.guidance
-            guidance = low + (high - low) * float(torch.rand((), generator=generator, device=picture.device))
+            guidance = low + (high - low) * _share(generator)
             x, sigma = self.veiled(picture, generator)
             real = self.view.guided(self.teacher, x, sigma, item.call, guidance=guidance)
             fake = self.view.denoised(critic, x, sigma, self.told(item, guidance))
@@ -202,3 +214,8 @@ class Objective:
         """The teacher's features of x at `sigma`: [B, C, h, w]."""
         found = self.features(sides=(x.shape[2], x.shape[3]), **self.view.arguments(x, sigma, call))
         return found.float()
+
+
+def _share(generator: torch.Generator) -> float:
+    """A number from 0 to 1."""
+    return float(torch.rand((), generator=generator, device=generator.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
         generator, item = training.draw()
         parts.append(_now(training) - start_draw)
         student = training.cast(training.plain)
-        seconds, start = _timed(training, lambda: training.objective.start(item, stage, student, generator))  # noqa: B023
+        begin = partial(training.objective.start, choices=training.choices())
+        seconds, start = _timed(training, lambda: begin(item, stage, student, generator))  # noqa: B023
         parts.append(seconds)
         # Every step of the solver takes as long as the next: two of them tell.
         start = replace(start, grid=start.grid[: MEASURED + 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vivace.distill.config import DistillConfig, Records
-from vivace.distill.data.cached import write_item
+from vivace.distill.data.cached import check_made, made_of, write_item
 from vivace.distill.objective import Item
 from vivace.distill.trainer import make_accelerator, make_folder, make_training
 from vivace.errors import InputError
@@ -42,19 +42,21 @@ def write_cache(
         # Drawn also where it is there, so that the others come out as they would have.
         item = training.draw()[1]
         training.done += 1
-        if not path.exists():
-            _write(item, path)
+        if path.exists():
+            check_made(path, made_of(config))
+        else:
+            _write(item, path, made_of(config))
         if on_batch is not None:
             on_batch(number + 1)
     accelerator.wait_for_everyone()
     return len(list(folder.glob("*.safetensors")))
 
 
-def _write(item: Item, path: Path) -> None:
+def _write(item: Item, path: Path, made: Mapping[str, Any]) -> None:
     """A batch's file, whole or not there."""
     temporary = path.with_suffix(".part")
     try:
-        write_item(item, temporary)
+        write_item(item, temporary, made=made)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

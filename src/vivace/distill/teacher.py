@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from vivace import hub
 from vivace.distill.config import DistillConfig
 from vivace.errors import InputError, first_line
 from vivace.inputs import control_slot
-from vivace.load import find, load_source
+from vivace.load import HUB_ID, find, load_source
 
 
 def load_teacher(config: DistillConfig, *, device: torch.device) -> Any:
@@ -37,21 +38,33 @@ def load_teacher(config: DistillConfig, *, device: torch.device) -> Any:
 
 
 def _control(name: str, precision: str) -> Any:
+    """The ControlNet or T2I-Adapter in a folder or of a hub id, as its config.json names its class."""
     import diffusers
 
-    path = Path(name).expanduser()
-    if path.is_dir():
-        try:
-            kind = json.loads((path / "config.json").read_text("utf-8"))["_class_name"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"control {path} has no config.json that names its class; give a ControlNet's folder"
-            ) from error
-    else:
-        found: Any = diffusers.ControlNetModel.load_config(name)
-        kind = found.get("_class_name", "ControlNetModel")
+    folder = Path(name).expanduser()
+    config = _control_config(name, folder)
     try:
-        dtype = getattr(torch, precision)
-        return getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, AttributeError) as error:
+        kind = json.loads(config.read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"control {name} has no config.json that names its class; give a ControlNet's folder"
+        ) from error
+    try:
+        source, dtype = folder if folder.is_dir() else name, getattr(torch, precision)
+        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"control {name} cannot be loaded: {first_line(error)}") from error
+
+
+def _control_config(name: str, folder: Path) -> Path:
+    """A control model's config.json, here or from the hub."""
+    if folder.is_dir():
+        return folder / "config.json"
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        raise InputError(f"no folder {name} with a control model; check the key control, or give a hub id (owner/name)")
+    try:
+        return hub.fetch(name, "config.json")
+    except InputError as error:
+        raise InputError(
+            f"no control model {name} here, and none from the hub ({error}); check the key control"
+        ) from error

@@ -52,6 +52,7 @@ class Result:
 
     done: int
     stopped: bool  # by a signal, before its end
+    signal: int | None = None  # which one
     folder: Path | None  # the result; None where it was stopped
     checkpoint: Path
     losses: Mapping[str, float]
@@ -88,7 +89,10 @@ def train(
         with _signals() as stop:
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
-        accelerator.end_training()
+        try:
+            accelerator.end_training()
+        except OSError as error:  # of a log; what else went wrong is told already
+            logger.warning("the end of the log cannot be written (%s)", error.strerror)
 
 
 def make_folder(folder: Path) -> None:
@@ -101,18 +105,23 @@ def make_folder(folder: Path) -> None:
 
 def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
     """accelerate's view of the processes and the precision. Raises InputError for a tracker that is not installed."""
+    asked = list(config.records.trackers)
     try:
         # The precision is ours to apply: the student's forwards are cast, the frozen teacher is in it already.
-        return Accelerator(
+        made = Accelerator(
             mixed_precision="no",
             cpu=not torch.accelerator.is_available(),
-            log_with=list(config.records.trackers) or None,
+            log_with=[*asked] or None,
             project_dir=output,
         )
     except (ValueError, ImportError) as error:
-        raise InputError(
-            f"trackers {list(config.records.trackers)} cannot be had ({error}); {install('train')}"
-        ) from error
+        raise InputError(f"trackers {asked} cannot be had ({error}); {install('train')}") from error
+    # accelerate leaves out in silence what it knows and does not find.
+    missing = sorted({*asked} - {str(getattr(one, "value", one)) for one in made.log_with} - {"all"})
+    if missing:
+        how = install("train") if missing[0] == "tensorboard" else f"pip install {missing[0]}"
+        raise InputError(f"records.trackers has {missing[0]}, which is not installed; {how}, or leave it out")
+    return made
 
 
 def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any = None) -> Training:
@@ -130,14 +139,14 @@ def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any 
 
 
 def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
-    config, accelerator = training.config, training.accelerator
+    config = training.config
     losses: Mapping[str, float] = {}
     while training.done < config.batches and not _stopping(training, stop):
         number, start = training.stage_number, time.perf_counter()
         losses = training.batch()
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
-        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
+        _log(training, losses, output)
         if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
             _draw(training, output / "samples" / f"{training.done:08d}.png")
         if training.done % config.records.save_every == 0 or training.done == config.batches:
@@ -152,8 +161,26 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
     folder = None if stopped else _finish(training, output)
     skipped = getattr(training.supply, "skipped", {})
     return Result(
-        done=training.done, stopped=stopped, folder=folder, checkpoint=saved, losses=losses, skipped=dict(skipped)
+        done=training.done,
+        stopped=stopped,
+        # Of several processes another one may have been told.
+        signal=(stop[0] if stop else int(signal.SIGTERM)) if stopped else None,
+        folder=folder,
+        checkpoint=saved,
+        losses=losses,
+        skipped=dict(skipped),
     )
+
+
+def _log(training: Training, losses: Mapping[str, float], output: Path) -> None:
+    """The losses to the trackers. Raises InputError where they cannot write: nor could a checkpoint."""
+    try:
+        training.accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.done)
+    except OSError as error:
+        raise InputError(
+            f"the log of batch {training.done} cannot be written ({error.strerror}); {_left(output)}; "
+            "make room and start again"
+        ) from error
 
 
 def _check_finite(losses: Mapping[str, float], done: int, output: Path) -> None:

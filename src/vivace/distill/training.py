@@ -97,7 +97,7 @@ class Training:
             generator, item = self.draw(part)
             # Only the last part's gradients have to meet those of other processes.
             last = part + 1 == self.config.optimizer.accumulate
-            for name, loss in self.losses(item, stage, generator, last=last).items():
+            for name, loss in self.losses(item, stage, generator, part=part, last=last).items():
                 sums[name] += loss / self.config.optimizer.accumulate
         losses = self._reduced(sums)
         if all(map(math.isfinite, losses.values())):
@@ -115,9 +115,21 @@ class Training:
         item = found if isinstance(found, Item) else self.actors.prepare(found, seed=seed)
         return torch.Generator(device).manual_seed(seed), item
 
-    def losses(self, item: Item, stage: Stage, generator: torch.Generator, *, last: bool) -> dict[str, float]:
+    def choices(self, part: int = 0) -> torch.Generator:
+        """Draws the level and guidance of part `part` of the next batch, the same in every process.
+
+        So the processes call teacher and student equally often: none waits for another's longer rollout, and shards of
+        the student are gathered by all at once.
+        """
+        seed = random.Random(f"{self.config.seed}/{self.done}/{part}").getrandbits(63)
+        return torch.Generator().manual_seed(seed)
+
+    def losses(
+        self, item: Item, stage: Stage, generator: torch.Generator, *, part: int = 0, last: bool
+    ) -> dict[str, float]:
         """Both updates' losses on one item, with their gradients added up; one rollout serves both."""
-        start = self.objective.start(item, stage, self.cast(self.plain), generator)
+        choices = self.choices(part)
+        start = self.objective.start(item, stage, self.cast(self.plain), generator, choices=choices)
         target = self.target(item, start, stage)
         return self.updates(item, start, target, stage, generator, last=last)
 

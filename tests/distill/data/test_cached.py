@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vivace.distill import Data, Records, train
-from vivace.distill.data.cached import Cached, read_item, write_item
+from vivace.distill.data.cached import Cached, made_of, read_item, write_item
 from vivace.distill.precache import write_cache
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -54,6 +54,23 @@ def test_a_training_on_a_cache(config, tmp_path):
     assert result.losses["distillation"] > 0
     with pytest.raises(InputError, match="holds batches of 2, and batch is 3; set batch: 2"):
         train(dataclasses.replace(cached, batch=3, output=str(tmp_path / "other")), pipe=FAMILIES["sd3"].tiny())
+
+
+def test_a_cache_of_another_config_is_refused_with_what_differs(config, tmp_path):
+    write_cache(config(), tmp_path / "cache", batches=1, pipe=FAMILIES["sd3"].tiny())
+    data = Data(kind="cached", path=str(tmp_path / "cache"))
+    for fields, said in (
+        ({"size": (128, 128)}, r"size: \[64, 64\] -> \[128, 128\]; put it back, or write it again elsewhere"),
+        ({"teacher": "models/sdxl"}, "teacher: builtin -> sdxl"),
+        ({"negative": "blurry"}, "negative: None -> blurry"),
+    ):
+        with pytest.raises(InputError, match=f"00000000.safetensors was written with another config: {said}"):
+            train(config(tmp_path / "run", data=data, **fields), pipe=FAMILIES["sd3"].tiny())
+    with pytest.raises(InputError, match="was written with another config: negative: None -> blurry"):
+        write_cache(config(negative="blurry"), tmp_path / "cache", batches=2, pipe=FAMILIES["sd3"].tiny())
+    # A folder that was moved is the same teacher.
+    elsewhere = made_of(config(teacher="/here/sdxl"))
+    assert elsewhere == made_of(config(teacher="/there/sdxl"))
 
 
 def test_what_cannot_be_written_is_said_and_the_rest_stays(config, tmp_path):

@@ -5,9 +5,11 @@ import io
 import tarfile
 import threading
 from functools import partial
+from typing import ClassVar
 
 import pytest
 
+from vivace.distill.data import shards
 from vivace.distill.data.sample import Refused
 from vivace.distill.data.shards import Shards, expand
 from vivace.errors import InputError
@@ -69,6 +71,53 @@ def test_shards_by_url_are_fetched_once(server, tmp_path):
     with pytest.raises(InputError, match="cannot be fetched"):
         source.places(f"{address}/1.tar")
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Sends what `faults` says, one a request, and then the whole file."""
+
+    body = b""
+    faults: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        fault = self.faults.pop(0) if self.faults else "none"
+        if fault == "busy":
+            self.send_error(503)
+            return
+        self.send_response(200)
+        if fault == "chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n" % len(self.body) + self.body[:100])
+            return
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[:1000] if fault == "cut" else self.body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("fault", ["cut", "busy", "chunks"])
+def test_a_download_that_fails_is_tried_again_and_never_kept_in_part(tmp_path, monkeypatch, caplog, fault):
+    monkeypatch.setattr(shards, "WAITS", (0.01, 0.01))
+    raw = write(tmp_path / "0.tar", ["x.txt", "y.txt"]).read_bytes()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{found.server_port}/0.tar"
+        monkeypatch.setattr(Faulty, "body", raw)
+        monkeypatch.setattr(Faulty, "faults", [fault] * 3)
+        source = Shards(address, cache=tmp_path / "cache")
+        with pytest.raises(InputError, match=r"shard .*0\.tar cannot be fetched \(.+\); check data\.path"):
+            source.places(address)
+        assert list((tmp_path / "cache").iterdir()) == []
+        Faulty.faults += [fault] * 2
+        assert [place.name for place in source.places(address)] == ["x", "y"]
+        assert source.problem(address) is None
+        found.shutdown()
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.read_bytes() == raw
+    assert "it is tried again in 0.01 seconds" in caplog.text
 
 
 def test_missing_and_other_files(tmp_path):

@@ -1,15 +1,18 @@
 """Shards and folders as a stream: filters, broken samples, buckets, and resumption to the sample."""
 
+import dataclasses
 import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from vivace.distill import Data
+from vivace.distill import Conditioner, Data, DistillConfig, Stage
+from vivace.distill.data import sizes_of, supply_of
 from vivace.distill.data.folder import Folder
 from vivace.distill.data.sample import bucket, bucket_sizes
 from vivace.distill.data.shards import Shards
@@ -163,12 +166,60 @@ def test_bucket_sizes_keep_area_and_multiple():
     assert bucket((999, 1000), sizes) == (1024, 1024)
 
 
+def test_without_ratios_pictures_have_the_size_asked():
+    config = DistillConfig(output="o", stages=(Stage(batches=1),), data=Data(path="x"), size=(768, 512))
+    assert sizes_of(config, multiple=16) == [(768, 512)]
+    buckets = dataclasses.replace(config, data=Data(path="x", ratios=(1.5, 1.0)))
+    assert sizes_of(buckets, multiple=16) == [(768, 512), (624, 624)]
+
+
 def test_further_pictures_of_a_sample(tmp_path):
     path = write_shard(
         tmp_path / "a.tar", {"x": {"png": picture(7), "control.png": picture(200), "json": said("with edges")}}
     )
     batch = next(stream(path, batch=1))
     assert torch.allclose(batch.extras["control"], torch.full((1, 3, 16, 16), 200 / 127.5 - 1))
+
+
+def test_a_sample_without_a_picture_that_is_needed_is_skipped(tmp_path):
+    """A conditioner's source that finds no picture in a batch would end the training."""
+    whole = {str(n): {"png": picture(n), "control.png": picture(200), "json": said(str(n))} for n in range(3)}
+    path = write_shard(tmp_path / "a.tar", {**whole, "x": {"png": picture(7), "json": said("alone")}})
+    edges = Conditioner(join="argument", argument="image", source="extra")
+    stages = (Stage(batches=1, steps=4),)
+    data = Data(path=str(path), workers=1)
+    config = DistillConfig(output="o", stages=stages, data=data, conditioners=(edges,), size=(16, 16), batch=1)
+    found: Any = supply_of(config, multiple=8)
+    assert sorted(captions(found, 3)) == ["0", "1", "2"]
+    next(found)
+    assert found.skipped == {"no picture control": 1}
+
+
+def test_pictures_lie_as_their_camera_was_held(tmp_path):
+    """A JPEG says in its EXIF which side is up."""
+    lying = Image.new("RGB", (16, 32))
+    lying.paste((255, 255, 255), (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its top is on the right
+    buffer = io.BytesIO()
+    lying.save(buffer, "JPEG", exif=exif)
+    path = write_shard(tmp_path / "a.tar", {"x": {"jpg": buffer.getvalue(), "json": said("a")}})
+    pixels = next(stream(path, batch=1, sizes=[(32, 16), (16, 32)])).pixels
+    assert pixels.shape == (1, 3, 16, 32)
+    assert float(pixels[..., :12].max()) < -0.9
+    assert float(pixels[..., -12:].min()) > 0.9
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    for n in range(20):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / f"{n}.txt").write_text(str(n))
+    data = Data(kind="folder", path=str(tmp_path), workers=1)
+    source = Folder(str(tmp_path))
+    monkeypatch.setattr(Path, "iterdir", lambda self: pytest.fail("listed for one picture"))
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: pytest.fail("listed again"))
+    found = Stream(source, data, sizes=[(16, 16)], batch=1, seed=0)
+    assert sorted(map(int, captions(found, 20))) == list(range(20))
 
 
 def test_a_folder_of_pictures(tmp_path):

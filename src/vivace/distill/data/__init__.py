@@ -35,15 +35,26 @@ def supply_of(config: DistillConfig, *, multiple: int, rank: int = 0, world: int
             raise InputError(f"size is {list(config.size)}; data of kind builtin are squares, such as [256, 256]")
         return World(batch=config.batch, seed=config.seed, rank=rank, side=config.size[0], device=device)
     if data.kind == "cached":
-        from vivace.distill.data.cached import Cached
+        from vivace.distill.data.cached import Cached, made_of
 
-        return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device)
+        made = made_of(config)
+        return Cached(path, batch=config.batch, seed=config.seed, rank=rank, world=world, device=device, made=made)
+    from vivace.distill.conditioners import picture_key
     from vivace.distill.data.folder import Folder
-    from vivace.distill.data.sample import bucket_sizes
     from vivace.distill.data.shards import Shards
     from vivace.distill.data.stream import Stream
 
     cache = Path(data.cache or Path(config.output) / "shards").expanduser()
     source = Folder(path) if data.kind == "folder" else Shards(path, cache=cache)
-    sizes = bucket_sizes(config.size, data.ratios, multiple=multiple)
-    return Stream(source, data, sizes=sizes, batch=config.batch, seed=config.seed, rank=rank, world=world)
+    sizes = sizes_of(config, multiple=multiple)
+    needs = filter(None, map(picture_key, config.conditioners))
+    return Stream(source, data, sizes=sizes, batch=config.batch, seed=config.seed, rank=rank, world=world, needs=needs)
+
+
+def sizes_of(config: DistillConfig, *, multiple: int) -> list[tuple[int, int]]:
+    """Every width and height in pixels that batches of the config's data can have."""
+    from vivace.distill.data.sample import bucket_sizes
+
+    if config.data.kind in ("shards", "folder") and config.data.ratios:
+        return bucket_sizes(config.size, config.data.ratios, multiple=multiple)
+    return [config.size]

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -17,16 +17,30 @@ from vivace.distill.call import Call
 from vivace.distill.objective import Item
 from vivace.errors import InputError
 
+if TYPE_CHECKING:
+    from vivace.distill.config import DistillConfig
+
 FIELDS = ("sample", "halves", "time_scale", "packed")
 
 
-def write_item(item: Item, path: Path) -> None:
-    """Write an item: its tensors, and how they hang together as JSON in the file's header."""
+MADE_OF = ("teacher", "pipeline", "control", "conditioners", "size", "negative")
+
+
+def made_of(config: DistillConfig) -> dict[str, Any]:
+    """What of a config an item depends on, beside the data; of folders their names, which may lie elsewhere later."""
+    values = {name: value for name, value in config.to_dict().items() if name in MADE_OF}
+    return {
+        name: Path(value).name if name in ("teacher", "control") and value else value for name, value in values.items()
+    }
+
+
+def write_item(item: Item, path: Path, *, made: Mapping[str, Any] | None = None) -> None:
+    """Write an item: its tensors, and how they hang together and what it was made of as JSON in the file's header."""
     tensors: dict[str, torch.Tensor] = {"z": item.z.cpu().contiguous()}
     call = item.call
     tree = {name: _strip(getattr(call, name), f"call.{name}", tensors) for name in ("kwargs", "beside", "control")}
     about = {**{name: getattr(call, name) for name in FIELDS}, **tree}
-    save_file(tensors, path, metadata={"call": json.dumps(about)})
+    save_file(tensors, path, metadata={"call": json.dumps(about), "made": json.dumps(made or {})})
 
 
 def read_item(path: Path, *, device: str | torch.device = "cpu") -> Item:
@@ -40,6 +54,17 @@ def read_item(path: Path, *, device: str | torch.device = "cpu") -> Item:
     # safetensors' own error is none of OSError's or ValueError's.
     except Exception as error:
         raise InputError(f"{path} is not a batch that `vivace distill --precache` wrote; write it again") from error
+
+
+def check_made(path: Path, made: Mapping[str, Any]) -> None:
+    """Raise InputError, naming what differs, for an item that was made of something else."""
+    with safe_open(path, framework="pt") as file:
+        before = json.loads((file.metadata() or {}).get("made", "{}"))
+    changed = [f"{name}: {before.get(name)} -> {value}" for name, value in made.items() if before.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{path} was written with another config: {'; '.join(changed)}; put it back, or write it again elsewhere"
+        )
 
 
 def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -69,7 +94,15 @@ class Cached:
     """Endless items out of a folder of such files, in an order of each epoch's own; the next one is read ahead."""
 
     def __init__(
-        self, folder: str, *, batch: int, seed: int, rank: int = 0, world: int = 1, device: str = "cpu"
+        self,
+        folder: str,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: str = "cpu",
+        made: Mapping[str, Any] | None = None,
     ) -> None:
         self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))[rank::world]
         if not self.files:
@@ -77,8 +110,11 @@ class Cached:
         held = len(read_item(self.files[0]).z)
         if held != batch:
             raise InputError(f"{folder} holds batches of {held}, and batch is {batch}; set batch: {held}")
+        if made is not None:
+            check_made(self.files[0], made)
         self.seed, self.device = seed, device
         self.epoch, self.position = 0, 0
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch, and the files' order in it
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[Path, Future[Item]] | None = None
 
@@ -105,10 +141,11 @@ class Cached:
         """Go one file on; which one that is."""
         if self.position == len(self.files):
             self.epoch, self.position = self.epoch + 1, 0
-        order = list(range(len(self.files)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        if self._order[0] != self.epoch:
+            self._order = self.epoch, list(range(len(self.files)))
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(self._order[1])
         self.position += 1
-        return self.files[order[self.position - 1]]
+        return self.files[self._order[1][self.position - 1]]
 
     def _read(self, path: Path) -> Future[Item]:
         return self._reader.submit(read_item, path, device=self.device)

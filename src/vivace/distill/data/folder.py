@@ -16,12 +16,17 @@ class Folder:
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             raise InputError(f"no folder {self.root}; check data.path")
-        self.found: dict[str, list[Place]] = {}
+        self.files: dict[Place, dict[str, Path]] = {}
         for file in sorted(self.root.rglob("*")):
             # Further pictures of a sample have a second name, as in a shard: frog.control.png
-            if file.suffix.lower().removeprefix(".") in PICTURES and "." not in file.stem:
-                shard = str(file.parent.relative_to(self.root))
-                self.found.setdefault(shard, []).append(Place(shard, file.stem))
+            name, dot, extension = file.name.partition(".")
+            if name and dot and file.is_file():
+                place = Place(str(file.parent.relative_to(self.root)), name)
+                self.files.setdefault(place, {})[extension.lower()] = file
+        self.found: dict[str, list[Place]] = {}
+        for place, files in self.files.items():
+            if not PICTURES.keys().isdisjoint(files):
+                self.found.setdefault(place.shard, []).append(place)
         if not self.found:
             raise InputError(f"{self.root} holds no pictures ({', '.join(PICTURES)}); check data.path")
 
@@ -39,9 +44,7 @@ class Folder:
 
     def read(self, place: Place) -> Mapping[str, bytes]:
         """A sample's files by extension. Raises Refused."""
-        folder = self.root / place.shard
         try:
-            files = [file for file in folder.iterdir() if file.name.partition(".")[0] == place.name and file.is_file()]
-            return {file.name.partition(".")[2].lower(): file.read_bytes() for file in files}
+            return {extension: file.read_bytes() for extension, file in self.files.get(place, {}).items()}
         except OSError as error:
             raise Refused("a file that cannot be read", broken=True) from error

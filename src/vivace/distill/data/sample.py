@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vivace.distill.config import Data
 
@@ -56,10 +56,11 @@ class Batch:
         return self.pixels.shape[3], self.pixels.shape[2]
 
 
-def parse(members: Mapping[str, bytes], data: Data) -> Sample:
+def parse(members: Mapping[str, bytes], data: Data, *, needs: Iterable[str] = ()) -> Sample:
     """The sample that a shard's members (`jpg`, `json`, `txt`, `control.png`, ...) make up.
 
-    Members of any other kind are never looked at, so nothing in a shard is unpickled. Raises Refused.
+    `needs` are the further pictures that it has to have. Members of any other kind are never looked at, so nothing in
+    a shard is unpickled. Raises Refused.
     """
     about = _about(members)
     caption = next((about[key] for key in data.captions if isinstance(about.get(key), str)), None)
@@ -79,6 +80,8 @@ def parse(members: Mapping[str, bytes], data: Data) -> Sample:
     if min(picture.size) < data.least_side:
         raise Refused(f"a side below {data.least_side} pixels", broken=False)
     extras = {name.rpartition(".")[0]: _picture(raw) for name, raw in pictures.items()}
+    if missing := next((name for name in needs if name not in extras), None):
+        raise Refused(f"no picture {missing}", broken=True)
     return Sample(picture=picture, caption=caption.strip(), extras=extras)
 
 
@@ -95,7 +98,7 @@ def _about(members: Mapping[str, bytes]) -> dict[str, Any]:
 def _picture(raw: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(raw), formats=tuple(set(PICTURES.values()))) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     # Pillow's decoders raise nearly anything on a broken file.
     except Exception as error:
         raise Refused("a picture that cannot be read", broken=True) from error
@@ -130,7 +133,7 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 
 def collate(samples: Sequence[Sample], size: tuple[int, int]) -> Batch:
-    """Samples as one batch of `size`; extras that not every sample has are left out."""
+    """Samples as one batch of `size`; extras that not every sample has, and so none needs, are left out."""
     shared = set(samples[0].extras).intersection(*(sample.extras for sample in samples))
     return Batch(
         pixels=torch.stack([fitted(sample.picture, size) for sample in samples]),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import logging
 import os
 import re
 import shutil
 import tarfile
 import tempfile
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,10 +18,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vivace.distill.data.sample import Place, Refused
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
+
+logger = logging.getLogger(__name__)
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 BLOCK = 1 << 20
+WAITS = (1.0, 4.0, 15.0)  # seconds before a download is tried again: hours of training hang on it
 
 
 class Shards:
@@ -67,17 +74,7 @@ class Shards:
         target = self.cache / quote(shard, safe="")
         if not target.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            # Renamed when complete: a shard that is there is whole.
-            handle, temporary = tempfile.mkstemp(dir=self.cache)
-            try:
-                with os.fdopen(handle, "wb") as file, urllib.request.urlopen(shard, timeout=60) as remote:
-                    shutil.copyfileobj(remote, file, BLOCK)
-                os.replace(temporary, target)
-            except OSError as error:
-                Path(temporary).unlink(missing_ok=True)
-                raise InputError(
-                    f"shard {shard} cannot be fetched ({error}); check data.path and the network"
-                ) from error
+            _fetch(shard, target)
         return target
 
     def _read_index(self, shard: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -122,6 +119,34 @@ def expand(pattern: str) -> list[str]:
             raise InputError(f"{path} holds no .tar files; give webdataset shards, or data.kind: folder for pictures")
         return found
     return [str(path)]
+
+
+def _fetch(url: str, target: Path) -> None:
+    """Download to `target`, which is there when it is whole; what may pass is tried again. Raises InputError."""
+    for wait in (*WAITS, None):
+        handle, temporary = tempfile.mkstemp(dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=60) as remote:
+                shutil.copyfileobj(remote, file, BLOCK)
+                if remote.length:  # of what was announced; reading ends in silence where a connection does
+                    raise ConnectionError(f"the connection ended {remote.length} bytes too early")
+            os.replace(temporary, target)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            Path(temporary).unlink(missing_ok=True)
+            if wait is None or not _may_pass(error):
+                raise InputError(
+                    f"shard {url} cannot be fetched ({first_line(error)}); check data.path and the network"
+                ) from error
+            logger.warning("%s: %s; it is tried again in %g seconds", url, first_line(error), wait)
+            time.sleep(wait)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a download that failed so may go well a moment later."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    return isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.HTTPException)
 
 
 def _remote(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -43,9 +43,11 @@ class Stream:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        needs: Iterable[str] = (),
     ) -> None:
         self.source, self.data, self.sizes, self.batch = source, data, sizes, batch
         self.seed, self.rank, self.world = seed, rank, world
+        self.needs = tuple(needs)  # further pictures that every sample has to have
         self.epoch, self.position = 0, 0  # of the next sample to take
         self.skipped: Counter[str] = Counter()
         self.broken: set[str] = set()  # shards, each counted once
@@ -124,7 +126,7 @@ class Stream:
             yield place, sample
 
     def _read(self, place: Place) -> Sample:
-        return parse(self.source.read(place), self.data)
+        return parse(self.source.read(place), self.data, needs=self.needs)
 
     def _skip(self, place: Place, refused: Refused) -> None:
         self.skipped[refused.reason] += 1
