@@ -21,7 +21,6 @@ import vivace
 from vivace.accelerate import acceleration_of
 from vivace.builtin.judge import judge
 from vivace.builtin.reader import FEATURES, load_reader, read
-from vivace.cache.calibration import SHIPPED
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import draw_exam, rendered
 from vivace.evals.contest import contents_of, place_of
@@ -29,7 +28,6 @@ from vivace.evals.fid import Moments, fid
 from vivace.evals.pairwise import psnr
 from vivace.evals.sample import sample
 from vivace.evals.store import key_of
-from vivace.fingerprint import fingerprint
 from vivace.load import find
 from vivace.machine import machine
 from vivace.scheduler import use_scheduler
@@ -87,32 +85,33 @@ class Bench:
         self.reader = load_reader(device=self.pipe.device)
         self.exact: list[torch.Tensor] = []  # 8-bit pictures, batch by batch
         self.usual = 0.0  # exact's seconds a picture in this run
-        # What a row is of, beside its name: a model or a calibration made anew has none yet.
+        # What every row is of, beside its name: a model made anew has none yet.
         key = key_of(
             {
-                "model": contents_of(find("builtin")), "calibrations": fingerprint(SHIPPED),
-                "place": place_of(self.pipe), "captions": given.captions, "batch": given.batch, "seed": given.seed,
+                "model": contents_of(find("builtin")), "place": place_of(self.pipe),
+                "captions": given.captions, "batch": given.batch, "seed": given.seed,
             }
         )  # fmt: skip
         self.rows = Rows(given.state, key=key)
-        self.known = {row["name"]: row for row in self.rows.kept()}
+        self.known = {(row["name"], row["of"]): row for row in self.rows.kept()}
         self.real = Moments.of(rendered(draw_exam(given.captions, seed=given.seed + 1), self.reader))
 
     def measure(
-        self, name: str, way: Way, *, role: str, steps: int = STEPS, batch: int | None = None
+        self, name: str, way: Way, *, role: str, steps: int = STEPS, batch: int | None = None, of: str = ""
     ) -> dict[str, Any] | None:
         """One row; read back where an earlier run measured it of the same things, None where no time is left for it.
 
-        "exact", which comes first, is drawn in every run. `batch` captions are drawn at a time.
+        "exact", which comes first, is drawn in every run. `batch` captions are drawn at a time. `of` is what else makes
+        the row what it is, such as the contents of a calibration.
         """
-        if name in self.known and self.exact:
-            return self.known[name]
+        if (name, of) in self.known and self.exact:
+            return self.known[name, of]
         began = time.monotonic()
         if self.budget is not None and self.exact and began - self.began + self.longest > self.budget:
             self.left += 1
             return None
         with way as computed:
-            row = {"name": name, "role": role, **self._run(steps, computed, batch or self.batch)}
+            row = {"name": name, "of": of, "role": role, **self._run(steps, computed, batch or self.batch)}
         self.longest = max(self.longest, time.monotonic() - began)
         self.usual = self.usual or row["seconds"]
         row["exact_seconds"] = self.usual
@@ -200,7 +199,7 @@ def beside_exact(row: Mapping[str, Any], exact: Mapping[str, Any]) -> dict[str, 
     """A row without its single verdicts, and with what it is beside exact: speed, and the paired difference."""
     paired = compare(verdicts_of(row["right"]), verdicts_of(exact["right"]))
     return {
-        **{name: value for name, value in row.items() if name != "right"},
+        **{name: value for name, value in row.items() if name not in ("right", "of")},
         "speedup": row["exact_seconds"] / row["seconds"],
         "difference": 100 * paired.difference,
         "difference_interval": [100 * end for end in paired.interval],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_the_best_of_all_schedules_is_found():
         best = schedules(errors)[count]
         assert best.error == pytest.approx(min(trials.values()))
         assert trials[best.compute] == pytest.approx(best.error)
+
+
+def test_what_later_steps_make_of_an_error_counts_to_a_power():
+    outputs = torch.randn(3, 4)
+    for power, counted in ((0.0, 2.0), (0.5, 6.0), (1.0, 18.0)):
+        errors = replace(errors_of(outputs, gain=[18.0] * 3, effect=[-2.0] * 3), amplified=power)
+        assert errors.counted(1) == pytest.approx(counted)
+    assert errors_of(outputs, gain=[18.0] * 3, effect=[0.0] * 3).counted(1) == 18
+
+
+def test_the_less_it_counts_the_later_are_the_computed_steps():
+    torch.manual_seed(0)
+    errors = errors_of(torch.randn(16, 8).cumsum(0), gain=[3.0 ** (-step / 3) * 40 for step in range(16)])
+    centres = [sum(schedules(replace(errors, amplified=power))[6].compute) for power in (1.0, 0.5, 0.0)]
+    assert centres == sorted(set(centres))
 
 
 def test_more_computed_steps_are_never_worse():

@@ -19,7 +19,7 @@ from vivace.cache.first_block import FirstBlock
 from vivace.cache.planned import Planned
 from vivace.cache.policy import Policy
 from vivace.cache.record import Change, Record, Run, recorded
-from vivace.cache.schedule import Errors, schedules, uniform
+from vivace.cache.schedule import Choice, Errors, schedules, uniform
 from vivace.cache.steps import Steps
 from vivace.config import Config
 from vivace.errors import InputError
@@ -121,7 +121,7 @@ def calibrate(
         before = acceleration_of(pipe)
         config = before.target.config if before else Config()
         bench = Bench(pipe=pipe, steps=steps, seed=seed, call=call, tell=tell, config=config)
-        errors, log_ = _observe(bench, train, test)
+        errors, log_ = observe(bench, train, test)
         parts, refused = {}, {}
         for name, part in (
             ("planned", lambda: _planned(bench, errors, train, test, shares)),
@@ -166,7 +166,7 @@ def _as_it_was(pipe: Any) -> Iterator[None]:
             accelerate(pipe, acceleration.target.config)
 
 
-def _observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[Errors, dict[str, list[Change]]]:
+def observe(bench: Bench, train: Sequence[str], test: Sequence[str]) -> tuple[Errors, dict[str, list[Change]]]:
     """Exact runs of all prompts, and real runs that skip one step each on the first prompts."""
     accelerate(bench.pipe, bench.config)
     acceleration = acceleration_of(bench.pipe)
@@ -235,12 +235,7 @@ def _planned(
     for count in sorted(wanted & possible):
         bench.tell(f"plans: {count} of {errors.steps} steps")
         # What is nearly as good by sums of errors can differ by far in real runs.
-        plans = {
-            choices[count].compute: Plan(
-                steps=errors.steps, scheduler=scheduler, compute=choices[count].compute, weights=choices[count].weights
-            )
-            for choices in found
-        }
+        plans = {one[count].compute: plan_of(one[count], errors, scheduler=scheduler) for one in found}
         tried = {compute: bench.error(train[:TRIES], Planned(plans=(plan,))) for compute, plan in plans.items()}
         plan = plans[min(plans, key=tried.__getitem__)]
         measured, controls = bench.error(test, Planned(plans=(plan,))), _controls(bench, errors, count, test)
@@ -258,6 +253,11 @@ def _planned(
         reach = f"from {min(possible)} to {max(possible)}" if possible else "none"
         reasons.append(f"there are no plans of {beyond} computed steps of {errors.steps}, only {reach}")
     return rows, "; ".join(reasons)
+
+
+def plan_of(choice: Choice, errors: Errors, *, scheduler: str) -> Plan:
+    """What Planned runs by; `scheduler` is the class name of the one that was observed."""
+    return Plan(steps=errors.steps, scheduler=scheduler, compute=choice.compute, weights=choice.weights)
 
 
 def _controls(bench: Bench, errors: Errors, count: int, prompts: Sequence[str]) -> dict[str, float]:

@@ -23,6 +23,11 @@ REACH = 8
 RIDGE = 1e-8
 """Of the outputs' mean square: outputs nearly alike would else get large weights of both signs, which amplify noise."""
 
+AMPLIFIED = 0.5
+"""How much of what later steps make of an error counts, as a power: at 1 the error of the final latent, at 0 the error
+as it is made. What is made of an early error is mostly another picture, as good a one; a late error damages the one
+there is, and in a mean over all places thin lines hardly count. `recipes/builtin/plans.py` compares the powers."""
+
 Nodes = tuple[int, ...]
 """The last computed steps, newest last; at most NODES."""
 
@@ -33,7 +38,7 @@ class Choice:
 
     compute: tuple[int, ...]
     weights: Mapping[int, tuple[float, ...]]  # newest last
-    error: float  # of the final latent, relative
+    error: float  # counted, relative to the final latent
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +49,7 @@ class Errors:
     products: torch.Tensor  # [N, N] float64: <v_i, v_j> relative to the final latent's square, mean over prompts
     gain: Sequence[float]  # of every step: relative error of the final latent per error of the output
     effect: Sequence[float]  # of every step: what the scheduler adds to the final latent per unit of the output
+    amplified: float = AMPLIFIED
     _known: dict[tuple[Nodes, int], float] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -64,7 +70,7 @@ class Errors:
         return found
 
     def gap(self, nodes: Nodes, end: int) -> float:
-        """The error of the final latent from estimating everything between the newest node and step `end`.
+        """What estimating everything between the newest node and step `end` counts.
 
         Errors within a gap point the same way, so they add up.
         """
@@ -83,11 +89,16 @@ class Errors:
         return found
 
     def _estimated(self, nodes: Nodes, step: int) -> float:
-        """The error of the final latent from estimating one step."""
+        """What estimating one step counts."""
         if (nodes, step) not in self._known:
             own = self._one(step)
-            self._known[nodes, step] = self.gain[step] * self._size(self.fit(nodes, own) - own)
+            self._known[nodes, step] = self.counted(step) * self._size(self.fit(nodes, own) - own)
         return self._known[nodes, step]
+
+    def counted(self, step: int) -> float:
+        """What an error of the step's output counts: its effect, times what later steps make of it to a power."""
+        gain, effect = self.gain[step], abs(self.effect[step])
+        return effect * (gain / effect) ** self.amplified if effect else gain
 
     def _one(self, step: int) -> torch.Tensor:
         return torch.nn.functional.one_hot(torch.tensor(step), self.steps).double()
