@@ -25,7 +25,7 @@ from vivace.errors import InputError, first_line
 from vivace.family import known_family
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
-from vivace.lora import files
+from vivace.lora.files import in_few_bits
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, Unavailable
@@ -301,7 +301,7 @@ class Model:
         before, self._applied = self._applied, Mode(preset=None, alone="changing")
         self._inputs_on = None
         self.layouts.clear()
-        few_bits = bool(mode.loras) and files.in_few_bits(self.pipe)
+        few_bits = bool(mode.loras) and in_few_bits(self.pipe)
         if few_bits:
             accelerate(self.pipe, mode.preset or self._given or Config())
         if before.loras != mode.loras:
