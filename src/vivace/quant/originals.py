@@ -110,7 +110,7 @@ def never_kept(denoiser: torch.nn.Module, *, places: Mapping[torch.nn.Module, li
             linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             nothing = torch.empty(0, dtype=layer.dtype, device=layer.device)
             linear.weight = torch.nn.Parameter(nothing, requires_grad=False)
-            linear.bias = layer.bias
+            linear.register_parameter("bias", layer.bias)
             base.swaps.append(Swap(name=name, original=linear, stand_in=layer, places=places[layer]))
     return base
 
