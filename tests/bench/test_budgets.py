@@ -5,7 +5,7 @@ import torch
 
 from vivace import Config
 from vivace.accelerate import accelerate, acceleration_of
-from vivace.bench.budgets import CASES, STEPS, apart, facts, of_bound, run
+from vivace.bench.budgets import CASES, STEPS, apart, bounds, facts, run
 from vivace.families import FAMILIES
 from vivace.memory.placement import CONTEXT, GIB, Part, Placed, Placement, place
 from vivace.passes.target import Target
@@ -47,7 +47,8 @@ def test_a_step_moves_what_all_its_calls_move(name, calls):
     acceleration.target.placement = Placement(level="streamed", budget=None, placed=(Placed(part=part, streamed=(0,)),))
     found = facts(pipe)
     assert found["moved_per_step"] == calls * GIB
-    assert of_bound({**found, "step_s": 3.0, "bandwidth": GIB}, {"step_s": 1.5}) == 3 / max(1.5, calls)
+    held = bounds({**found, "step_s": 3.0, "bandwidth": GIB}, {"step_s": 0.5, "stock_step_s": 1.5})
+    assert held == {"of_bound": 3 / calls, "of_stock_bound": 3 / max(1.5, calls)}
 
 
 def test_every_case_is_a_model():
@@ -62,12 +63,14 @@ def test_ways_are_kept_as_they_come_and_only_what_failed_is_tried_again():
         asked.append(way)
         return {"failed": "no room"} if way == "resident" else {"step_s": 1.0, "moved_per_step": 0, "bandwidth": 1}
 
+    resident = {"step_s": 2.0, "stock_step_s": 4.0}
+
     names = ["sdxl-6"]
     result = run(names, measure=measured, on_row=lambda found: kept.append(len(found["rows"]["sdxl-6"]) - 1))
     assert (asked, kept) == (["resident", "vivace", "group offload"], [1, 2, 3])
-    again = run(names, rows=result["rows"], measure=lambda *_, seconds: {"step_s": 2.0})
-    assert again["rows"]["sdxl-6"]["resident"] == {"step_s": 2.0}
-    assert again["rows"]["sdxl-6"]["of_bound"] == 0.5
+    again = run(names, rows=result["rows"], measure=lambda *_, seconds: resident)
+    assert again["rows"]["sdxl-6"]["resident"] == resident
+    assert (again["rows"]["sdxl-6"]["of_bound"], again["rows"]["sdxl-6"]["of_stock_bound"]) == (0.5, 0.25)
     assert list(run(["flux-12"], budget=1.0, measure=measured)["rows"]["flux-12"]) == ["case"]
 
 

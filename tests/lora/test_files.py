@@ -140,7 +140,7 @@ def strangers(file, first):
     [
         (wrong_model, "of another model"),
         (impossible_rank, "share no rank"),
-        (not_finite, "not finite"),
+        (not_finite, "holds NaN or infinity; fetch"),
         (half, "no lora_B"),
         (strangers, "none of its layers is there, for example transformer.layers.0"),
     ],
@@ -162,6 +162,7 @@ def test_unmatched_keys_are_listed(sd3_pipe, sd3_latents, lora_of, caplog, tmp_p
     file["transformer.layers.7.lora_A.weight"] = torch.zeros(4, 8)
     file["transformer.layers.7.lora_B.weight"] = torch.zeros(8, 4)
     file["transformer.transformer_blocks.0.attn.to_q.lora_dora_scale"] = torch.zeros(3)
+    file["trained_steps"] = torch.zeros(1)  # which diffusers would refuse the whole file for
     save_file(file, tmp_path / "style.safetensors")
     vivace.accelerate(sd3_pipe)
     with caplog.at_level(logging.WARNING, logger="vivace"):
@@ -170,6 +171,7 @@ def test_unmatched_keys_are_listed(sd3_pipe, sd3_latents, lora_of, caplog, tmp_p
     assert "match nothing" in text
     assert "transformer.layers.7.lora_A.weight" in text
     assert "lora_dora_scale" in text
+    assert text.count("trained_steps") == 1
     assert sd3_pipe.get_active_adapters()
 
 

@@ -17,6 +17,7 @@ def room(tmp_path_factory):
     room = tmp_path_factory.mktemp("room")
     FAMILIES["sd3"].tiny().save_pretrained(room / "sd3")
     FAMILIES["sd3"].tiny().to(torch.bfloat16).save_pretrained(room / "half")
+    FAMILIES["svd"].tiny().save_pretrained(room / "svd")
     return room
 
 
@@ -75,4 +76,16 @@ def test_what_fails_leaves_nothing(room, loras, lora_of, tmp_path):
         merge(room / "sd3", [Lora(path=tmp_path / "other.safetensors")], output=tmp_path / "out")
     with pytest.raises(InputError, match="no weight file"):
         merge(room / "sd3", [Lora(path=tmp_path / "absent.safetensors")], output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="takes no LoRA"):
+        merge(room / "svd", loras, output=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "first.safetensors",
+        "other.safetensors",
+        "second.safetensors",
+    }
+
+
+def test_where_nothing_can_be_written_is_said_before_the_model_is_read(room, loras, monkeypatch):
+    monkeypatch.setattr("vivace.lora.merge.load_source", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(InputError, match=r"out cannot be written: .*name a folder elsewhere"):
+        merge(room / "sd3", loras, output=loras[0].path / "out")

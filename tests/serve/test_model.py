@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from vivace import Config, InputError
 from vivace.accelerate import accelerate, acceleration_of
@@ -18,6 +19,7 @@ from vivace.evals.sample import draw
 from vivace.families import FAMILIES
 from vivace.few_step import FOLDER, use_few_step
 from vivace.load import Source, find, load_source
+from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
 from vivace.serve.failures import Cancelled, FieldError, Unavailable
 from vivace.serve.model import Mode, Model
@@ -141,6 +143,18 @@ def test_dropped_weights_are_gone_also_where_their_originals_were_not_kept(folde
         engine.submit(order(model="b")).result(60)
         assert engine.models["a"].pipe is None
         assert [name for name, one in held.items() if one() is not None] == []
+
+
+def test_a_model_that_came_in_few_bits_takes_loras(order, lora_of, tmp_path):
+    made = FAMILIES["sd3"].tiny()
+    save_file(lora_of(made.transformer), tmp_path / "style.safetensors")
+    accelerate(made, quant="int8", keep_base="no", fuse="off")
+    quantised.write(made, tmp_path / "few", denoisers={"transformer": made.transformer})
+    spec = Spec(source=str(tmp_path / "few"), loras={"style": str(tmp_path / "style.safetensors")})
+    with Engine(models={"a": spec}) as engine:
+        jobs = [engine.submit(order(model="a", deterministic=True, lora=lora)) for lora in ({}, {"style": 1.0}, {})]
+        plain, styled, again = (job.result(120).pictures[0].tobytes() for job in jobs)
+    assert styled != plain == again
 
 
 def test_nobody_is_held_up_while_weights_are_parked(folder):

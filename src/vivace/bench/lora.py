@@ -51,14 +51,15 @@ def pipeline(device: str, *, tiny: bool) -> Any:
 
 
 def write_file(transformer: torch.nn.Module, path: Path, *, seed: int) -> int:
-    """A LoRA of `RANK` on every linear of the blocks, in the model's type; returns its bytes."""
-    generator = torch.Generator().manual_seed(seed)
+    """A LoRA of `RANK` on every linear of the blocks, in the model's type, drawn on its device; returns its bytes."""
+    device = next(transformer.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     factors: dict[str, torch.Tensor] = {}
     for name, linear in transformer.named_modules():
         if isinstance(linear, torch.nn.Linear) and "blocks" in name:
             for which, shape in {"A": (RANK, linear.in_features), "B": (linear.out_features, RANK)}.items():
-                drawn = torch.randn(shape, generator=generator) * 0.01
-                factors[f"transformer.{name}.lora_{which}.weight"] = drawn.to(linear.weight.dtype)
+                drawn = torch.randn(shape, generator=generator, device=device) * 0.01
+                factors[f"transformer.{name}.lora_{which}.weight"] = drawn.to("cpu", linear.weight.dtype)
     save_file(factors, path)
     return path.stat().st_size
 

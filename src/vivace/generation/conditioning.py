@@ -187,16 +187,20 @@ def check_adapters(job: Job, pipeline: type) -> None:
 
 def adapt(pipe: DiffusionPipeline, job: Job) -> None:
     """Load the job's LoRAs and IP-Adapter into a loaded pipeline. Raises InputError where one does not fit it."""
+    from vivace.accelerate import accelerate
+    from vivace.config import Config
     from vivace.lora import files
 
     loading: Any = pipe
+    if job.ip_adapter:
+        _load_ip_adapter(loading, job.ip_adapter)
+    if job.loras and files.in_few_bits(pipe):
+        accelerate(pipe, job.config or Config())
     weights = {f"lora_{index}": one.weight for index, one in enumerate(job.loras)}
     for name, one in zip(weights, job.loras, strict=True):
         files.load(pipe, one.path, adapter_name=name)
     if weights:
         loading.set_adapters(list(weights), adapter_weights=list(weights.values()))
-    if job.ip_adapter:
-        _load_ip_adapter(loading, job.ip_adapter)
 
 
 def _load_ip_adapter(pipe: Any, path: Path) -> None:

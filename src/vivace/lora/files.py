@@ -20,6 +20,7 @@ from diffusers.utils import (
 
 from vivace import checkpoint
 from vivace.errors import InputError, first_line
+from vivace.quant.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
     file that is cut short, a LoRA of another model, ranks that do not fit together, and values that are not finite.
     Keys that match nothing are listed in a warning.
     """
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"a {type(pipe).__name__} takes no LoRA: diffusers loads none into it")
     name, names = "this LoRA", []
     if not isinstance(source, Mapping):
         name = os.fspath(source)
@@ -58,7 +61,7 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
         kwargs["use_safetensors"] = True
     call = stock or pipe.load_lora_weights
 
-    def check(state: Mapping[str, torch.Tensor]) -> None:
+    def check(state: dict[str, torch.Tensor]) -> None:
         left_out = [key for key in names if not OURS.search(key) or key.endswith("dora_scale")]
         _check(pipe, name, state, left_out, second=kwargs.get("load_into_transformer_2", False))
 
@@ -69,6 +72,13 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
             raise
         except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
             raise InputError(f"{name} does not fit {type(pipe).__name__}: {first_line(error)}") from error
+
+
+def in_few_bits(pipe: Any) -> bool:
+    """Whether layers of the pipeline's denoisers are quantised: PEFT adapts those only while it is accelerated."""
+    slots = (*getattr(pipe, "_lora_loadable_modules", ()), "transformer_2")
+    found = (part for slot in slots if isinstance(part := getattr(pipe, slot, None), torch.nn.Module))
+    return any(isinstance(module, QuantLinear) for part in found for module in part.modules())
 
 
 def _file(path: Path, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -91,7 +101,7 @@ def _file(path: Path, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def _checking(pipe: Any, check: Callable[[Mapping[str, torch.Tensor]], None]) -> Iterator[None]:
+def _checking(pipe: Any, check: Callable[[dict[str, torch.Tensor]], None]) -> Iterator[None]:
     """Let `check` see every state dict that `pipe` reads within the block, as diffusers converted it."""
     if "lora_state_dict" in vars(pipe):
         # This is the accelerated pipeline's method, called by `load`, which checks already.
@@ -113,10 +123,10 @@ def _checking(pipe: Any, check: Callable[[Mapping[str, torch.Tensor]], None]) ->
         del pipe.lora_state_dict
 
 
-def _check(pipe: Any, name: str, state: Mapping[str, torch.Tensor], left_out: list[str], *, second: bool) -> None:
-    """Raise InputError where a converted state dict does not fit; warn of the keys that match nothing."""
+def _check(pipe: Any, name: str, state: dict[str, torch.Tensor], left_out: list[str], *, second: bool) -> None:
+    """Raise InputError where a converted state dict does not fit; warn of keys that match nothing, and drop them."""
     slots = [slot for slot in pipe._lora_loadable_modules if getattr(pipe, slot, None) is not None]
-    total = Match(unmatched=[*left_out, *(k for k in state if k.partition(".")[0] not in slots)])
+    total = Match(unmatched=list(dict.fromkeys([*left_out, *(k for k in state if k.partition(".")[0] not in slots)])))
     for slot in slots:
         part = {key.removeprefix(f"{slot}."): value for key, value in state.items() if key.startswith(f"{slot}.")}
         component = getattr(pipe, "transformer_2" if second and slot == "transformer" else slot)
@@ -125,7 +135,7 @@ def _check(pipe: Any, name: str, state: Mapping[str, torch.Tensor], left_out: li
         total.unmatched += [f"{slot}.{key}" for key in found.unmatched]
         total.wrong += [f"{slot}.{what}" for what in found.wrong]
     if total.wrong:
-        raise InputError(f"{name} does not fit {type(pipe).__name__}: {total.wrong[0]}; is it of another model?")
+        raise InputError(f"{name} does not fit {type(pipe).__name__}: {total.wrong[0]}")
     if not total.matched:
         example = f", for example {total.unmatched[0]}" if total.unmatched else ""
         raise InputError(f"{name} does not fit {type(pipe).__name__}: none of its layers is there{example}")
@@ -136,6 +146,9 @@ def _check(pipe: Any, name: str, state: Mapping[str, torch.Tensor], left_out: li
             "%s: %d keys match nothing in a %s and are left out: %s%s",
             *(name, len(total.unmatched), type(pipe).__name__, shown, more),
         )
+        for key in total.unmatched:
+            # One that diffusers knows nothing of would have it refuse the others.
+            state.pop(key, None)
 
 
 def _complete(state: dict[str, torch.Tensor]) -> None:
@@ -161,7 +174,7 @@ def _match(part: Mapping[str, torch.Tensor], component: torch.nn.Module, *, grow
     modules = {name.replace(".base_layer", ""): module for name, module in component.named_modules()}
     for key, value in part.items():
         if value.is_floating_point() and value.numel() and not all(e.isfinite() for e in torch.aminmax(value)):
-            found.wrong.append(f"{key} holds values that are not finite")
+            found.wrong.append(f"{key} holds NaN or infinity; fetch the file again, or train it anew")
         factor = FACTOR.search(key)
         name = key[: factor.start()] if factor else OTHER_KINDS.split(key)[0]
         module = modules.get(name) or modules.get(name.removeprefix("text_model."))
@@ -180,15 +193,18 @@ def _match(part: Mapping[str, torch.Tensor], component: torch.nn.Module, *, grow
 def _misfit(module: Any, down: torch.Tensor, up: torch.Tensor | None, *, grows: bool) -> str | None:
     """Why two factors are none of a layer's, or None."""
     if up is None:
-        return "has a lora_A and no lora_B"
+        return "has a lora_A and no lora_B; fetch the file again"
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
-        return f"has factors of shapes {[*down.shape]} and {[*up.shape]}, which share no rank"
-    weight = getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "weight", None)
+        return f"has factors of shapes {[*down.shape]} and {[*up.shape]}, which share no rank; fetch the file again"
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(base, QuantLinear):
+        return f"is in {base.format.name}; vivace.accelerate the pipeline first, or take the 16-bit model"
+    weight = getattr(base, "weight", None)
     if weight is None or weight.ndim != down.ndim:
-        return f"is a {type(module).__name__}, which takes no such factors"
+        return f"is a {type(module).__name__}, which takes no such factors; is it of another model?"
     made = (up.shape[0], *down.shape[1:])
     if made != tuple(weight.shape) and not grows:
-        return f"is {[*weight.shape]} in the model, and the LoRA's {[*made]}"
+        return f"is {[*weight.shape]} in the model, and the LoRA's {[*made]}; is it of another model?"
     return None
 
 

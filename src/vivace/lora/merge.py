@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vivace import checkpoint
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.load import OWN, Source, find, load_source
 from vivace.lora import files
 from vivace.lora.adapters import Adapters
@@ -46,22 +46,30 @@ def merge(
     for one in loras:
         checkpoint.header(one.path)
     source = find(model, variant=variant)
-    pipe: Any = load_source(source, dtype=dtype or _stored(source), device="cpu", variant=variant)
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        pipe = _merged(source, loras, dtype=dtype or _stored(source), variant=variant)
+        pipe.save_pretrained(part, safe_serialization=True)
+        if source.path is not None and (source.path / OWN).is_file():
+            shutil.copy(source.path / OWN, part / OWN)
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {first_line(error)}; name a folder elsewhere") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _merged(source: Source, loras: Sequence[Lora], *, dtype: str | torch.dtype, variant: str | None) -> Any:
+    """The pipeline with the sums in plain modules."""
+    pipe: Any = load_source(source, dtype=dtype, device="cpu", variant=variant)
     names = [f"lora_{index}" for index in range(len(loras))]
     for name, one in zip(names, loras, strict=True):
         files.load(pipe, one.path, adapter_name=name)
     pipe.set_adapters(names, [one.weight for one in loras])
     _settle(pipe)
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        pipe.save_pretrained(part, safe_serialization=True)
-        if source.path is not None and (source.path / OWN).is_file():
-            shutil.copy(source.path / OWN, part / OWN)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return pipe
 
 
 def _settle(pipe: Any) -> None:

@@ -10,6 +10,7 @@ from vivace.lora import files
 from vivace.lora.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.lora.merged import Merged
 from vivace.lora.side import Sides
+from vivace.passes.quantize import came_in_few_bits, quantises
 from vivace.passes.target import Pass, Target, device_of
 
 if TYPE_CHECKING:
@@ -26,11 +27,25 @@ def _check(target: Target) -> str | None:
             return f"a {type(denoiser).__name__} takes no LoRA"
         if why := refuses(denoiser):
             return f"{name}.{why}; PEFT computes it"
+    why = _only_beside(target) if target.config.lora == "merged" else None
+    return f"{why}; lora='side' puts adapters beside them" if why else None
+
+
+def _only_beside(target: Target) -> str | None:
+    """Why nothing can be merged into the weights, or None."""
+    if came_in_few_bits(target):
+        return "its layers came in few bits"
+    if quantises(target) and target.config.keep_base == "no":
+        return "the 16-bit weights are not kept (keep_base='no')"
     return None
 
 
+def _beside(target: Target) -> bool:
+    return target.config.lora == "side" or _only_beside(target) is not None
+
+
 def _apply(target: Target) -> None:
-    beside = target.config.lora == "side"
+    beside = _beside(target)
     for lane in target.lanes.values():
         effect = _sides(lane) if beside else _merged(lane, target)
         # The list, which the pass that quantises fills.
@@ -41,9 +56,10 @@ def _apply(target: Target) -> None:
 
 
 def _forecast(target: Target) -> str:
-    return (
-        "low-rank products beside the linears" if target.config.lora == "side" else "merged into the weights in place"
-    )
+    if not _beside(target):
+        return "merged into the weights in place"
+    why = _only_beside(target) if target.config.lora == "auto" else None
+    return "low-rank products beside the linears" + (f": {why}" if why else "")
 
 
 def _merged(lane: Lane, target: Target) -> Merged:

@@ -14,7 +14,7 @@ from vivace.passes.target import Pass, Target
 from vivace.quant import format_of
 from vivace.quant.layers import Layer, foreign, linears, matches, not_finite, survey, weight_of
 from vivace.quant.linear import QuantLinear
-from vivace.quant.originals import Base, file_of, files_of
+from vivace.quant.originals import Base, file_of, files_of, never_kept
 from vivace.quant.rules import best_format
 
 
@@ -27,6 +27,12 @@ def present(target: Target) -> str | None:
     one_row = target.family.one_row if target.family else ()
     found = [pair for denoiser in target.denoisers.values() for pair in linears(denoiser)]
     return next((m.format.name for name, m in found if isinstance(m, QuantLinear) and not matches(name, one_row)), None)
+
+
+def came_in_few_bits(target: Target) -> bool:
+    """Whether layers were loaded in few bits, so that there never were originals."""
+    # From an acceleration before; adapters may hide the layers themselves.
+    return target.bases[0].kept == "never" if target.bases else present(target) is not None
 
 
 def _format(target: Target) -> str | None:
@@ -105,14 +111,16 @@ def _apply(target: Target) -> None:
     format = _format(target)
     assert format is not None
     layers = _survey(target, format)
-    loaded = present(target) is not None
-    bases = [] if loaded else [_quantise(target, name, found) for name, found in layers.items()]
-    target.bases += bases
+    loaded = came_in_few_bits(target)
+    if loaded and not target.bases:
+        target.bases += [never_kept(d, places=_places(d)) for d in target.denoisers.values()]
+    elif present(target) is None:
+        target.bases += [_quantise(target, name, found) for name, found in layers.items()]
     for lane in target.lanes.values():
         if lane.adapters is not None:
             lane.adapters.lift()  # what it held out stood in front of the originals
     target.layers = {name: tuple(found) for name, found in layers.items()}
-    kept = "as loaded" if loaded and not target.bases else f"originals: {_where(target.bases)}"
+    kept = "as loaded" if loaded else f"originals: {_where(target.bases)}"
     target.done("quant", f"{_counted(format, layers)}, {kept}")
 
 

@@ -36,7 +36,7 @@ class Swap:
 class Base:
     """The originals of one denoiser's quantised layers."""
 
-    kept: Literal["file", "host", "no"]
+    kept: Literal["file", "host", "no", "never"]  # never: the model came in few bits
     swaps: list[Swap] = field(default_factory=list)
     nbytes: int = 0  # on the host
 
@@ -56,6 +56,8 @@ class Base:
 
     def original(self, swap: Swap) -> torch.Tensor:
         """The 16-bit weight of a swapped linear, from where it is kept. Raises InputError where it is not."""
+        if self.kept == "never":
+            raise InputError(f"{swap.name} came in few bits, so adapters cannot be merged into it; use lora='side'")
         if self.kept == "no":
             raise InputError(
                 f"the 16-bit weight of {swap.name} was not kept (keep_base='no'), so adapters cannot be merged into "
@@ -83,7 +85,12 @@ class Base:
 
     def put_back(self) -> None:
         """The original linears again, on the device and in the type of what stood in for them, where they are kept."""
-        for swap in self.swaps if self.kept != "no" else ():
+        for swap in self.swaps if self.kept == "never" else ():
+            for parent, leaf in swap.places:
+                # PEFT's layer, where adapters are loaded.
+                if getattr(layer := parent._modules.get(leaf), "base_layer", None) is swap.original:
+                    layer.base_layer = swap.stand_in  # pyright: ignore[reportOptionalMemberAccess]
+        for swap in self.swaps if self.kept not in ("no", "never") else ():
             weight, stand_in = swap.original.weight, swap.stand_in
             data = stored_weight(swap, dtype=stand_in.dtype) if self.kept == "file" else weight.data
             weight.data = data.to(stand_in.device, stand_in.dtype)
@@ -93,6 +100,19 @@ class Base:
                 if parent._modules.get(leaf) is stand_in:
                     parent._modules[leaf] = swap.original
         self.swaps.clear()
+
+
+def never_kept(denoiser: torch.nn.Module, *, places: Mapping[torch.nn.Module, list[tuple[Any, str]]]) -> Base:
+    """Plain linears without a weight for the layers of a model that came in few bits: what PEFT can adapt."""
+    base = Base(kept="never")
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, QuantLinear):
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            nothing = torch.empty(0, dtype=layer.dtype, device=layer.device)
+            linear.weight = torch.nn.Parameter(nothing, requires_grad=False)
+            linear.register_parameter("bias", layer.bias)
+            base.swaps.append(Swap(name=name, original=linear, stand_in=layer, places=places[layer]))
+    return base
 
 
 def files_of(denoiser: torch.nn.Module) -> dict[str, list[Path]]:

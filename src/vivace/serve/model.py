@@ -25,6 +25,7 @@ from vivace.errors import InputError, first_line
 from vivace.family import known_family
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
+from vivace.lora.files import in_few_bits
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, Unavailable
@@ -300,9 +301,13 @@ class Model:
         before, self._applied = self._applied, Mode(preset=None, alone="changing")
         self._inputs_on = None
         self.layouts.clear()
+        few_bits = bool(mode.loras) and in_few_bits(self.pipe)
+        if few_bits:
+            accelerate(self.pipe, mode.preset or self._given or Config())
         if before.loras != mode.loras:
             self._adapt(mode)
-        self._accelerate(mode.preset)
+        if not few_bits:
+            self._accelerate(mode.preset)
         self._applied = mode
 
     def _accelerate(self, preset: Any) -> None:
