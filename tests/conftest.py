@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,30 @@ if TYPE_CHECKING:
 # Without a GPU the kernels run in the interpreter, which has to be asked for before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _patch_once(interpreter: ModuleType) -> None:
+    """Have Triton's interpreter patch its language once a launch.
+
+    It does so anew at every call of one kernel function by another, which is more than half of what a kernel takes.
+    """
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        named = {id(value) for value in fn.__globals__.values()}
+        languages = named & {id(interpreter.tl), id(interpreter.tl.core)}
+        if languages <= patched:
+            return SimpleNamespace(restore=lambda: None)
+        launch = not patched  # nobody restores what the functions that it calls patch
+        patched.update(languages)
+        scope = patch(fn)
+        return SimpleNamespace(restore=lambda: (patched.clear(), scope.restore())) if launch else scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _patch_once(importlib.import_module("triton.runtime.interpreter"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
