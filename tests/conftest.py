@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -94,6 +97,45 @@ def mortal(tmp_path: Path) -> Callable[..., Callable[..., Any]]:
 
     wrap.killed = mark.exists
     return wrap
+
+
+def _stand_in(until: ExitStack) -> None:
+    from vivace.kernels import KERNELS
+
+    library = until.enter_context(torch.library._scoped_library("vivace", "IMPL", "CPU"))
+    with warnings.catch_warnings(action="ignore"):
+        for kernel in KERNELS.values():
+            library.impl(kernel.name, kernel.reference, allow_override=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _references() -> Iterator[ExitStack]:
+    """Kernels' references in their stead, which is what runs on any CPU without the interpreter, and much sooner.
+
+    What is about kernels is `interpreted`: all of kernels/ and fused/, and single tests elsewhere.
+    """
+    with ExitStack() as until:
+        _stand_in(until)
+        yield until
+
+
+@pytest.fixture
+def interpreted(_references: ExitStack) -> Iterator[None]:
+    """The kernels themselves, in Triton's interpreter where there is no GPU."""
+    _references.close()
+    yield
+    _stand_in(_references)
+
+
+@pytest.fixture
+def young() -> Iterator[None]:
+    """`gc` counts and collects only what is made from now on: everything else that a process of tests holds takes
+    seconds each time.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
