@@ -14,10 +14,10 @@ demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this mac
 	$(BIN)/vivace generate "$(PROMPT)" -o out/demo.png --overwrite
 
 test: $(VENV)/.test  ## the CPU test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST)
 
 test-all: $(VENV)/.test  ## the full product of cases too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "" $(PYTEST)
 
 check: lint size test  ## what the continuous integration runs
 
