@@ -51,6 +51,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     _patch_once(importlib.import_module("triton.runtime.interpreter"))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no collection of garbage, which many tests ask for, has to look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests marked gpu and multi_gpu need what their marks name."""
     there = torch.cuda.device_count()
@@ -128,14 +134,12 @@ def interpreted(_references: ExitStack) -> Iterator[None]:
 
 
 @pytest.fixture
-def young() -> Iterator[None]:
+def young() -> None:
     """`gc` counts and collects only what is made from now on: everything else that a process of tests holds takes
     seconds each time.
     """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
