@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a large green triangle to the right of a small red circle on a yellow background
 PYTEST ?=
+# A thread each, and bytecode on disk: the tests start a hundred processes, which else compile all that they import.
+QUICKLY := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 REHEARSE ?=
 
 .PHONY: calibrations demo test test-all check lint size format timings rehearsal clean
@@ -14,10 +16,10 @@ demo: $(VENV)/.run  ## one picture from the built-in model, on whatever this mac
 	$(BIN)/vivace generate "$(PROMPT)" -o out/demo.png --overwrite
 
 test: $(VENV)/.test  ## the CPU test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST)
+	$(QUICKLY) $(BIN)/pytest -n 2 --dist worksteal $(PYTEST)
 
 test-all: $(VENV)/.test  ## the full product of cases too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "" $(PYTEST)
+	$(QUICKLY) $(BIN)/pytest -n 2 --dist worksteal -m "" $(PYTEST)
 
 check: lint size test  ## what the continuous integration runs
 

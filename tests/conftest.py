@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +25,36 @@ if TYPE_CHECKING:
 # Without a GPU the kernels run in the interpreter, which has to be asked for before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _patch_once(interpreter: ModuleType) -> None:
+    """Have Triton's interpreter patch its language once a launch.
+
+    It does so anew at every call of one kernel function by another, which is more than half of what a kernel takes.
+    """
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        named = {id(value) for value in fn.__globals__.values()}
+        languages = named & {id(interpreter.tl), id(interpreter.tl.core)}
+        if languages <= patched:
+            return SimpleNamespace(restore=lambda: None)
+        launch = not patched  # nobody restores what the functions that it calls patch
+        patched.update(languages)
+        scope = patch(fn)
+        return SimpleNamespace(restore=lambda: (patched.clear(), scope.restore())) if launch else scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _patch_once(importlib.import_module("triton.runtime.interpreter"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no collection of garbage, which many tests ask for, has to look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,6 +103,43 @@ def mortal(tmp_path: Path) -> Callable[..., Callable[..., Any]]:
 
     wrap.killed = mark.exists
     return wrap
+
+
+def _stand_in(until: ExitStack) -> None:
+    from vivace.kernels import KERNELS
+
+    library = until.enter_context(torch.library._scoped_library("vivace", "IMPL", "CPU"))
+    with warnings.catch_warnings(action="ignore"):
+        for kernel in KERNELS.values():
+            library.impl(kernel.name, kernel.reference, allow_override=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _references() -> Iterator[ExitStack]:
+    """Kernels' references in their stead, which is what runs on any CPU without the interpreter, and much sooner.
+
+    What is about kernels is `interpreted`: all of kernels/ and fused/, and single tests elsewhere.
+    """
+    with ExitStack() as until:
+        _stand_in(until)
+        yield until
+
+
+@pytest.fixture
+def interpreted(_references: ExitStack) -> Iterator[None]:
+    """The kernels themselves, in Triton's interpreter where there is no GPU."""
+    _references.close()
+    yield
+    _stand_in(_references)
+
+
+@pytest.fixture
+def young() -> None:
+    """`gc` counts and collects only what is made from now on: everything else that a process of tests holds takes
+    seconds each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -279,6 +279,7 @@ def nbytes(thing: object) -> int:
     return thing.nbytes if plain and thing.layout is torch.strided else 0
 
 
+@pytest.mark.usefixtures("young")
 def test_ten_cycles_leave_memory_flat(sd3_pipe, sd3_latents):
     def cycle():
         vivace.accelerate(sd3_pipe)

@@ -37,23 +37,24 @@ def test_answers_are_those_of_one_process_and_are_kept(cluster, tmp_path, monkey
     assert again.verdicts == answers.verdicts
     assert first.stat().st_mtime_ns == kept
     with caplog.at_level(logging.WARNING, "vivace"):
-        take(replace(order, captions=4, contents="others"), tmp_path, workers=1)
+        other = spread_exam._home(replace(order, captions=4, contents="others"), tmp_path)
     assert "another captions (7, now 4), contents (these, now others)" in caplog.text
-    assert len(list(tmp_path.iterdir())) == 2
+    assert [path.name for path in other.iterdir()] == [spread_exam.ORDER], "answers of another exam are taken"
 
 
 def test_a_killed_worker_changes_no_answer(cluster, tmp_path, monkeypatch, mortal, caplog):
     order = Order(
         captions=10, contents="these", steps=1, seed=3, call={"height": 64, "width": 64}, device="cpu", batch=4
     )
-    calm, place = take(order, tmp_path / "calm", workers=2)
+    alone = spread_exam.examiner(order)  # what a worker does, in this process
+    calm = builtin.join([alone(first)[0] for first in (0, 4, 8)])
     monkeypatch.setattr(spread_exam, "examiner", mortal(spread_exam.examiner, chosen=lambda first: first == 4))
     told = []
     with caplog.at_level(logging.WARNING, "vivace"):
         answers, where = take(order, tmp_path / "disturbed", workers=2, on_pictures=told.append)
     assert mortal.killed()
     assert "with the captions from 4 on, which is done again by another" in caplog.text
-    assert (answers.verdicts, where) == (calm.verdicts, place)
-    assert torch.equal(answers.features, calm.features)
+    assert (answers.verdicts, where) == (calm.verdicts, {"device": "cpu", "dtype": "float32"})
+    assert torch.allclose(answers.features, calm.features, atol=1e-4)  # a worker may have other threads than this
     assert told[-1] == len(answers.verdicts) == 10
     assert sorted(told) == told, "captions were counted twice"

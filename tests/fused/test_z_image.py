@@ -52,8 +52,14 @@ def test_equals_stock(form, size):
     check_pairs(both(model, inputs(model, size=size), form=form))
 
 
-@FORMS
-@pytest.mark.parametrize("words", [(5, 20), (40, 7), (32, 64)])
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        *((TORCH, words) for words in [(5, 20), (40, 7), (32, 64)]),
+        (KERNELS, (40, 7)),
+        *(pytest.param(KERNELS, words, marks=pytest.mark.full) for words in [(5, 20), (32, 64)]),
+    ],
+)
 def test_captions_of_several_lengths(form, words):
     """Each sample attends to its own tokens; no attention call has a mask."""
     lengths = []

@@ -29,6 +29,15 @@ PACKED = replace(
 OTHERS = ((512, 512), (1024, 1024), (1344, 768), (272, 336))
 
 
+def without_repeats(denoiser):
+    """Leaves two blocks of each shape, and the last of each list: the others launch what these do."""
+    for blocks in [module for module in denoiser.modules() if isinstance(module, torch.nn.ModuleList)]:
+        shapes = [tuple(p.shape for p in block.parameters()) for block in blocks]
+        for index in reversed(range(len(blocks) - 1)):
+            if shapes[index] in shapes[:index] and shapes[:index].count(shapes[index]) > 1:
+                del blocks[index]
+
+
 def in_fp8(denoiser, family):
     for layer in survey(
         denoiser,
@@ -55,6 +64,7 @@ def main():
         name, _, fp8 = spelled.partition(":")
         family = FAMILIES[name]
         denoiser = family.full(device="meta", dtype=torch.bfloat16)
+        without_repeats(denoiser)
         if fp8:
             in_fp8(denoiser, family)
         for module in denoiser.modules():

@@ -46,6 +46,23 @@ def test_compile_takes_it_whole():
         torch.testing.assert_close(compiled(*arguments), block(*arguments))
 
 
+@pytest.mark.skipif(not language.INTERPRETED, reason="without Triton's interpreter")
+def test_the_interpreter_patches_its_language_once_a_launch(monkeypatch):
+    """Else these tests take twice as long."""
+    from triton.runtime import interpreter
+
+    changed, change = [], interpreter._LangPatchScope.set_attr
+    monkeypatch.setattr(interpreter._LangPatchScope, "set_attr", lambda *a: (changed.append(a[1:3]), change(*a)))
+    program = interpreter.tl.program_id
+    counts = []
+    for rows in (1, 1, 50):  # the process's first patches for good what functions of Triton's own read
+        norm_modulate(torch.randn(rows, 64))
+        counts.append(len(changed))
+        changed.clear()
+        assert interpreter.tl.program_id is program, "it stays patched"
+    assert counts[1] == counts[2] > 0
+
+
 def test_leading_dimensions_are_kept():
     x = torch.randn(6, 64, device=DEVICE)
     assert norm_modulate(x).shape == (6, 64)

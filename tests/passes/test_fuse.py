@@ -14,6 +14,7 @@ from vivace.fused import fused_of
 from vivace.fused.elementwise import KERNELS
 from vivace.quant.linear import QuantLinear
 
+pytestmark = pytest.mark.usefixtures("interpreted")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 

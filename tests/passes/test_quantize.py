@@ -11,6 +11,8 @@ import vivace
 from vivace import InputError
 from vivace.config import Quant
 from vivace.families import FAMILIES
+from vivace.kernels.language import INTERPRETED
+from vivace.kernels.quant_rows import quant_rows
 from vivace.quant import FORMATS
 from vivace.quant.linear import QuantLinear
 
@@ -56,11 +58,25 @@ def test_every_family_in_fp8_and_back(family):
     assert torch.equal(called(pipe, family), stock)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="without Triton's interpreter")
+def test_kernels_run_where_a_test_asks_for_them(request, monkeypatch):
+    """And their references elsewhere, which every CPU has."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: pytest.fail(f"{fn} is interpreted"))
+    x = torch.randn(3, 64)
+    quant_rows(x, quantize="int8")
+    request.getfixturevalue("interpreted")
+    with pytest.raises(pytest.fail.Exception, match="is interpreted"):
+        quant_rows(x, quantize="int8")
+
+
 def test_flux_holds_half():
     planned = vivace.plan("flux:dev", dtype="bfloat16", quant="fp8", keep_base="no")
     assert -planned.added_bytes > 0.49 * planned.components["transformer"]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format(sd3_pipe, sd3_latents, format):
     stock = sd3_latents(sd3_pipe)

@@ -8,6 +8,7 @@ from vivace.quant import format_of
 from vivace.quant.error import by_kind, layer_errors
 from vivace.quant.layers import linears, survey
 
+pytestmark = pytest.mark.usefixtures("interpreted")
 FAMILY = FAMILIES["flux"]
 
 

@@ -12,6 +12,7 @@ from vivace.quant import FORMATS, format_of
 from vivace.quant.linear import QuantLinear, stacked
 
 # Relative errors of a product of normal values: what the bits allow, with a third of slack.
+pytestmark = pytest.mark.usefixtures("interpreted")
 ALLOWED = {"fp8": 0.05, "int8": 0.016, "fp8_weights": 0.036, "int8_weights": 0.009, "int4_weights": 0.12}
 
 
