@@ -82,6 +82,9 @@ def test_what_does_not_fit_changes_nothing(student):
     before = pipe.transformer.proj_out.weight.detach().clone()
     with pytest.raises(InputError, match=r"does not fit this FluxTransformer2DModel: it has no transformer\.nowhere"):
         use_few_step(pipe, folder)
+    save_file(weights | {"transformer.nowhere.lora_A.weight": torch.ones(1, 32)}, folder / WEIGHTS)
+    with pytest.raises(InputError, match=r"it has transformer\.nowhere\.lora_A\.weight without its other half"):
+        use_few_step(pipe, folder)
     assert torch.equal(before, pipe.transformer.proj_out.weight)
 
 

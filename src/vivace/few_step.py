@@ -88,6 +88,8 @@ def fold(denoiser: torch.nn.Module, path: Path, *, slot: str) -> None:
     down_end, up_end = ENDS[slot]
     layers = [name.removesuffix(down_end) for name in weights if name.endswith(down_end)]
     for layer in layers:
+        if layer + up_end not in weights:
+            raise InputError(f"{path} is no whole student: it has {layer}{down_end} without its other half")
         module: Any = modules.get(layer)
         if isinstance(module, QuantLinear):
             raise InputError(
