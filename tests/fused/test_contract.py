@@ -30,7 +30,7 @@ def test_a_state_can_be_recorded_and_compared_with_what_comes_after(name):
     denoiser, arguments = called(name)
     with ExitStack() as undo, torch.no_grad():
         split = fused_of(FAMILIES[name]).fuse(denoiser, attend=NATIVE.attend, undo=undo)
-        state = split.prologue(**arguments, once=split.prepare(arguments))
+        state = split.ready(split.prologue(**arguments, once=split.prepare(arguments)), 0, None)
         for block in split.blocks:
             leaves, spec = tree_flatten(vars(state))
             hash((spec, *(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,7 @@ class Cache:
         branches, shared, count = self._request(now)
         call = Call(
             step=now.step, schedule=schedule, branch=now.branch, batch=now.batch, shared=shared,
-            kwargs=kwargs, forward=forward, run=run, split=split or self.stock, watch=self._watch,
+            kwargs=kwargs, forward=forward, run=run, split=split or self.stock,
         )  # fmt: skip
         return self._serve(call, branches, key=(now.branch, served_by, schedule, _signature(kwargs)), count=count)
 
@@ -83,16 +83,10 @@ class Cache:
     @functools.cached_property
     def stock(self) -> Split | None:
         """The stock Split; None for an unknown family."""
-        return self.family.split(self.denoiser) if self.family else None
-
-    def _watch(self, **kwargs: Any) -> torch.Tensor:
-        # On the stock state: fused blocks keep theirs as it suits them.
-        assert self.stock is not None
-        assert self.family is not None
-        assert self.family.signal is not None
-        return self.family.signal(
-            self.denoiser, self.stock.prologue(**{k: v for k, v in kwargs.items() if k != "once"})
-        )
+        if self.family is None:
+            return None
+        split, signal = self.family.split(self.denoiser), self.family.signal
+        return replace(split, signal=functools.partial(signal, self.denoiser)) if signal else split
 
     def _serve(self, call: Call, branches: OrderedDict[Any, Branch], *, key: Any, count: Count) -> Any:
         branch = branches.pop(key, None)
