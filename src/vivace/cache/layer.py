@@ -157,13 +157,20 @@ def _idle_because(now: Request | None, schedule: Schedule | None) -> str:
 
 
 def _conditions(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    leaves = tree_leaves([kwargs.get(name) for name in CONDITIONS])
+    return _tensors([kwargs.get(name) for name in CONDITIONS])
+
+
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    # Most arguments are tensors: only others are worth the time of a tree.
+    leaves = (leaf for value in values for leaf in ([value] if isinstance(value, torch.Tensor) else tree_leaves(value)))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _signature(kwargs: Mapping[str, Any]) -> tuple:
     """What must be the same for two calls to be steps of one branch."""
-    shapes = tuple((t.shape, t.dtype) for t in tree_leaves(dict(kwargs)) if isinstance(t, torch.Tensor))
+    # What the split makes of the arguments once says nothing more.
+    given = [value for name, value in kwargs.items() if name != "once"]
+    shapes = tuple((t.shape, t.dtype) for t in _tensors(given))
     words = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | bool))
     # Tensors made in inference mode keep no count of changes in place.
     prompts = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _conditions(kwargs))

@@ -123,9 +123,12 @@ def _prologue(
             f"this model {'takes no' if guidance is not None else 'needs a'} guidance, got guidance={guidance}; "
             "the pipeline's guidance_scale sets it where its config has guidance_embeds"
         )
-    embedding = embed.timestep_embedder(embed.time_proj(timestep.to(x.dtype) * 1000).to(pooled.dtype))
+    # The waves of both in one go: each is a dozen launches.
+    numbers = [number.to(x.dtype) * 1000 for number in (timestep, guidance) if number is not None]
+    waves = embed.time_proj(torch.cat(numbers)).to(pooled.dtype).split([len(number) for number in numbers])
+    embedding = embed.timestep_embedder(waves[0])
     if guidance is not None:
-        embedding = embedding + embed.guidance_embedder(embed.time_proj(guidance.to(x.dtype) * 1000).to(pooled.dtype))
+        embedding = embedding + embed.guidance_embedder(waves[1])
     single = denoiser.single_transformer_blocks
     context = {
         "embedding": F.silu(embedding + pooled),
