@@ -45,6 +45,11 @@ class Block:
     forward: Callable[[State], State]
 
 
+def _ready(state: State, first: int, last: int | None) -> State:
+    """The prologue left nothing out."""
+    return state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """A denoiser call in three parts; composed, they compute exactly what `denoiser.forward(**kwargs)` computes.
@@ -55,6 +60,10 @@ class Split:
     `once`, where a split has it, computes what does not depend on the step from the arguments named in `once_inputs`,
     and from the shapes alone of those in `once_shapes`; its result is the prologue's further argument `once`. A caller
     who keeps it from step to step passes it in.
+
+    `ready(state, first, last)` makes what the blocks from `first` up to `last`, not included (None: all that follow),
+    read of the context and the prologue left out, because a cache may skip them. It comes before these blocks, and at
+    least once, with any, before the epilogue. `signal(state)` is what TeaCache watches, once the first block is ready.
     """
 
     prologue: Callable[..., State]
@@ -63,14 +72,20 @@ class Split:
     once: Callable[..., Mapping[str, Any]] | None = None
     once_inputs: tuple[str, ...] = ()
     once_shapes: tuple[str, ...] = ()
+    ready: Callable[[State, int, int | None], State] = _ready
+    signal: Callable[[State], torch.Tensor] | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
         if self.once is not None and "once" not in kwargs:
             kwargs["once"] = self.prepare(kwargs)
-        state = self.prologue(**kwargs)
-        for block in self.blocks:
+        return self.epilogue(self.through(self.prologue(**kwargs)))
+
+    def through(self, state: State, first: int = 0, last: int | None = None) -> State:
+        """The state after the blocks from `first` up to `last`, not included; None: all that follow."""
+        state = self.ready(state, first, last)
+        for block in self.blocks[first:last]:
             state = block.forward(state)
-        return self.epilogue(state)
+        return state
 
     def prepare(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What `once` makes of a call's arguments."""

@@ -5,7 +5,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import vivace
+from vivace import request
 from vivace.accelerate import acceleration_of
+from vivace.fused.stack import Stack
 from vivace.graph import Graphs, Recording
 
 POLICIES = (
@@ -67,3 +69,27 @@ def test_a_policy_that_works_in_modules_is_not_recorded(pipe, draw, last, monkey
     lane.run = Graphs(budget=1000, record=Recorder())
     assert torch.equal(draw(pipe), direct)
     assert not lane.run.recordings
+
+
+@pytest.mark.parametrize("spelled", ["firstblock:threshold=1000", "teacache:threshold=1000,coefficients=1+0"])
+def test_a_skipped_step_reads_little_modulation_and_a_computed_one_reads_it_once(pipe, last, monkeypatch, spelled):
+    denoiser = vivace.accelerate(pipe.transformer, cache=spelled)
+    (lane,) = acceleration_of(denoiser).target.lanes.values()
+    modulation = lane.split.ready.__self__
+    norms, rows, call = set(modulation.stack.linears), [], Stack.__call__
+
+    def counting(stack, x):
+        if norms.issuperset(stack.linears):
+            rows[-1] += sum(linear.out_features for linear in stack.linears)
+        return call(stack, x)
+
+    monkeypatch.setattr(Stack, "__call__", counting)
+    x, text, pooled = (torch.randn(1, *shape) for shape in ((16, 8, 8), (9, 64), (64,)))
+    with request.open_request(times=(1000.0, 500.0)) as now, torch.no_grad():
+        for now.step, time in enumerate((1000.0, 500.0)):
+            rows.append(0)
+            denoiser(x, text, pooled, torch.tensor([time]), return_dict=False)
+    assert last(denoiser)["skipped"] == 1
+    whole = sum(linear.out_features for linear in norms)
+    always = sum(linear.out_features for linear in modulation.stack.linears[:3])  # the output's and the first block's
+    assert rows == [whole, always]

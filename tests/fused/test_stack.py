@@ -48,5 +48,7 @@ def test_linears_of_any_kinds(formats):
         with ExitStack() as undo:
             stack = Stack(parts, undo=undo)
             torch.testing.assert_close(stack(x), apart, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(stack.part(slice(1, 2))(x), apart[..., 32:], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(stack.part(slice(0, 1))(x), apart[..., :32], rtol=1e-5, atol=1e-5)
             assert stack.takes == ("fp8" if formats == ("fp8", "fp8") else None)
         torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), apart)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vivace.family import Block, Split, State
+from vivace.family import Split, State
 
 if TYPE_CHECKING:
     from vivace.lane import Run
@@ -43,7 +43,6 @@ class Call:
     forward: Callable[..., Any]
     run: Run
     split: Split | None = None
-    watch: Callable[..., torch.Tensor] | None = None  # what TeaCache looks at, from the call's arguments
     branch: str | None = None  # as the pipeline calls it: "cond", "uncond"
     batch: int | None = None  # samples that the scheduler steps; None before its first step
     shared: dict[str, Any] = field(default_factory=dict)  # what the branches of this request tell each other
@@ -75,15 +74,11 @@ class Call:
         )
         return self.run("forward", self.forward, **half)
 
-    def signal(self) -> torch.Tensor:
-        """What foretells how much the output changes (the family's `signal`)."""
-        assert self.watch is not None
-        return self.run("signal", self.watch, **self.kwargs)
-
-    def front(self, depth: int) -> Front:
-        """Everything up to the first `depth` blocks that change the stream."""
+    def front(self, depth: int, *, signal: bool = False) -> Front:
+        """Everything up to the first `depth` blocks that change the stream, and TeaCache's signal if that is wanted."""
         assert self.split is not None
-        return Front(**self.run(f"front of {depth}", partial(_front, self.split, depth), **self.kwargs))
+        name = f"front of {depth}{' and its signal' if signal else ''}"
+        return Front(**self.run(name, partial(_front, self.split, depth, signal), **self.kwargs))
 
     def through(self, front: Front, *, to: int) -> Front:
         """The blocks from where `front` stands up to block `to`, not included."""
@@ -108,10 +103,15 @@ class Call:
 
 
 class Front:
-    """A call that has come some way: the stream at its start, its state now, and the next block."""
+    """A call that has come some way: the stream at its start, its state now, and the next block.
 
-    def __init__(self, *, start: torch.Tensor, state: Mapping[str, Any], at: int) -> None:
-        self.start, self.state, self.at = start, State(**state), at
+    `signal` foretells how much the output changes (`Split.signal`); None unless it was asked for.
+    """
+
+    def __init__(
+        self, *, start: torch.Tensor, state: Mapping[str, Any], at: int, signal: torch.Tensor | None = None
+    ) -> None:
+        self.start, self.state, self.at, self.signal = start, State(**state), at, signal
 
     @property
     def grown(self) -> torch.Tensor:
@@ -119,36 +119,33 @@ class Front:
         return self.state.x - self.start
 
 
-def _front(split: Split, depth: int, **kwargs: Any) -> dict[str, Any]:
-    state = split.prologue(**kwargs)
+def _front(split: Split, depth: int, signal: bool, **kwargs: Any) -> dict[str, Any]:
+    depth = min(depth, len(split.blocks))
+    state = split.ready(split.prologue(**kwargs), 0, max(depth, signal))
     start, at, changed = state.x, 0, 0
+    seen = split.signal(state) if signal and split.signal is not None else None
     # Blocks that prepare something else than the stream (Wan VACE's control) say nothing about it.
     while changed < depth and at < len(split.blocks):
         before = state.x
-        state = split.blocks[at].forward(state)
+        state = split.through(state, at, at + 1)
         changed += state.x is not before
         at += 1
-    return {"start": start, "state": dict(vars(state)), "at": at}
+    return {"start": start, "state": vars(state), "at": at, "signal": seen}
 
 
 def _through(split: Split, at: int, to: int, *, start: torch.Tensor, **state: Any) -> dict[str, Any]:
-    return {"start": start, "state": dict(vars(_run(split.blocks[at:to], State(**state)))), "at": to}
+    now = split.through(State(**state), at, to)
+    # What was made ready for these blocks is of no use to others.
+    return {"start": start, "state": {**vars(now), "context": state["context"]}, "at": to}
 
 
 def _back(split: Split, at: int, **state: Any) -> Any:
-    return split.epilogue(_run(split.blocks[at:], State(**state)))
+    return split.epilogue(split.through(State(**state), at))
 
 
 def _rest(split: Split, at: int, **state: Any) -> tuple[Any, torch.Tensor]:
-    before = state["x"]
-    now = _run(split.blocks[at:], State(**state))
-    return split.epilogue(now), now.x - before
-
-
-def _run(blocks: Sequence[Block], state: State) -> State:
-    for block in blocks:
-        state = block.forward(state)
-    return state
+    now = split.through(State(**state), at)
+    return split.epilogue(now), now.x - state["x"]
 
 
 def _end(split: Split, **state: Any) -> Any:

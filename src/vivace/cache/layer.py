@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +67,7 @@ class Cache:
         branches, shared, count = self._request(now)
         call = Call(
             step=now.step, schedule=schedule, branch=now.branch, batch=now.batch, shared=shared,
-            kwargs=kwargs, forward=forward, run=run, split=split or self.stock, watch=self._watch,
+            kwargs=kwargs, forward=forward, run=run, split=split or self.stock,
         )  # fmt: skip
         return self._serve(call, branches, key=_key(now, served_by, schedule, kwargs), count=count)
 
@@ -92,16 +92,10 @@ class Cache:
     @functools.cached_property
     def stock(self) -> Split | None:
         """The stock Split; None for an unknown family."""
-        return self.family.split(self.denoiser) if self.family else None
-
-    def _watch(self, **kwargs: Any) -> torch.Tensor:
-        # On the stock state: fused blocks keep theirs as it suits them.
-        assert self.stock is not None
-        assert self.family is not None
-        assert self.family.signal is not None
-        return self.family.signal(
-            self.denoiser, self.stock.prologue(**{k: v for k, v in kwargs.items() if k != "once"})
-        )
+        if self.family is None:
+            return None
+        split, signal = self.family.split(self.denoiser), self.family.signal
+        return replace(split, signal=functools.partial(signal, self.denoiser)) if signal else split
 
     def _serve(self, call: Call, branches: OrderedDict[Any, Branch], *, key: Any, count: Count) -> Any:
         branch = branches.pop(key, None)
@@ -178,14 +172,20 @@ def _place(kwargs: Mapping[str, Any]) -> tuple[Request, Schedule] | str:
 
 
 def _conditions(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    leaves = tree_leaves([kwargs.get(name) for name in CONDITIONS])
+    return _tensors([kwargs.get(name) for name in CONDITIONS])
+
+
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    # Most arguments are tensors: only others are worth the time of a tree.
+    leaves = (leaf for value in values for leaf in ([value] if isinstance(value, torch.Tensor) else tree_leaves(value)))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _key(now: Request, served_by: str, schedule: Schedule, kwargs: Mapping[str, Any]) -> tuple:
     """What must be the same for two calls to be steps of one branch."""
-    given = {name: value for name, value in kwargs.items() if name != "once"}  # which follows from the others
-    shapes = tuple((t.shape, t.dtype) for t in tree_leaves(given) if isinstance(t, torch.Tensor))
+    # What the split makes of the arguments once says nothing more.
+    given = [value for name, value in kwargs.items() if name != "once"]
+    shapes = tuple((t.shape, t.dtype) for t in _tensors(given))
     words = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | bool))
     # Tensors made in inference mode keep no count of changes in place.
     prompts = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _conditions(kwargs))

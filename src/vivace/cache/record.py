@@ -48,7 +48,7 @@ class Record(Policy):
     name: ClassVar[str] = "record"
 
     signals: bool
-    """Whether the model has TeaCache's signal."""
+    """Whether the model has TeaCache's signal; only where `inside`."""
 
     inside: bool
     """Whether the stream keeps its shape, so that the first block's contribution can be told."""
@@ -60,13 +60,12 @@ class Record(Policy):
         return Memory()
 
     def serve(self, memory: Memory, call: Call) -> Any:
-        signal = call.signal() if self.signals else None
         if self.inside:
-            front = call.front(1)
-            added = front.grown
+            front = call.front(1, signal=self.signals)
+            signal, added = front.signal, front.grown
             out = call.back(front)
         else:
-            added, out = None, call.whole()
+            signal, added, out = None, None, call.whole()
         output = torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf[None] for leaf in tree_leaves(out)], dim=1)
         first = memory.output is None
         self.log.append(

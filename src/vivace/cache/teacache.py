@@ -78,7 +78,9 @@ class TeaCache(Windowed):
         from vivace.cache.change import relative_change
 
         assert self.coefficients is not None
-        signal, front = call.signal(), call.front(0)
+        front = call.front(0, signal=True)
+        signal = front.signal
+        assert signal is not None
         if memory.signal is not None:
             memory.change += polynomial(self.coefficients, relative_change(signal, memory.signal))
         # Also on skipped steps: the polynomial was fitted to changes from one step to the next.

@@ -29,7 +29,7 @@ class Features:
         kwargs.pop("return_dict", None)
         if self.split.once is not None:
             kwargs["once"] = self.split.prepare(kwargs)
-        state = self.split.prologue(**kwargs)
+        state = self.split.ready(self.split.prologue(**kwargs), 0, len(self.blocks))
         for block in self.blocks:
             again = self.recompute and torch.is_grad_enabled()
             state = _again(block.forward, state) if again else block.forward(state)

@@ -20,7 +20,7 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings
 from vivace.fused.double_single import blocks_of, foreign, positions
 from vivace.fused.heads import Heads
-from vivace.fused.joint import JointBlock, Mlp, epilogue, streams_of
+from vivace.fused.joint import JointBlock, Mlp, epilogue, signal, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
 from vivace.fused.single import SingleBlock, TwoProducts
@@ -41,7 +41,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a FluxTransformer2DModel."""
     modulation = Modulation(_norms(denoiser), undo=parts.undo)
     return Split(
-        prologue=partial(_prologue, denoiser, modulation),
+        prologue=partial(_prologue, denoiser),
         blocks=blocks_of(
             denoiser,
             double=partial(_double, spans=modulation.spans, parts=parts),
@@ -50,16 +50,17 @@ def build(denoiser: Any, parts: Parts) -> Split:
         epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
+        ready=modulation.ready,
+        signal=partial(signal, modulation.spans["0.image"], parts),
     )
 
 
-def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
+def _norms(denoiser: Any) -> Iterator[Mapping[str, Any]]:
+    yield {"out": denoiser.norm_out.linear}
     for index, block in enumerate(denoiser.transformer_blocks):
-        yield f"{index}.image", block.norm1.linear
-        yield f"{index}.text", block.norm1_context.linear
+        yield {f"{index}.image": block.norm1.linear, f"{index}.text": block.norm1_context.linear}
     for index, block in enumerate(denoiser.single_transformer_blocks):
-        yield f"{index}.single", block.norm.linear
-    yield "out", denoiser.norm_out.linear
+        yield {f"{index}.single": block.norm.linear}
 
 
 def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
@@ -104,7 +105,6 @@ def _once(
 
 def _prologue(
     denoiser: Any,
-    modulation: Modulation,
     *,
     hidden_states: torch.Tensor,  # [B, S, C]
     timestep: torch.Tensor,  # [B], 0 to 1
@@ -123,12 +123,16 @@ def _prologue(
             f"this model {'takes no' if guidance is not None else 'needs a'} guidance, got guidance={guidance}; "
             "the pipeline's guidance_scale sets it where its config has guidance_embeds"
         )
-    embedding = embed.timestep_embedder(embed.time_proj(timestep.to(x.dtype) * 1000).to(pooled.dtype))
+    # The waves of both in one go: each is a dozen launches.
+    numbers = [number.to(x.dtype) * 1000 for number in (timestep, guidance) if number is not None]
+    waves = embed.time_proj(torch.cat(numbers)).to(pooled.dtype).split([len(number) for number in numbers])
+    embedding = embed.timestep_embedder(waves[0])
     if guidance is not None:
-        embedding = embedding + embed.guidance_embedder(embed.time_proj(guidance.to(x.dtype) * 1000).to(pooled.dtype))
+        embedding = embedding + embed.guidance_embedder(waves[1])
     single = denoiser.single_transformer_blocks
     context = {
-        "modulation": modulation(F.silu(embedding + pooled)).unbind(1),
+        "embedding": F.silu(embedding + pooled),
+        "modulation": (),
         "tokens": once["tokens"],
         "control": spread(controlnet_block_samples, denoiser.transformer_blocks, repeat=controlnet_blocks_repeat),
         "single_control": spread(controlnet_single_block_samples, single),

@@ -6,7 +6,7 @@ normalises and modulates for the next block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ def declines(
 
 def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a Flux2Transformer2DModel."""
-    modulation = Modulation(_norms(denoiser), undo=parts.undo)
+    modulation = Modulation([_norms(denoiser)], undo=parts.undo)
     return Split(
         prologue=partial(_prologue, denoiser, modulation),
         blocks=blocks_of(
@@ -68,11 +68,13 @@ def build(denoiser: Any, parts: Parts) -> Split:
     )
 
 
-def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
-    yield "image", denoiser.double_stream_modulation_img.linear
-    yield "text", denoiser.double_stream_modulation_txt.linear
-    yield "single", denoiser.single_stream_modulation.linear
-    yield "out", denoiser.norm_out.linear
+def _norms(denoiser: Any) -> Mapping[str, Any]:
+    return {
+        "image": denoiser.double_stream_modulation_img.linear,
+        "text": denoiser.double_stream_modulation_txt.linear,
+        "single": denoiser.single_stream_modulation.linear,
+        "out": denoiser.norm_out.linear,
+    }
 
 
 def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:

@@ -13,6 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from vivace.family import Block, State
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly, heads_for, projected
+from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 from vivace.kernels.row import HeadScaled
@@ -161,7 +162,8 @@ class JointBlock:
         normed = self._normed(xs, streams, modulation) if ahead is None else ahead.normed
         ys = self._attention(streams, normed, context["tokens"])
         norms: list[Any] = [None] * len(streams)
-        if residual is None and self.following is not None:
+        # Where a cache may skip the next block, nothing is made for it.
+        if residual is None and self.following is not None and reaches(modulation, self.following.text.span):
             following, _ = self.following._divided(state)
             norms = [stream.norm(modulation) for stream in following]
         made = [self._stream(*one, modulation) for one in zip(streams, xs, ys, norms, strict=True)]
@@ -228,6 +230,12 @@ class JointBlock:
         normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
         y = attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise)
         return projected(out, y, dtype=x.dtype)
+
+
+def signal(span: slice, parts: Parts, state: State) -> torch.Tensor:
+    """The picture's tokens as the first block reads them, whose modulation lies at `span`: [B, S, D]."""
+    shift, scale = state.context["modulation"][span][:2]
+    return parts.elementwise.norm(state.x, shift=shift, scale=scale)
 
 
 def epilogue(

@@ -1,35 +1,85 @@
-"""Shift, scale and gate of every adaptive norm of a model, in one GEMM a step."""
+"""Shift, scale and gate of every adaptive norm of a model, in one GEMM a step, or as far as a cache lets blocks run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 
+from vivace.family import State
 from vivace.fused.stack import Stack
 
 
 class Modulation:
-    """The modulation linears of `norms` (name and linear, in any order) side by side.
+    """The modulation linears of `groups` side by side: first the group that the epilogue reads, then each block's.
 
     `spans[name]` is where that norm's chunks of `width` (None: as many as inputs) lie in the result, in the order in
-    which its linear makes them.
+    which its linear makes them. With `times` of several embeddings a chunk comes once for each, in a row, and `spans`
+    are of the first.
     """
 
     def __init__(
-        self, norms: Iterable[tuple[str, torch.nn.Linear]], *, undo: ExitStack, width: int | None = None
+        self,
+        groups: Iterable[Mapping[str, torch.nn.Linear]],
+        *,
+        undo: ExitStack,
+        width: int | None = None,
+        times: int = 1,
     ) -> None:
-        linears, start = [], 0
+        linears: list[torch.nn.Linear] = []
         self.spans: dict[str, slice] = {}
-        for name, linear in norms:
-            chunks = linear.out_features // (width or linear.in_features)
-            self.spans[name] = slice(start, start + chunks)
-            linears.append(linear)
-            start += chunks
+        self.times, self.chunks = times, 0
+        self._ends = [(0, 0)]  # chunks and linears of no group, of the first one, of the first two, ...
+        for group in groups:
+            for name, linear in group.items():
+                start, self.chunks = self.chunks, self.chunks + linear.out_features // (width or linear.in_features)
+                self.spans[name] = slice(start * times, self.chunks * times, times)
+                linears.append(linear)
+            self._ends.append((self.chunks, len(linears)))
         self.stack = Stack(linears, undo=undo)
-        self.chunks = start
+        self._parts: dict[tuple[int, int], Stack] = {}
 
     def __call__(self, embedding: torch.Tensor) -> torch.Tensor:
         """All chunks [B, chunks, width], from the activated embedding [B, D] of time, guidance and pooled text."""
-        return self.stack(embedding).unflatten(1, (self.chunks, -1))
+        return self.stack(embedding).unflatten(-1, (self.chunks, -1))
+
+    def ready(self, state: State, first: int, last: int | None) -> State:
+        """See `Split.ready`: the context's "modulation" as far as block `last`, from its "embedding".
+
+        That is [B, D], or [B, times, D]. One GEMM makes what is not there yet; what blocks before `first` would have
+        read stays None.
+        """
+        made = state.context["modulation"]
+        here = bisect_left(self._ends, (len(made) // self.times,))
+        start = max(here, first + 1) if made else 0
+        end = len(self._ends) - 1 if last is None else last + 1
+        if end <= start:
+            return state
+        (before, _), (after, _) = self._ends[start], self._ends[end]
+        rows = self._part(start, end)(state.context["embedding"]).unflatten(-1, (after - before, -1))
+        gap = (None,) * (before * self.times - len(made))
+        return replace(state, context={**state.context, "modulation": (*made, *gap, *_vectors(rows))})
+
+    def _part(self, start: int, end: int) -> Stack:
+        """The linears of some groups."""
+        if (start, end) not in self._parts:
+            linears = slice(self._ends[start][1], self._ends[end][1])
+            self._parts[start, end] = self.stack.part(linears)
+        return self._parts[start, end]
+
+
+def reaches(modulation: Sequence[Any], span: slice) -> bool:
+    """Whether `modulation` was made as far as `span`."""
+    return span.start < len(modulation)
+
+
+def _vectors(rows: torch.Tensor) -> Iterable[torch.Tensor]:
+    """[B, chunks, width] or [B, times, chunks, width] -> each [B, width], a chunk's times in a row."""
+    if rows.ndim == 3:
+        return rows.unbind(1)
+    return chain.from_iterable(zip(*(one.unbind(1) for one in rows.unbind(1)), strict=True))

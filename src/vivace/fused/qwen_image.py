@@ -46,23 +46,31 @@ def declines(
 
 def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a QwenImageTransformer2DModel."""
-    modulation = Modulation(_norms(denoiser), undo=parts.undo)
+    # From Edit-2511 on, the pictures to edit are modulated as at time zero.
+    modulation = Modulation(_norms(denoiser), undo=parts.undo, times=2 if denoiser.zero_cond_t else 1)
     modules = denoiser.transformer_blocks
     joint = [_joint(block, i, modulation, parts) for i, block in enumerate(modules)]
     return Split(
-        prologue=partial(_prologue, denoiser, modulation),
+        prologue=partial(_prologue, denoiser),
         blocks=chained("transformer_blocks", modules, joint),
         epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts),
         once=partial(_once, denoiser),
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"),
+        ready=modulation.ready,
+        signal=partial(_signal, modulation.spans["0.text"], parts),
     )
 
 
-def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
+def _norms(denoiser: Any) -> Iterator[Mapping[str, Any]]:
+    yield {"out": denoiser.norm_out.linear}
     for index, block in enumerate(denoiser.transformer_blocks):
-        yield f"{index}.image", block.img_mod[1]
-        yield f"{index}.text", block.txt_mod[1]
-    yield "out", denoiser.norm_out.linear
+        yield {f"{index}.image": block.img_mod[1], f"{index}.text": block.txt_mod[1]}
+
+
+def _signal(span: slice, parts: Parts, state: State) -> torch.Tensor:
+    """The text's tokens as the first block reads them, whose modulation lies at `span`: [B, T, D]."""
+    shift, scale = state.context["modulation"][span][:2]
+    return parts.elementwise.norm(state.text, shift=shift, scale=scale)
 
 
 def _joint(block: Any, index: int, modulation: Modulation, parts: Parts) -> JointBlock:
@@ -74,8 +82,7 @@ def _joint(block: Any, index: int, modulation: Modulation, parts: Parts) -> Join
         clips=(True, True),
         parts=parts,
     )
-    # From Edit-2511 on, the pictures to edit are modulated as at time zero, whose chunks lie behind all others.
-    still = slice(span.start + modulation.chunks, span.stop + modulation.chunks)
+    still = slice(span.start + 1, span.stop + 1, modulation.times)
     references = replace(image, span=still) if block.zero_cond_t else None
     return JointBlock(image, text, references=references, index=index, parts=parts, image_first=True)
 
@@ -122,7 +129,6 @@ def _words(mask: torch.Tensor | None) -> tuple[list[int] | None, torch.Tensor | 
 
 def _prologue(
     denoiser: Any,
-    modulation: Modulation,
     *,
     hidden_states: torch.Tensor,  # [B, S, C]
     timestep: torch.Tensor,  # [B], 0 to 1
@@ -136,9 +142,9 @@ def _prologue(
     timestep = timestep.to(x.dtype)
     times = (timestep, timestep * 0) if denoiser.zero_cond_t else (timestep,)
     embedding = denoiser.time_text_embed(torch.cat(times), x, additional_t_cond)
-    chunks = modulation(F.silu(embedding)).chunk(len(times))
     context = {
-        "modulation": tuple(vector for rows in chunks for vector in rows.unbind(1)),
+        "embedding": F.silu(torch.stack(embedding.chunk(len(times)), dim=1)),  # [B, times, D]
+        "modulation": (),
         "tokens": once["tokens"],
         "new": once["new"],
         "control": spread(controlnet_block_samples, len(denoiser.transformer_blocks)),

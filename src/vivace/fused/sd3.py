@@ -22,7 +22,7 @@ from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.elementwise import TORCH, Elementwise
 from vivace.fused.fold import fold_zero_tokens
 from vivace.fused.heads import Heads, Tokens, heads_for
-from vivace.fused.joint import JointBlock, Mlp, chained, streams_of
+from vivace.fused.joint import JointBlock, Mlp, chained, signal, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack
@@ -43,11 +43,10 @@ def declines(*, joint_attention_kwargs: Mapping[str, Any] | None = None, **kwarg
     return brings(joint_attention_kwargs)
 
 
-def _norms(denoiser: Any) -> Iterator[tuple[str, Any]]:
+def _norms(denoiser: Any) -> Iterator[Mapping[str, Any]]:
+    yield {"out": denoiser.norm_out.linear}
     for index, block in enumerate(denoiser.transformer_blocks):
-        yield f"{index}.image", block.norm1.linear
-        yield f"{index}.text", block.norm1_context.linear
-    yield "out", denoiser.norm_out.linear
+        yield {f"{index}.image": block.norm1.linear, f"{index}.text": block.norm1_context.linear}
 
 
 def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
@@ -94,15 +93,17 @@ def build(denoiser: Any, parts: Parts) -> Split:
         }
 
     return Split(
-        prologue=_prologue(denoiser, modulation),
+        prologue=_prologue(denoiser),
         blocks=blocks,
         epilogue=_epilogue(denoiser, modulation.spans["out"], parts.elementwise),
         once=once,
         once_inputs=("encoder_hidden_states", "pooled_projections"),
+        ready=modulation.ready,
+        signal=partial(signal, modulation.spans["0.image"], parts),
     )
 
 
-def _prologue(denoiser: Any, modulation: Modulation) -> Callable[..., State]:
+def _prologue(denoiser: Any) -> Callable[..., State]:
     def prologue(
         *,
         hidden_states: torch.Tensor,  # [B, C, H, W]
@@ -118,7 +119,8 @@ def _prologue(denoiser: Any, modulation: Modulation) -> Callable[..., State]:
         embedding = embed.timestep_embedder(embed.time_proj(timestep).to(once["pooled"].dtype)) + once["pooled"]
         x = denoiser.pos_embed(hidden_states).contiguous()
         context = {
-            "modulation": modulation(F.silu(embedding)).unbind(1),
+            "embedding": F.silu(embedding),
+            "modulation": (),
             "tokens": Tokens(
                 mask=None if once["bias"] is None else F.pad(once["bias"], (x.shape[1], 0)), repeats=once["repeats"]
             ),

@@ -13,6 +13,7 @@ from vivace.family import State
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, attend_alone, heads_for
 from vivace.fused.joint import Ahead, ahead_for, clipped
+from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 from vivace.kernels.row import HeadScaled
@@ -108,7 +109,7 @@ class SingleBlock:
         y = self._branch(normed, state.context)
 
         tokens = state.text.shape[1]
-        if control is not None or self.following is None:
+        if control is not None or self.following is None or not reaches(modulation, self.following.span):
             joint = clipped(self.elementwise.residual(joint, y, gate=gate))
             text, x = joint[:, :tokens], joint[:, tokens:]
             return replace(state, x=x if control is None else x + control[self.index], text=text, ahead=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -41,6 +42,21 @@ class Stack:
         """What a kernel in front is to make of this linear's input: `quantize=stack.takes`."""
         beside = any(side_of(linear) is not None for linear in self.linears)  # adapters read the input in 16 bit
         return None if beside or self._apart or self._quantised is None else self._quantised.takes
+
+    def part(self, which: slice) -> Stack:
+        """Some neighbours of its linears: views of what it has, good for as long as it is."""
+        part = copy.copy(self)
+        part.linears = self.linears[which]
+        if self._apart:
+            return part
+        start = sum(linear.out_features for linear in self.linears[: which.start])
+        rows = slice(start, start + sum(linear.out_features for linear in part.linears))
+        part.bias = None if self.bias is None else self.bias[rows]
+        if self._quantised is None:
+            part.weight = self.weight[rows]
+        else:
+            part._quantised = self._quantised.part(rows)
+        return part
 
     def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
         if self._apart:

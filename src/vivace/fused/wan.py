@@ -52,6 +52,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
     blocks = [video_block(block, index=i, parts=parts) for i, block in enumerate(denoiser.blocks)]
     return Split(
         prologue=partial(prologue, denoiser),
+        signal=_signal,
         blocks=chained("blocks", denoiser.blocks, blocks),
         epilogue=partial(epilogue, denoiser, parts.elementwise),
         once=partial(prompt, denoiser, denoiser.blocks),
@@ -159,6 +160,11 @@ def prologue(
         "return_dict": return_dict,
     }
     return State(x=x, context=context)
+
+
+def _signal(state: State) -> torch.Tensor:
+    """The projected embedding of time, as the family's: [B, 6, D] or [B, S, 6, D]."""
+    return torch.stack(state.context["modulation"], dim=-2)
 
 
 def epilogue(denoiser: Any, elementwise: Elementwise, state: State) -> Any:

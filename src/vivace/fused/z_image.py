@@ -105,8 +105,8 @@ def _refined(blocks: Sequence[SandwichBlock], x: torch.Tensor, modulation: Any, 
 def build(denoiser: Any, parts: Parts) -> Split:
     """The fused Split of a ZImageTransformer2DModel."""
     modulated = [*denoiser.noise_refiner, *denoiser.layers]
-    norms = ((str(i), block.adaLN_modulation[0]) for i, block in enumerate(modulated))
-    modulation = Modulation(norms, undo=parts.undo, width=denoiser.dim)
+    norms = {str(i): block.adaLN_modulation[0] for i, block in enumerate(modulated)}
+    modulation = Modulation([norms], undo=parts.undo, width=denoiser.dim)
 
     def fused(modules: Sequence[Any], first: int | None) -> list[SandwichBlock]:
         spans = [None if first is None else modulation.spans[str(first + i)] for i in range(len(modules))]

@@ -100,10 +100,15 @@ def device_of(module: torch.nn.Module) -> torch.device:
     """Where `module` computes: the device its weights come to, else where its parameters lie."""
     if (placed := getattr(type(module), "vivace_device", None)) is not None:
         return placed
-    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    # Not getattr, nor `parameters`: this is asked at every call, and what a module lacks is dear to look for.
+    hooked = getattr(vars(module).get("_hf_hook"), "execution_device", None)
     if hooked is not None:
         return torch.device(hooked)
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    for child in module.modules():
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cpu")
 
 
 def hooks_of(module: torch.nn.Module) -> dict[str, Any]:

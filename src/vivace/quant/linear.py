@@ -81,6 +81,12 @@ class QuantLinear(torch.nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         return self.format.product(self, x)
 
+    def part(self, rows: slice) -> QuantLinear:
+        """The layer of some of its outputs alone, with views of what it has."""
+        packed = {name: tensor[rows] for name, tensor in self.packed.items()}
+        bias = None if self.bias is None else torch.nn.Parameter(self.bias.detach()[rows], requires_grad=False)
+        return QuantLinear(packed, format=self.format, bias=bias, dtype=self.dtype, how=self.how)
+
     def dequantised(self) -> torch.Tensor:
         """The weight [N, K] that is really multiplied with, in the layer's type."""
         return self.format.unpack(self.packed, self.dtype)

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 Send = Callable[..., "Call"]
 """Has a segment of the denoiser run by the worker: name, arguments, form, compute, part."""
 
-WHOLE = ("forward", "signal")
-"""Segments from the denoiser's own arguments to an output."""
+WHOLE = "forward"
+"""The segment from the denoiser's own arguments to its output."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Middle:
 def _split_front(of: Layout, out: Mapping[str, Any], rows: Sequence[int]) -> list[Any]:
     starts = layout.split(of.x, out["start"], rows=rows)
     states = layout.split(dict(of.plan(out["state"])), out["state"], rows=rows)
-    return [{"start": start, "state": state, "at": out["at"]} for start, state in zip(starts, states, strict=True)]
+    signals = split(out.get("signal"), rows)
+    parts = zip(starts, states, signals, strict=True)
+    return [{"start": start, "state": state, "at": out["at"], "signal": signal} for start, state, signal in parts]
 
 
 class Segments:
@@ -107,7 +109,7 @@ class Segments:
         where = (getattr(segment, "func", None), *map(_identity, getattr(segment, "args", ())), self._end)
         run = partial(self._lane.segment, partial(self._lane.run, name), segment, self._end)
         send = partial(self._send, name, kwargs, part=where)
-        if kind in WHOLE:
+        if kind == WHOLE:
             return send(form=self._axes, compute=run).out
         if kind == "front" and not self._alone:
             return self._open(where, run, send, kwargs)
