@@ -11,7 +11,7 @@ from diffusers import HeunDiscreteScheduler
 import vivace
 from vivace import InputError
 from vivace.cache import fit
-from vivace.cache.calibrate import calibrate
+from vivace.cache.calibrate import calibrate, gains
 from vivace.cache.schedule import Errors, schedules, uniform
 
 PROMPTS = ["a fox", "a dog", "a red house", "blue sky at night", "seven cats"]
@@ -189,6 +189,15 @@ def test_the_best_of_all_schedules_is_found():
         best = schedules(errors)[count]
         assert best.error == pytest.approx(min(trials.values()))
         assert trials[best.compute] == pytest.approx(best.error)
+
+
+def test_a_tiny_last_step_says_nothing_of_those_before_it():
+    # What later steps make of an error is 2 everywhere; the last step is a hundredth of the others.
+    found = gains({1: 0.2, 5: 0.002}, [-0.1, -0.1, -0.1, -0.2, -0.2, -0.001])
+    assert found == pytest.approx([0.2, 0.2, 0.2, 0.4, 0.4, 0.002])
+    # Heun's first evaluations have no effect of their own.
+    assert gains({0: 0.5, 2: 0.5}, [0.0, 0.1, 0.0, 0.1])[::2] == pytest.approx([0.5, 0.5])
+    assert gains({0: 0.5, 1: 0.3, 2: 0.5}, [0.0, 0.1, 0.0, 0.1])[3] == pytest.approx(0.3)
 
 
 def test_what_later_steps_make_of_an_error_counts_to_a_power():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import exp, isfinite, log
@@ -211,10 +211,22 @@ def _gains(bench: Bench, errors: Errors, prompts: Sequence[str]) -> list[float]:
             measured[step] = final / local
     if not measured:
         raise InputError("skipping any single step changes nothing in the final latent; is the model loaded right?")
-    return [_interpolated(measured, step) for step in range(count)]
+    return gains(measured, errors.effect)
 
 
-def _interpolated(values: dict[int, float], step: int) -> float:
+def gains(measured: Mapping[int, float], effects: Sequence[float]) -> list[float]:
+    """The gain at every step, from that at some: its effect, times what later steps make of it, interpolated.
+
+    The effect itself may jump from step to step: a schedule's last step is often a tiny one.
+    """
+    later = {step: gain / abs(effects[step]) for step, gain in measured.items() if effects[step]}
+    return [
+        abs(effect) * _interpolated(later, step) if effect and later else _interpolated(measured, step)
+        for step, effect in enumerate(effects)
+    ]
+
+
+def _interpolated(values: Mapping[int, float], step: int) -> float:
     """Linear in the logarithm, constant beyond the ends."""
     below = max((s for s in values if s <= step), default=min(values))
     above = min((s for s in values if s >= step), default=max(values))
