@@ -5,7 +5,7 @@
     python recipes/builtin/style.py draw
 
 `train` writes examples/STYLE.safetensors in diffusers' format; `draw` shows both styles merged into the weights, kept
-beside them, and stacked, as docs/lora.png.
+beside them, stacked, and on the few-step student, as docs/lora.png.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import vivace
 from vivace.builtin.captions import facts, say
 from vivace.builtin.render import render
 from vivace.evals.sheet import sheet
+from vivace.few_step import FOLDER, use_few_step
+from vivace.load import find
 
 RANK, BATCH, RATE = 4, 32, 2e-3
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj", "net.2"]
@@ -136,29 +138,34 @@ def flow_loss(pipe: Any, scenes: Supply, words: random.Random, *, restyle: Calla
 
 
 def draw(folder: Path, *, to: Path) -> None:
-    """Every prompt without and with the styles: merged, beside, and both at once."""
-    columns: dict[str, tuple[str, tuple[str, ...]]] = {
-        "no LoRA": ("auto", ()),
-        **{f"{style}, merged": ("merged", (style,)) for style in STYLES},
-        **{f"{style}, beside": ("side", (style,)) for style in STYLES},
-        "both, merged": ("merged", tuple(STYLES)),
-        "both, beside": ("side", tuple(STYLES)),
+    """Every prompt without and with the styles: merged, beside, both at once, and on the student in four steps."""
+    both, student = tuple(STYLES), {"num_inference_steps": 4, "guidance_scale": 1.0}
+    model = find("builtin").path
+    assert model is not None
+    columns: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+        "no LoRA": ("auto", (), {}),
+        **{f"{style}, merged": ("merged", (style,), {}) for style in STYLES},
+        **{f"{style}, beside": ("side", (style,), {}) for style in STYLES},
+        "both, merged": ("merged", both, {}),
+        "both, beside": ("side", both, {}),
+        **{f"{style}, 4 steps": ("merged", (style,), student) for style in STYLES},
     }
-    pipe: Any = vivace.load("builtin")
-    pipe.set_progress_bar_config(disable=True)
+    pipes: dict[bool, Any] = {False: vivace.load("builtin"), True: use_few_step(vivace.load("builtin"), model / FOLDER)}
     with tempfile.TemporaryDirectory() as rooms:
         rows = [
             (prompt, [Path(rooms) / f"{row}-{place}.png" for place in range(len(columns))])
             for row, prompt in enumerate(PROMPTS)
         ]
-        for place, (name, (mode, styles)) in enumerate(columns.items()):
+        for place, (name, (mode, styles, call)) in enumerate(columns.items()):
+            pipe = pipes[bool(call)]
+            pipe.set_progress_bar_config(disable=True)
             vivace.accelerate(pipe, lora=mode)
             for style in styles:
                 pipe.load_lora_weights(folder, weight_name=f"{style}.safetensors", adapter_name=style)
             if styles:
                 pipe.set_adapters(list(styles))
             for prompt, paths in rows:
-                picture: Image.Image = pipe(prompt, generator=torch.Generator().manual_seed(SEED)).images[0]
+                picture: Image.Image = pipe(prompt, generator=torch.Generator().manual_seed(SEED), **call).images[0]
                 picture.save(paths[place])
             pipe.unload_lora_weights()
             vivace.restore(pipe)

@@ -351,3 +351,4 @@ def test_a_step_known_to_be_skipped_looks_at_no_weight_and_the_next_sees_what_wa
     assert not torch.equal(found[1], found[2])
     assert not torch.equal(found[2], plain)
     assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
+    vivace.restore(denoiser)

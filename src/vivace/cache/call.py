@@ -134,9 +134,7 @@ def _front(split: Split, depth: int, signal: bool, **kwargs: Any) -> dict[str, A
 
 
 def _through(split: Split, at: int, to: int, *, start: torch.Tensor, **state: Any) -> dict[str, Any]:
-    now = split.through(State(**state), at, to)
-    # What was made ready for these blocks is of no use to others.
-    return {"start": start, "state": {**vars(now), "context": state["context"]}, "at": to}
+    return {"start": start, "state": vars(split.through(State(**state), at, to)), "at": to}
 
 
 def _back(split: Split, at: int, **state: Any) -> Any:
