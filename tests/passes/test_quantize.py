@@ -286,7 +286,7 @@ def test_adapters_stay_when_the_rest_is_accelerated_anew(sd3_pipe, sd3_latents, 
 
 
 def test_merging_needs_the_originals(sd3_pipe):
-    with pytest.raises(InputError, match="16-bit weights are not kept .*; lora='side' puts adapters beside them"):
+    with pytest.raises(InputError, match=r"16-bit weights are not kept .*; lora='side' puts adapters beside them"):
         vivace.accelerate(sd3_pipe, quant="int8", keep_base="no", lora="merged")
 
 
