@@ -49,6 +49,7 @@ class Bench:
     tell: Tell
     config: Config
     exact: dict[str, torch.Tensor] = field(default_factory=dict)  # prompt -> final latent
+    _under: tuple[Policy | None, ...] = field(default=(), init=False)  # the policy of the last run; empty: of none
 
     @contextmanager
     def solved_by(self, name: str) -> Iterator[None]:
@@ -57,19 +58,23 @@ class Bench:
         family = acceleration.target.family if acceleration else None
         if family is None:
             raise InputError(f"what a {type(self.pipe).__name__} predicts is not known, so {name} is not tried")
+        self._under = ()
         restore(self.pipe)
         stock = self.pipe.scheduler
         try:
             use_scheduler(self.pipe, name, prediction=family.prediction)
             yield
         finally:
+            self._under = ()
             restore(self.pipe)
             self.pipe.scheduler = stock
             accelerate(self.pipe, self.config)
 
     def run(self, prompt: str, policy: Policy | None, *, steps: int | None = None, outputs: bool = False) -> Run:
         """The record of one run under `policy`; the noise belongs to the prompt."""
-        accelerate(self.pipe, self.config, cache=policy)
+        if not self._under or self._under[0] is not policy:
+            accelerate(self.pipe, self.config, cache=policy)
+            self._under = (policy,)
         seeds = [self.seed + crc32(prompt.encode())]
         with recorded(self.pipe.scheduler, outputs=outputs) as run, torch.no_grad():
             draw(self.pipe, [prompt], steps=steps or self.steps, seeds=seeds, output_type="latent", **self.call)
@@ -314,9 +319,9 @@ def _firstblock(
     rows, worse = [], []
     for threshold in sorted({fit.threshold(runs, share) for share in shares}, reverse=True):
         bench.tell(f"firstblock: threshold {threshold:.3g}")
-        errors, used = [], []
+        errors, used, policy = [], [], FirstBlock(threshold=threshold)
         for prompt in test:
-            errors.append(bench.error([prompt], FirstBlock(threshold=threshold)))
+            errors.append(bench.error([prompt], policy))
             used.append(bench.computed())
         computed = sum(used) / len(used)
         even = "+".join(map(str, uniform(calls, max(1, round(computed * calls)))))
