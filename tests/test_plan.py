@@ -134,3 +134,12 @@ def test_a_budget_says_how_much_slower_it_is_on_a_gpu_that_was_measured(monkeypa
     assert found.slowdown == pytest.approx(moved * 22.17 * 2**30 / 25e9 / 0.106, rel=0.1)
     assert f"up to {found.slowdown:.1f} times that while its weights come" in str(found)
     assert vivace.plan("flux", vram="80GB").slowdown is None
+
+
+def test_a_budget_says_how_much_slower_it_is_at_most_where_no_gpu_says_how_fast_it_is():
+    found = vivace.plan("flux", vram="12GB", device="cpu")
+    assert found.forward_ms is None
+    least = found.forward_tflop / roofline.RATES["NVIDIA H200"].bf16
+    assert found.slowdown == pytest.approx(37 / 57 * 22.17 * 2**30 / 25e9 / least, rel=0.1)
+    assert f"up to {found.slowdown:.1f} times a resident one's time on an NVIDIA H200, and less" in str(found)
+    assert vivace.plan("flux", device="cpu").slowdown is None

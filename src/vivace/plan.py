@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from vivace.bench.roofline import FASTEST
 from vivace.cold_start import cold_start, told
 from vivace.config import Config, plain, preset_name, resolve
 from vivace.errors import InputError
@@ -39,9 +40,7 @@ class Plan:
     weight_bytes: int  # on the device, all components and passes together
     forward_tflop: float | None  # of one denoiser forward of the published model, at its own size
     forward_ms: float | None  # the least that takes at the rate measured on this GPU, in 16 bit
-    slowdown: (
-        float | None
-    )  # of a denoiser call that a budget makes move weights, at most; None: nothing says what it is
+    slowdown: float | None  # of a denoiser call whose weights come from the host, at most; None: none come, or no TFLOP
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -60,7 +59,8 @@ class Plan:
         lines.append(f"  memory: weights {_gib(self.weight_bytes)} ({parts}{change})")
         if self.forward_tflop:
             least = f", at least {self.forward_ms:.1f} ms in 16 bit here" if self.forward_ms else ""
-            slower = f", up to {self.slowdown:.1f} times that while its weights come" if self.slowdown else ""
+            whose = "that" if self.forward_ms else f"a resident one's time on an {FASTEST}, and less on a slower GPU,"
+            slower = f", up to {self.slowdown:.1f} times {whose} while its weights come" if self.slowdown else ""
             lines.append(f"  one denoiser forward: {self.forward_tflop:.2f} TFLOP{least}{slower}")
         return "\n".join(lines)
 
@@ -82,7 +82,7 @@ def plan(
     import torch
 
     from vivace.accelerate import wanted_passes
-    from vivace.bench.roofline import rate_of
+    from vivace.bench.roofline import RATES, rate_of
     from vivace.memory.placement import BANDWIDTH
     from vivace.memory.sizes import components_of, skeletons
     from vivace.passes import PASSES
@@ -104,6 +104,7 @@ def plan(
     rate = rate_of(torch.cuda.get_device_name(place) if place.type == "cuda" else None, "bf16")
     least = tflop / rate if tflop and rate else None  # seconds
     moved = target.placement.moved_per_call if target.placement else 0
+    resident = least or (tflop / RATES[FASTEST].bf16 if tflop else None)  # a faster one waits the most for weights
     return Plan(
         model=source.name,
         pipeline=source.pipeline,
@@ -120,7 +121,7 @@ def plan(
         weight_bytes=sum(sizes.values()) + added,
         forward_tflop=tflop,
         forward_ms=least * 1e3 if least else None,
-        slowdown=max(1.0, moved / BANDWIDTH / least) if moved and least else None,
+        slowdown=max(1.0, moved / BANDWIDTH / resident) if moved and resident else None,
     )
 
 

@@ -23,6 +23,9 @@ RATES: Mapping[str, Rates] = {
 """By the name that torch gives the GPU; a GPU without a row has no share of the roofline in its tables."""
 
 
+FASTEST = max(RATES, key=lambda gpu: RATES[gpu].bf16)
+
+
 def rate_of(gpu: str | None, kind: str) -> float | None:
     """TFLOP/s of `kind` ("bf16", "fp8", "int8") on that GPU, or None where it was not measured."""
     return getattr(RATES.get(gpu or ""), kind, None)
