@@ -1,4 +1,4 @@
-"""Trains in child processes that are killed while they save, twenty times, then to the end. Run by test_trainer.
+"""Trains in child processes until twenty were killed in the middle of a save, then to the end. Run by test_trainer.
 
 A process of its own, with one thread, so that it can be forked when everything is imported.
 """
@@ -15,12 +15,12 @@ import torch
 from vivace.distill import Data, DistillConfig, Optimizer, Records, Stage, Student, train
 from vivace.families import FAMILIES
 
-BATCHES = 40
+BATCHES = 60
 KILLS = 20
 
 
 def config(output: Path, *, batches: int = BATCHES) -> DistillConfig:
-    """Forty small batches with a checkpoint after each."""
+    """Sixty small batches with a checkpoint after each."""
     return DistillConfig(
         output=str(output),
         stages=(Stage(batches=batches, steps=4, guidance=(2.0, 3.0), modes=(0, 0, 0, 1.0)),),
@@ -48,7 +48,7 @@ def main(output: Path) -> None:
     rng = random.Random(0)
     train(config(output.with_name("warm"), batches=1), pipe=FAMILIES["sd3"].tiny())
     interrupted = 0
-    for _ in range(KILLS):
+    while interrupted < KILLS:
         child = forked(output)
         # at its first or second save
         saves: set[str] = set()
@@ -57,7 +57,7 @@ def main(output: Path) -> None:
             saves |= {path.name for path in output.glob(".step-*")}
             time.sleep(0.0002)
         if len(saves) < wanted:
-            break
+            break  # it came to its end
         time.sleep(rng.random() ** 4 * 0.02)  # mostly while it still goes on, sometimes after
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

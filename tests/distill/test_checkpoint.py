@@ -84,7 +84,7 @@ def test_a_kill_in_the_middle_of_a_save_twenty_times(tmp_path):
     write(tmp_path, 0)
     rng = random.Random(0)
     number = interrupted = 0
-    for _ in range(20):
+    while interrupted < 20:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)  # a fork has none of the threads that its parent's pool counts on
@@ -106,4 +106,3 @@ def test_a_kill_in_the_middle_of_a_save_twenty_times(tmp_path):
         number = state["done"]
         checkpoint.sweep(tmp_path)
     assert number > 0
-    assert interrupted > 3

@@ -306,7 +306,8 @@ def _check_stage(stage: Stage, *, where: str, modes: bool) -> None:
         raise InputError(f"{where} has a negative weight; weights are 0 or more")
     if not any((stage.distillation, stage.matching, stage.adversarial)):
         raise InputError(f"{where} weighs nothing; set distillation, matching or adversarial above 0")
-    if modes and (not stage.modes or min(stage.modes) < 0 or sum(stage.modes) <= 0):
+    # Other mixtures take the number of modes too: as the student's own steps, where `simulated` begins.
+    if not stage.modes or min(stage.modes) < 0 or sum(stage.modes) <= 0:
         raise InputError(f"{where}.modes is {list(stage.modes)}; it takes weights of 0 or more, not all 0")
     if modes and stage.steps % len(stage.modes):
         count = len(stage.modes)
