@@ -33,6 +33,11 @@ def test_steps_need_not_divide_where_modes_are_not_used():
     DistillConfig(**{**GOOD, "stages": (Stage(batches=1, steps=30),)}, timesteps="uniform")
 
 
+def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
+    with pytest.raises(InputError, match=r"modes is \[\]; it takes weights of 0 or more, not all 0"):
+        DistillConfig(**{**GOOD, "stages": (Stage(batches=1, modes=()),)}, timesteps="uniform")
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
