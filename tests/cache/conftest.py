@@ -37,6 +37,7 @@ def pipe(_pipe: Any) -> Iterator[Any]:
     stock = _pipe.scheduler
     yield _pipe
     vivace.restore(_pipe)
+    vivace.restore(_pipe.transformer)  # a test may have accelerated it bare
     _pipe.scheduler = stock
 
 

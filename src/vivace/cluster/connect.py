@@ -80,6 +80,8 @@ def reach(address: str) -> None:
     if not port.isdecimal():
         return  # "auto": Ray knows where
     try:
+        if int(port) > 65535:  # some resolvers take the rest of it
+            raise OverflowError("a port is at most 65535")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
     except (OSError, OverflowError) as error:
         raise InputError(

@@ -94,7 +94,8 @@ class Stream:
         self._samples = None
 
     def _endless(self) -> Iterator[tuple[Place, Sample]]:
-        with ThreadPoolExecutor(max(1, self.data.workers)) as pool:
+        pool = ThreadPoolExecutor(max(1, self.data.workers))
+        try:
             while True:
                 yield from self._epoch(pool)
                 if not self.taken:
@@ -104,6 +105,9 @@ class Stream:
                         "check data.path, data.captions and the filters"
                     )
                 self.epoch, self.position, self.taken = self.epoch + 1, 0, 0
+        finally:
+            # The garbage collector may come here out of `threading` itself, whose lock a join would wait for, for ever.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _epoch(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Place, Sample]]:
         ahead: deque[tuple[Place, Future[Sample]]] = deque()
