@@ -30,7 +30,7 @@ CACHES = (
     "steps:compute=0+2+4+6+8+10+12+14+16+18+20+22+24+26,order=1",
     "firstblock:threshold=0.1", "firstblock:threshold=0.2", "firstblock:threshold=0.3",
     "firstblock:threshold=0.2,order=1",
-    "teacache:threshold=0.1", "teacache:threshold=0.2", "teacache:threshold=0.4",
+    "teacache:threshold=0.02", "teacache:threshold=0.04", "teacache:threshold=0.08",
     "dicache:threshold=0.1", "dicache:threshold=0.3",
     "taylorseer:interval=2", "taylorseer:interval=3", "taylorseer:interval=3,order=2",
     "meancache:of50=25", "meancache:of50=17", "meancache:of50=10",

@@ -63,14 +63,16 @@ class Rows:
             with suppress(ValueError):  # a line that was cut short
                 row = json.loads(line)
                 if row.pop("key") == self.key:
-                    yield row
+                    yield {**row, "right": f"{int(row['right'], 16):b}"[1:]}
 
     def keep(self, row: Mapping[str, Any]) -> None:
         """One row more."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
-            # The newline comes first: a machine that stopped may have left half a line.
-            file.write("\n" + json.dumps({"key": self.key, **row}))
+            # The newline comes first: a machine that stopped may have left half a line. Verdicts four to a digit, after
+            # a 1 that keeps the zeros: small enough to be committed.
+            packed = f"{int('1' + row['right'], 2):x}"
+            file.write("\n" + json.dumps({"key": self.key, **row, "right": packed}))
 
 
 class Bench:
@@ -164,8 +166,8 @@ class Bench:
         captions = self.exam.captions[chosen]
         return sample(self.pipe, captions, steps=steps, seed=self.seed + chosen.start, guidance_scale=3.0).pictures
 
-    def write(self, table: Sequence[Mapping[str, Any]], *, name: str, out: Path) -> Path:
-        """The table with machine and command; what is left is said in it."""
+    def write(self, table: Sequence[Mapping[str, Any]], *, name: str, out: Path, **more: Any) -> Path:
+        """The table with machine and command, and `more`; what is left is said in it."""
         device = self.pipe.device
         place = torch.cuda.get_device_name(device).split()[-1].lower() if device.type == "cuda" else "cpu"
         file = out / f"{date.today()}-{place}-builtin-{name}.json"
@@ -175,7 +177,7 @@ class Bench:
             "machine": machine(), "place": place_of(self.pipe), "rows_left": self.left,
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**about, "rows": list(table)}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({**about, **more, "rows": list(table)}, indent=1) + "\n", encoding="utf-8")
         return file
 
 

@@ -33,7 +33,7 @@ from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lo
 from vivace.one_off import give_class
 from vivace.passes.accumulate import narrow
 from vivace.passes.target import device_of, types_of
-from vivace.watch import Watch
+from vivace.watch import Changed, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +160,17 @@ class Lane:
             return self._stock(self.denoiser, *args, **kwargs)
         started = time.perf_counter()
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._follow(kwargs)
+        late = self.cache is not None and self._watch is not None
+        self._follow(kwargs, late=late)
         if device_of(self.denoiser).type != self._device_type:
             self.moved()
             return self.denoiser.forward(**kwargs)
         with self._settings(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
-            out = self._serve(kwargs)
+            try:
+                out = self._serve(dict(kwargs), check=self._check if late else None)
+            except Changed:
+                self._follow(kwargs)
+                out = self._serve(kwargs)
         if self.first_seconds is None:
             if self._device_type == "cuda":
                 torch.cuda.synchronize()
@@ -209,7 +214,7 @@ class Lane:
         with self.route or nullcontext(), told, narrow() if self.narrow else nullcontext():
             yield
 
-    def _serve(self, kwargs: dict[str, Any], run: Run | None = None) -> Any:
+    def _serve(self, kwargs: dict[str, Any], run: Run | None = None, check: Callable[[], None] | None = None) -> Any:
         split, served_by = self._way(kwargs)
         self._count(served_by, warn=split is None and self._fused is not None)
         if split is not None and split.once is not None and run is None:
@@ -218,7 +223,8 @@ class Lane:
         forward = split or functools.partial(self._stock, self.denoiser)
         if self.cache is None:
             return run("forward", forward, **kwargs)
-        return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by)
+        check = check or (lambda: None)
+        return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
 
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
         """The fused blocks, if they serve such a call; and what does."""
@@ -239,12 +245,10 @@ class Lane:
             return f"its weights are in {names}, and autocast asks for {str(cast).removeprefix('torch.')}"
         return self._fused.declines(**kwargs)
 
-    def _follow(self, kwargs: Mapping[str, Any]) -> None:
-        """Build again when the denoiser is not what it was; bring its adapters up to date."""
+    def _follow(self, kwargs: Mapping[str, Any], *, late: bool = False) -> None:
+        """Bring the denoiser's adapters up to date; unless that is for later, build again if it is not what it was."""
         with self._lock:
-            if self._watch is not None and self._rests(kwargs):
-                return  # looking at every weight would take most of such a call's time
-            if self._watch is None or self._watch.changed():
+            if self._watch is None or (not late and self._watch.changed()):
                 self.release()
                 if self.adapters is not None:
                     # A layer may have come in by no method of the denoiser's.
@@ -256,9 +260,14 @@ class Lane:
                 # What was settled has let go of it.
                 self._build()
 
-    def _rests(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether nothing is computed for this call, as the cache's policy knows beforehand."""
-        return self.cache is not None and self.cache.rests(kwargs, served_by=self._way(kwargs)[1])
+    def _check(self) -> None:
+        """Raises Changed where the denoiser is not what it was.
+
+        Looking at every weight takes longer than a step that a cache skips, so that a cache decides when.
+        """
+        with self._lock:
+            if self._watch is None or self._watch.changed():
+                raise Changed
 
     def _build(self) -> None:
         """Build what is made from the weights as they are now."""

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 
+class Changed(Exception):
+    """A module is no longer what it was when something was made of it."""
+
+
 class Watch:
     """A module as it is now: which modules, parameters, attention processors, adapters' strengths, storages and hooks.
 
@@ -22,7 +26,7 @@ class Watch:
         self._versions: list[tuple[torch.Tensor, int]] = [(vector, vector._version) for vector in own]
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._storages: list[tuple[Callable[[], int], int]] = []
-        self._hooked: list[tuple[dict[str, Any], bool]] = []
+        self._hooked: list[tuple[dict[str, Any], Any, Any, bool]] = []
         self._strengths: list[tuple[list[Any], list[Any]]] = []  # of IP-Adapters, which change in place
         for child in module.modules():
             self._places += [(child._modules, name, inner) for name, inner in child._modules.items()]
@@ -34,7 +38,9 @@ class Watch:
             if isinstance(strengths := vars(child).get("scale"), list):
                 self._strengths.append((strengths, list(strengths)))
             if child is not module:
-                self._hooked.append((vars(child), hooked(child)))
+                state = vars(child)
+                hooks = (state["_forward_hooks"], state["_forward_pre_hooks"])
+                self._hooked.append((state, *hooks, _hooked(state)))
 
     def changed(self) -> bool:
         """Whether anything was replaced, moved, cast, hooked or unhooked since."""
@@ -51,7 +57,10 @@ class Watch:
         for strengths, before in self._strengths:
             if strengths != before:
                 return True
-        return any(_hooked(state) is not before for state, before in self._hooked)
+        for state, after, first, before in self._hooked:
+            if bool(after or first or "forward" in state) is not before:
+                return True
+        return False
 
 
 def hooked(module: torch.nn.Module) -> bool:

@@ -352,3 +352,18 @@ def test_a_step_known_to_be_skipped_looks_at_no_weight_and_the_next_sees_what_wa
     assert not torch.equal(found[2], plain)
     assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
     vivace.restore(denoiser)
+
+
+def test_a_policy_that_asks_the_first_block_computes_anew_what_was_replaced_in_mid_request(pipe, last):
+    denoiser = vivace.accelerate(pipe.transformer, cache="firstblock:threshold=1000,warmup=1")
+    plain = sample(denoiser, seed=1, steps=8)
+    assert (last(denoiser)["computed"], last(denoiser)["skipped"]) == (1, 7)
+    first = denoiser.transformer_blocks[0].attn.to_q
+    stock = first.weight
+    replaced = sample(denoiser, seed=1, steps=8, turn=Replaced(first, before=3))
+    # The step whose front showed it is not skipped: what is remembered is of other weights.
+    assert (last(denoiser)["computed"], last(denoiser)["skipped"]) == (2, 6)
+    assert not torch.equal(replaced, plain)
+    first.weight = stock
+    assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
+    vivace.restore(denoiser)

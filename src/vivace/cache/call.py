@@ -47,6 +47,9 @@ class Call:
     batch: int | None = None  # samples that the scheduler steps; None before its first step
     shared: dict[str, Any] = field(default_factory=dict)  # what the branches of this request tell each other
     skipped: bool = False
+    check: Callable[[], None] = lambda: None
+    """Raises `Changed` where the denoiser is not what `split` and recordings were made of. Before anything long is
+    computed; a policy that only adds up what it remembers never looks."""
 
     @property
     def time(self) -> float:
@@ -59,6 +62,7 @@ class Call:
 
     def whole(self) -> Any:
         """The denoiser's output, computed."""
+        self.check()
         return self.run("forward", self.forward, **self.kwargs)
 
     @property
@@ -68,6 +72,7 @@ class Call:
 
     def second_half(self) -> Any:
         """The output for the second half of the samples alone."""
+        self.check()
         rows = self.rows
         half = tree_map_only(
             torch.Tensor, lambda t: t[rows // 2 :] if t.ndim and len(t) == rows else t, dict(self.kwargs)
@@ -78,7 +83,10 @@ class Call:
         """Everything up to the first `depth` blocks that change the stream, and TeaCache's signal if that is wanted."""
         assert self.split is not None
         name = f"front of {depth}{' and its signal' if signal else ''}"
-        return Front(**self.run(name, partial(_front, self.split, depth, signal), **self.kwargs))
+        try:
+            return Front(**self.run(name, partial(_front, self.split, depth, signal), **self.kwargs))
+        finally:
+            self.check()  # while the device computes: the front of a denoiser that has changed is thrown away
 
     def through(self, front: Front, *, to: int) -> Front:
         """The blocks from where `front` stands up to block `to`, not included."""
@@ -90,6 +98,11 @@ class Call:
         """The output, by the blocks after `front`."""
         assert self.split is not None
         return self.run(f"back from {front.at}", partial(_back, self.split, front.at), **vars(front.state))
+
+    def apart(self, forward: Callable[..., Any]) -> Any:
+        """The output by `forward`, which reads more than the arguments: never recorded."""
+        self.check()
+        return self.run.apart(forward, **self.kwargs)
 
     def rest(self, front: Front) -> tuple[Any, torch.Tensor]:
         """The output, by the blocks after `front`, and what these blocks added to the stream."""

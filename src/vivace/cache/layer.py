@@ -57,29 +57,21 @@ class Cache:
         run: Run,
         split: Split | None,
         served_by: str,
+        check: Callable[[], None],
     ) -> Any:
         """One call of the denoiser: its arguments, its result. `split` is the fused blocks', where these serve."""
         place = _place(kwargs)
         if isinstance(place, str):
+            check()
             self.idle[place] = self.idle.get(place, 0) + 1
             return run("forward", forward, **kwargs)
         now, schedule = place
         branches, shared, count = self._request(now)
         call = Call(
             step=now.step, schedule=schedule, branch=now.branch, batch=now.batch, shared=shared,
-            kwargs=kwargs, forward=forward, run=run, split=split or self.stock,
+            kwargs=kwargs, forward=forward, run=run, split=split or self.stock, check=check,
         )  # fmt: skip
         return self._serve(call, branches, key=_key(now, served_by, schedule, kwargs), count=count)
-
-    def rests(self, kwargs: Mapping[str, Any], *, served_by: str) -> bool:
-        """Whether the policy knows already that nothing is computed for such a call."""
-        place = _place(kwargs)
-        if isinstance(place, str):
-            return False
-        now, schedule = place
-        branch = self._request(now)[0].get(_key(now, served_by, schedule, kwargs))
-        known = branch is not None and branch.step == now.step - 1
-        return known and self.policy.computes(now.step, schedule) is False
 
     def to_dict(self) -> dict[str, Any]:
         """What happened so far as plain values, ready for JSON."""

@@ -89,7 +89,7 @@ class PAB(Policy):
         every = {"self": self.self_every, "cross": self.cross_every}
         broadcast = Broadcast({kind: active and place % n != 0 for kind, n in every.items()}, memory.outputs)
         # Not through a graph: what it reuses is no argument of the call.
-        out = call.run.apart(partial(_served_by, broadcast, call.forward), **call.kwargs)
+        out = call.apart(partial(_served_by, broadcast, call.forward))
         call.skipped = broadcast.reused
         return out
 

@@ -1,8 +1,8 @@
 """Planned: the schedule that a calibration found best for this model, scheduler and number of steps.
 
-Which steps are computed was chosen by dynamic programming on the measured error of the final latent; the outputs of
-the others are sums of the last three, with weights fitted for every step. Everything is known before the run: nothing
-is read from the device, the whole forward is one graph, and memory is a few latents.
+Which steps are computed was chosen by dynamic programming on the errors that estimates have in exact runs; the outputs
+of the others are sums of the last three, with weights fitted for every step. Everything is known before the run:
+nothing is read from the device, the whole forward is one graph, and memory is a few latents.
 """
 
 from __future__ import annotations
