@@ -66,10 +66,9 @@ class Objective:
 
         `choices`, where given, draws all but the noise: what decides how often teacher and student are called.
         """
-        config, z = self.config, item.z
+        z = item.z
         choices = choices or generator
-        odds = mixture(stage, kind=config.timesteps)
-        index = int(torch.multinomial(odds.to(choices.device), 1, generator=choices))
+        index = self.place(stage, choices)
         low, high = stage.guidance
         guidance = low + (high - low) * _share(choices)
         levels = self.view.levels.grid(stage.steps, tokens=self.tokens(z))
@@ -81,6 +80,11 @@ class Objective:
         # A sampler starts from noise alone, also where the noisiest level keeps a trace of the picture.
         x = noise if index == 0 else self.view.noisy(z, noise, levels[index].expand(len(z)))
         return Start(x, levels[index:], guidance)
+
+    def place(self, stage: Stage, choices: torch.Generator) -> int:
+        """Draw an index of the teacher's grid from the stage's mixture: the first that `choices` decides of a batch."""
+        odds = mixture(stage, kind=self.config.timesteps)
+        return int(torch.multinomial(odds.to(choices.device), 1, generator=choices))
 
     @torch.no_grad()
     def simulated(
