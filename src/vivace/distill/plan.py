@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vivace.distill.config import DistillConfig, Stage
+from vivace.distill.objective import Start
 from vivace.distill.stages import mixture
 from vivace.distill.student import trainable
 from vivace.distill.trainer import make_accelerator, make_training
@@ -112,8 +113,8 @@ def _batch(training: Training, stage: Stage) -> tuple[float, float, float]:
     student = training.cast(training.plain)
     begin = partial(training.objective.start, choices=training.choices())
     starting, start = _timed(training, lambda: begin(item, stage, student, generator))
-    # Every step of the solver takes as long as the next: two of them tell.
-    start = replace(start, grid=start.grid[: MEASURED + 1])
+    # Every step of the solver takes as long as the next: two of them tell, as those between the exact ends are.
+    start = replace(start, grid=start.grid[: MEASURED + 1], ends=Start.ends)
     rollout, target = _timed(training, lambda: training.target(item, start, stage))
     calls = 1 if training.config.method == "consistency" else len(start.grid) - 1
     updating, _ = _timed(training, lambda: training.updates(item, start, target, stage, generator))
