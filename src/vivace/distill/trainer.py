@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from vivace.distill import checkpoint
 from vivace.distill.actors import make_actors
 from vivace.distill.config import DistillConfig
-from vivace.distill.data import supply_of
+from vivace.distill.data import source_of, supply_of
 from vivace.distill.grid import draw_grid
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
@@ -126,11 +126,13 @@ def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
 
 def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any = None) -> Training:
     """A training at its beginning. Raises InputError for what `config` asks and the teacher cannot do."""
+    source = source_of(config)
     pipe = load_teacher(config, device=accelerator.device) if pipe is None else pipe.to(accelerator.device)
     actors = make_actors(config, pipe)
     supply = supply_of(
         config,
         multiple=actors.family.multiple,
+        source=source,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         device=str(accelerator.device),
