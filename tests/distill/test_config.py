@@ -44,7 +44,7 @@ def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
         ({"stages": ()}, "stages is empty"),
         (
             {"conditioners": (Conditioner(join="vector", source="x"),), "records": Records(prompts=("a",))},
-            "sample grids are drawn from text alone",
+            "with conditioners sample grids show the data's first pictures",
         ),
         (
             {"conditioners": (Conditioner(join="argument", source="x"),)},

@@ -36,6 +36,7 @@ class Training:
         self.actors, self.supply, self.accelerator, self.config = actors, supply, accelerator, config
         self.objective = actors.objective
         self.done = 0
+        self.shown: Item | None = None  # of sample grids with conditions
         self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
