@@ -28,7 +28,7 @@ def test_a_row_for_each_number_of_steps(actors_of, backbone):
     assert all(pipe.components[name] is part for name, part in before.items())
 
 
-@pytest.mark.parametrize("backbone", ["sdxl-adapter", "sdxl-controlnet", "sd3"])
+@pytest.mark.parametrize("backbone", ["sd15-inpaint", "sdxl-adapter", "sdxl-upscale", "sd3"])
 def test_with_conditions_the_students_pictures_are_below_the_datas(actors_of, backbone):
     actors = actors_of(backbone)
     records = Records(trackers=(), steps=(4, 1))
