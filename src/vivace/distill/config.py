@@ -268,6 +268,8 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
     if config.accelerate is not None:
         resolve(config.accelerate)
+    if config.student.kind == "lora" and not config.student.targets:
+        raise InputError("student.targets is empty; give endings of module names, such as [to_q, to_k, to_v, to_out.0]")
     if config.critic is not None and not any(stage.matching for stage in config.stages):
         raise InputError("a critic serves distribution matching, which no stage weighs; set matching, or leave it out")
     times = config.discriminator.times
