@@ -3,9 +3,11 @@
     python recipes/builtin/style.py train inked
     python recipes/builtin/style.py train framed
     python recipes/builtin/style.py draw
+    python recipes/builtin/style.py draw --few-step --to docs/lora-few-step.png
 
-`train` writes examples/STYLE.safetensors in diffusers' format; `draw` shows both styles merged into the weights, kept
-beside them, stacked, and on the few-step student, as docs/lora.png.
+`train` writes examples/STYLE.safetensors in diffusers' format, and prints the seconds it took; `draw` shows both styles
+merged into the weights, kept beside them, and stacked, as docs/lora.png. With `--few-step` it shows them on the
+few-step student, in four steps without guidance.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def main() -> None:
     learn.add_argument("style", choices=STYLES)
     learn.add_argument("--steps", type=int, default=600)
     show = tasks.add_parser("draw")
+    show.add_argument("--few-step", action="store_true", help="the student, which never saw the styles")
     show.add_argument("--to", type=Path, default=Path("docs/lora.png"))
     for task in (learn, show):
         task.add_argument("--styles", type=Path, default=Path("examples"))
@@ -83,7 +86,7 @@ def main() -> None:
     if given.task == "train":
         train(given.style, steps=given.steps, folder=given.styles)
     else:
-        draw(given.styles, to=given.to)
+        draw(given.styles, to=given.to, few_step=given.few_step)
 
 
 def train(style: str, *, steps: int, folder: Path) -> None:
@@ -137,28 +140,38 @@ def flow_loss(pipe: Any, scenes: Supply, words: random.Random, *, restyle: Calla
     return F.mse_loss(velocity, noise - x0)
 
 
-def draw(folder: Path, *, to: Path) -> None:
-    """Every prompt without and with the styles: merged, beside, both at once, and on the student in four steps."""
-    both, student = tuple(STYLES), {"num_inference_steps": 4, "guidance_scale": 1.0}
-    model = find("builtin").path
-    assert model is not None
-    columns: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-        "no LoRA": ("auto", (), {}),
-        **{f"{style}, merged": ("merged", (style,), {}) for style in STYLES},
-        **{f"{style}, beside": ("side", (style,), {}) for style in STYLES},
-        "both, merged": ("merged", both, {}),
-        "both, beside": ("side", both, {}),
-        **{f"{style}, 4 steps": ("merged", (style,), student) for style in STYLES},
+Column = tuple[str, tuple[str, ...]]  # how a LoRA is applied, and the styles
+
+
+def columns(*, few_step: bool) -> dict[str, Column]:
+    """What is drawn side by side, by the name above it."""
+    both = tuple(STYLES)
+    if few_step:
+        return {"4 steps": ("auto", ()), **{style: ("merged", (style,)) for style in STYLES}, "both": ("merged", both)}
+    return {
+        "no LoRA": ("auto", ()),
+        **{f"{style}, merged": ("merged", (style,)) for style in STYLES},
+        **{f"{style}, beside": ("side", (style,)) for style in STYLES},
+        "both, merged": ("merged", both),
+        "both, beside": ("side", both),
     }
-    pipes: dict[bool, Any] = {False: vivace.load("builtin"), True: use_few_step(vivace.load("builtin"), model / FOLDER)}
+
+
+def draw(folder: Path, *, to: Path, few_step: bool = False) -> None:
+    """Every prompt without and with the styles."""
+    chosen, pipe = columns(few_step=few_step), vivace.load("builtin")
+    call: dict[str, Any] = {}
+    if few_step:
+        model = find("builtin").path
+        assert model is not None
+        pipe, call = use_few_step(pipe, model / FOLDER), {"num_inference_steps": 4, "guidance_scale": 1.0}
+    pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as rooms:
         rows = [
-            (prompt, [Path(rooms) / f"{row}-{place}.png" for place in range(len(columns))])
+            (prompt, [Path(rooms) / f"{row}-{place}.png" for place in range(len(chosen))])
             for row, prompt in enumerate(PROMPTS)
         ]
-        for place, (name, (mode, styles, call)) in enumerate(columns.items()):
-            pipe = pipes[bool(call)]
-            pipe.set_progress_bar_config(disable=True)
+        for place, (name, (mode, styles)) in enumerate(chosen.items()):
             vivace.accelerate(pipe, lora=mode)
             for style in styles:
                 pipe.load_lora_weights(folder, weight_name=f"{style}.safetensors", adapter_name=style)
@@ -170,7 +183,7 @@ def draw(folder: Path, *, to: Path) -> None:
             pipe.unload_lora_weights()
             vivace.restore(pipe)
             print(name, flush=True)
-        sheet(rows, columns=list(columns)).quantize(192).save(to, optimize=True)
+        sheet(rows, columns=list(chosen)).quantize(192).save(to, optimize=True)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,24 @@ The teacher draws with its own steps and guidance, and in four steps with each s
 and 8 steps without guidance. Every row has its accuracy, the paired difference to the teacher with its interval, and
 its FID less the floor (what renders of the same captions get) over the teacher's. With `--lora FILE` both draw again
 with that LoRA, which the student never saw, and are compared with one another; their FID would tell of the style.
+`--unseen CONFIG` leaves out the captions that stand word for word among those that a training by that config drew on
+this kind of device (`overlap.py`), and says how many they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overlap import CACHED, Overlap, trained
+
 from vivace.builtin.reader import Reader, load_reader
+from vivace.distill import read_config
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import Answers, Exam, draw_exam, rendered, take
 from vivace.evals.fid import Moments, fid
@@ -118,7 +125,8 @@ def figures(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> dic
     return found
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results of vivace distill")
     parser.add_argument("--model", default="builtin")
@@ -126,11 +134,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 1, 2, 8])
     parser.add_argument("--lora", type=Path, help="a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unseen", metavar="CONFIG", help="leave out the captions of this config's training")
+    parser.add_argument("--batches", type=int, default=CACHED, help="with --unseen: how many batches it drew")
     parser.add_argument("--device")
     parser.add_argument("-o", "--output", type=Path)
-    asked = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def examination(asked: argparse.Namespace, *, device: str) -> tuple[Exam, dict[str, Any]]:
+    """The exam as asked for, and what the JSON says of it."""
     exam = draw_exam(asked.captions, seed=asked.seed)
-    reader = load_reader(device=load_source(find(asked.model), device=asked.device).device)
+    about: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "captions": asked.captions, "seed": asked.seed}
+    if asked.unseen is None:
+        return exam, about
+    found = Overlap.of(exam, trained(read_config(asked.unseen), batches=asked.batches, device=device))
+    return found.rest(), {**about, "left out": found.to_dict()}
+
+
+def main() -> None:
+    asked = parsed()
+    device = load_source(find(asked.model), device=asked.device).device
+    reader = load_reader(device=device)
+    exam, about = examination(asked, device=device.type)
     rows = teacher_rows(asked.model, exam, reader, device=asked.device)
     for folder in asked.results:
         rows += student_rows(asked.model, folder, exam, reader, steps=asked.steps, device=asked.device)
@@ -146,8 +171,8 @@ def main() -> None:
     table = [figures(row, first[0], floor, fids) for first in (rows, styled) for row in first]
     print(*map(line, table), f"floor of FID {floor:.4g}", sep="\n")
     if asked.output:
-        about = {"captions": asked.captions, "seed": asked.seed, "FID floor": floor, "machine": machine()}
-        asked.output.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
+        about |= {"FID floor": floor, "machine": machine(), "rows": table}
+        asked.output.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,12 @@ def main() -> None:
         )
         print(f"{own} of {steps} steps by the student: {100 * found.share:.1f} % right", flush=True)
     if asked.output:
-        about = {"captions": asked.captions, "teacher's steps": asked.teacher_steps, "machine": machine()}
+        about = {
+            "command": " ".join(["python", *sys.argv]),
+            "captions": asked.captions,
+            "teacher's steps": asked.teacher_steps,
+            "machine": machine(),
+        }
         asked.output.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 

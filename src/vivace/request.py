@@ -76,6 +76,19 @@ def open_request(*, scheduler: Any = None, times: Sequence[float] = ()) -> Itera
 
 
 @contextmanager
+def keeping(exact: bool) -> Iterator[None]:
+    """Whether denoiser calls outside a request keep to 16 bit, for the length of a `with` block.
+
+    For loops of one's own that open no request: its steps would say so, but step caches and memories go with it.
+    """
+    token = EXACT.set(exact)
+    try:
+        yield
+    finally:
+        EXACT.reset(token)
+
+
+@contextmanager
 def within(request: Request | None) -> Iterator[None]:
     """Be in a request that another thread opened, for the length of a `with` block; None: in no request."""
     token = _CURRENT.set(request)

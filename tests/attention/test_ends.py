@@ -63,6 +63,9 @@ def test_where_a_request_stands():
         assert Ends(0, share=0.3).hold(now) == (step < 2), "a share is rounded up"
     assert ends == [True, False, False, True]
     assert not Ends(3).hold(None)
+    with request.keeping(True):
+        assert Ends(3).hold(None), "outside a request its caller says"
+        assert not Ends(1).hold(request.Request(step=5)), "and in one its step"
     assert Ends(1).hold(request.Request())
     assert not Ends(1).hold(request.Request(step=5))
 

@@ -14,16 +14,23 @@ from vivace.distill.data.sample import Batch
 from vivace.families import FAMILIES
 
 EDGES = Conditioner(join="argument", argument="image", source="edges")
+ENLARGED = Conditioner(join="argument", argument="image", source="enlarged")
+MASKED = (
+    Conditioner(join="argument", argument="image", source="pixels"),
+    Conditioner(join="argument", argument="mask_image", source="random_mask"),
+)
 # name -> family, pipeline class, conditioners: one for each backbone that has a ready config
 BACKBONES: dict[str, tuple[str, str | None, tuple[Conditioner, ...]]] = {
     "builtin": ("sd3", None, ()),
     "sd15": ("sd", None, ()),
+    "sd15-inpaint": ("sd", "StableDiffusionInpaintPipeline", MASKED),
     "sdxl": ("sdxl", None, ()),
     "pixart": ("pixart", "PixArtAlphaPipeline", ()),
     "sd3": ("sd3", None, ()),
     "flux": ("flux", None, ()),
     "sdxl-adapter": ("sdxl", "StableDiffusionXLAdapterPipeline", (EDGES,)),
     "sdxl-controlnet": ("sdxl", "StableDiffusionXLControlNetPipeline", (EDGES,)),
+    "sdxl-upscale": ("sdxl", "StableDiffusionXLControlNetPipeline", (ENLARGED,)),
 }
 
 
@@ -33,6 +40,13 @@ def tiny_teacher(backbone: str) -> Any:
     pipe = FAMILIES[family].tiny(pipeline)
     if backbone == "builtin":
         pipe.register_modules(**builtin_parts())
+    if backbone == "sd15-inpaint":
+        from diffusers import UNet2DConditionModel
+
+        from vivace.families.sd import TINY
+
+        torch.manual_seed(0)
+        pipe.register_modules(unet=UNet2DConditionModel(**{**TINY, "in_channels": 9}).eval())
     return pipe
 
 

@@ -29,6 +29,10 @@ def stock_latents(actors: Actors, batch: Batch, noise: torch.Tensor, *, guidance
         clean = {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0}
         pipe.scheduler = DDIMScheduler.from_config(own.config, **clean)
         arguments["num_inference_steps"] = STEPS
+    if "mask_image" in arguments:
+        # The masked picture's latents are sampled after the noise, which the stock pipeline is given here.
+        arguments["generator"] = torch.Generator().manual_seed(0)
+        torch.randn(noise.shape, generator=arguments["generator"])
     packed = actors.recorder.record(batch.captions, size=batch.size, **_only(actors, arguments)).packed
     quiet = {"use_resolution_binning": False, "clean_caption": False}
     quiet = {name: value for name, value in quiet.items() if name in actors.recorder.accepts}

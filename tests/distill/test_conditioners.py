@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from vivace.distill import Conditioner
 from vivace.distill.actors import make_actors
-from vivace.distill.conditioners import SOURCES, Setting, edges, random_mask
+from vivace.distill.conditioners import SOURCES, Setting, edges, enlarged, random_mask
 from vivace.distill.data.sample import Batch
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -180,3 +180,14 @@ def test_the_pages_own_conditioner_runs(config, batch, tmp_path, monkeypatch):
 
 def test_every_source_has_a_line_of_its_own():
     assert all((source.__doc__ or "").strip() for source in SOURCES.values())
+
+
+def test_an_enlarged_picture_has_lost_its_details():
+    """Even areas stay as they are; a pattern finer than the factor becomes its mean."""
+    pixels = torch.full((1, 3, 32, 32), 0.5)
+    pixels[..., ::2] = -0.5
+    fine = enlarged(Batch(pixels, ("",)), None, factor=4)
+    assert fine.shape == pixels.shape
+    torch.testing.assert_close(fine, torch.full_like(fine, 0.5))
+    even = enlarged(Batch(torch.full((1, 3, 32, 32), 0.5), ("",)), None, factor=4)
+    torch.testing.assert_close(even, torch.full_like(even, 0.75))

@@ -44,7 +44,7 @@ def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
         ({"stages": ()}, "stages is empty"),
         (
             {"conditioners": (Conditioner(join="vector", source="x"),), "records": Records(prompts=("a",))},
-            "sample grids are drawn from text alone",
+            "with conditioners sample grids show the data's first pictures",
         ),
         (
             {"conditioners": (Conditioner(join="argument", source="x"),)},
@@ -61,6 +61,7 @@ def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
         ({"discriminator": Discriminator(times=(10, 2000))}, r"discriminator\.times is \[10.0, 2000.0\]"),
         ({"critic": Critic()}, "serves distribution matching, which no stage weighs"),
         ({"critic": Critic(updates=0)}, r"critic\.updates is 0; it has to be 1 or more"),
+        ({"student": Student(targets=())}, r"student\.targets is empty; give endings of module names"),
         ({"batch": 0}, "batch is 0; it has to be 1 or more"),
         ({"size": (0, 64)}, "size is"),
         ({"distance": "lpips"}, "lpips_weights go together"),

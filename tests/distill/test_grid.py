@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from PIL import Image
 
-from vivace.distill import Records
-from vivace.distill.grid import draw_grid
+from vivace.distill import Conditioner, Records, train
+from vivace.distill.grid import draw_conditioned, draw_grid, first_item
+from vivace.families import FAMILIES
 
 RECORDS = Records(trackers=(), prompts=("a red ring", "a blue star"), steps=(4, 1))
 
@@ -24,3 +26,44 @@ def test_a_row_for_each_number_of_steps(actors_of, backbone):
     assert len(calls) == 4 + 1
     assert len(set(sheet.tobytes())) > 10  # neither black nor NaN
     assert all(pipe.components[name] is part for name, part in before.items())
+
+
+@pytest.mark.parametrize("backbone", ["sd15-inpaint", "sdxl-adapter", "sdxl-upscale", "sd3"])
+def test_with_conditions_the_students_pictures_are_below_the_datas(actors_of, backbone):
+    actors = actors_of(backbone)
+    records = Records(trackers=(), steps=(4, 1))
+    actors = dataclasses.replace(actors, config=dataclasses.replace(actors.config, records=records))
+    item, calls = first_item(actors), []
+    hook = actors.student.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        sheet = draw_conditioned(actors, actors.student, item)
+    finally:
+        hook.remove()
+    assert sheet.size == (2 * 64, 3 * 64)
+    assert len(calls) == 4 + 1
+    rows = [sheet.crop((0, 64 * row, 128, 64 * (row + 1))).tobytes() for row in range(3)]
+    assert len(set(rows)) == 3
+    assert min(len(set(row)) for row in rows) > 10  # neither black nor NaN
+    shown = actors.decode(item.z[:1])
+    assert shown.shape == (1, 3, 64, 64)
+    assert actors.encode(shown).shape == item.z[:1].shape
+
+
+def test_training_with_conditions_draws_the_same_samples_again(config, tmp_path):
+    """And what it learns does not depend on whether it draws."""
+    chosen = config(
+        conditioners=(Conditioner(join="argument", argument="image", source="edges"),),
+        records=Records(trackers=(), sample_every=1, save_every=2, steps=(1,)),
+    )
+    stages = (dataclasses.replace(chosen.stages[0], batches=2),)
+    runs = {}
+    for name, every in (("drawn", 1), ("blind", 0)):
+        records = dataclasses.replace(chosen.records, sample_every=every)
+        own = dataclasses.replace(chosen, stages=stages, records=records, output=str(tmp_path / name))
+        pipe = FAMILIES["sdxl"].tiny("StableDiffusionXLAdapterPipeline")
+        runs[name] = train(own, pipe=pipe).losses
+    assert runs["drawn"] == runs["blind"]
+    sheets = [Image.open(tmp_path / "drawn" / "samples" / f"{number:08d}.png") for number in (1, 2)]
+    first = [sheet.crop((0, 0, 128, 64)).tobytes() for sheet in sheets]
+    assert first[0] == first[1]
+    assert not (tmp_path / "blind" / "samples").exists()

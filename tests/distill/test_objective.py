@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from vivace import request
 from vivace.distill import Stage, Student
 from vivace.distill.student import make_student, trainable
 
@@ -156,3 +157,25 @@ def test_trainable_weights_are_the_loras_in_float32(actors):
     assert names
     assert all(".lora_" in name for name in names)
     assert all(parameter.dtype == torch.float32 for parameter in names.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"), [("fast", [True, True, False, False, True, True]), ("exact", 6 * [False])]
+)
+def test_the_rollouts_first_and_last_steps_keep_to_16_bit_as_the_preset_says(actors_of, batch, preset, expected):
+    actors = actors_of("sd3")
+    objective = dataclasses.replace(actors.objective, config=dataclasses.replace(actors.config, accelerate=preset))
+    item, seen = actors.prepare(batch), []
+    stage = dataclasses.replace(STAGE, steps=6, modes=(1.0,))
+    hook = actors.teacher.register_forward_pre_hook(lambda *_: seen.append(request.EXACT.get()))
+    try:
+        for seed in range(20):
+            start = objective.start(item, stage, actors.student, generator(seed))
+            objective.target(item, start, actors.student)
+            assert seen == expected[7 - len(start.grid) :]
+            seen.clear()
+        objective.matching(item.z, item, stage, actors.student, generator())
+    finally:
+        hook.remove()
+    assert seen == [preset == "fast"]
+    assert not request.EXACT.get()

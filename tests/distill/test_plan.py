@@ -47,6 +47,25 @@ def test_a_plan_counts_the_weights_beside_a_quantised_teacher(config, tmp_path, 
     assert quantised["weights in 16 bit, of a teacher in 8"] > exact["transformer"] / 4
 
 
+def test_a_plan_makes_the_moments_that_the_most_memory_has(config, tmp_path, monkeypatch):
+    seen = []
+    measured = plans._measure
+    monkeypatch.setattr(
+        plans, "_measure", lambda training, *a, **kw: seen.append(training) or measured(training, *a, **kw)
+    )
+    make_plan(config(tmp_path / "out"), pipe=FAMILIES["sd3"].tiny())
+    moments = [
+        sum(value.numel() for state in learner.optimizer.state.values() for value in state.values() if value.ndim)
+        for learner in seen[-1].learners.values()
+    ]
+    trained = [
+        sum(one.numel() for group in learner.optimizer.param_groups for one in group["params"] if one.ndim)
+        for learner in seen[-1].learners.values()
+    ]
+    assert len(moments) == 2
+    assert moments == [2 * count for count in trained]
+
+
 def test_a_cpu_measures_small_batches(config, tmp_path, monkeypatch):
     seen = []
     measured = plans._measure

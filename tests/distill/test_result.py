@@ -1,6 +1,8 @@
 """What a training leaves, read by stock diffusers, by ComfyUI's rules, and by `use_few_step`."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +130,26 @@ def test_a_full_student_is_a_denoiser(config, tmp_path):
     found = use_few_step(FAMILIES["sd3"].tiny(), folder)
     inputs = FAMILIES["sd3"].inputs(student, size=(64, 64), batch=1, text_tokens=7)
     assert torch.allclose(out(found.transformer, inputs), out(student, inputs), atol=1e-5)
+
+
+def test_a_result_is_removed_only_when_the_next_stands_in_its_place(config, tmp_path, monkeypatch):
+    pipe, folder = FAMILIES["sd3"].tiny(), tmp_path / "result"
+    student = make_student(pipe.transformer, config().student)
+    write_result(student, state_of(student), pipe, config(), folder, slot="transformer")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    removed, remove = [], shutil.rmtree
+
+    def killed(path, **rest):
+        if Path(path).name == ".result.old" and Path(path).exists():
+            removed.append({file.name for file in folder.iterdir()})
+            raise KeyboardInterrupt
+        remove(path, **rest)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_result(student, state_of(student), pipe, config(), folder, slot="transformer")
+    assert removed == [{*before, "scheduler"}]
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    monkeypatch.undo()
+    write_result(student, state_of(student), pipe, config(), folder, slot="transformer")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vivace.distill import Critic, Optimizer, Records, Stage, Student, checkpoint, train
+from vivace.distill import Critic, Data, Optimizer, Records, Stage, Student, checkpoint, train
 from vivace.distill.trainer import differences
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -314,3 +314,17 @@ def test_on_a_gpu_in_bfloat16_with_the_fast_lane(config, tmp_path):
     assert train(chosen, pipe=teacher().to(torch.bfloat16)).done == 10
     assert all(loss == loss for losses in seen for loss in losses.values())
     assert all(value.isfinite().all() for value in weights(tmp_path, 10).values())
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (Data(kind="shards", path="nowhere/{0..3}.tar"), r"no shard nowhere/0.tar \(4 of 4 are missing\)"),
+        (Data(kind="folder", path="nowhere"), "no folder nowhere"),
+        (Data(kind="cached", path="nowhere"), "nowhere holds no batches"),
+    ],
+)
+def test_data_that_are_not_there_are_told_before_a_teacher_is_looked_for(config, tmp_path, data, told):
+    with pytest.raises(InputError, match=told):
+        train(config(tmp_path / "out", data=data, teacher="no/such-teacher"))
+    assert not (tmp_path / "out").exists()

@@ -36,9 +36,9 @@ class Ends:
     share: float = 0.0  # of all its steps, at the beginning
 
     def hold(self, now: request.Request | None) -> bool:
-        """Whether a request is at such a step; a call outside a request is not."""
+        """Whether a request is at such a step; outside one its caller says so (`request.keeping`), or it is not."""
         if now is None:
-            return False
+            return request.EXACT.get()
         total = now.steps
         if total is None:
             return now.step < self.steps

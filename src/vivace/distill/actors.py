@@ -67,6 +67,13 @@ class Actors:
         z = (out.latents if hasattr(out, "latents") else out.latent_dist.mode()).float()
         return (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`: pixels, float32."""
+        vae = self.pipe.vae
+        z = z / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return vae.decode(z.to(vae.device, vae.dtype)).sample.float()
+
 
 def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     """The actors around a teacher pipeline on its device. Raises InputError where `config` asks what it cannot do."""

@@ -47,12 +47,12 @@ def save(
         # Last, so that a folder with a manifest has everything that the manifest lists.
         (temporary / MANIFEST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if target.exists():  # a broken one
             shutil.rmtree(target)
         os.replace(temporary, target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         good = latest(folder)
@@ -112,7 +112,8 @@ def _facts(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before what follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -56,8 +56,13 @@ def masked_latents(batch: Batch, setting: Setting, **options: float) -> torch.Te
 
 def low_resolution(batch: Batch, setting: Setting, *, factor: int = 4) -> torch.Tensor:
     """For super-resolution: the latents of the picture made `factor` times smaller and large again: [B, C, h, w]."""
+    return setting.encode(enlarged(batch, setting, factor=factor) * 2 - 1)
+
+
+def enlarged(batch: Batch, setting: Setting, *, factor: int = 4) -> torch.Tensor:
+    """The picture made `factor` times smaller and large again: [B, 3, H, W] in [0, 1], for a ControlNet of tiles."""
     small = F.interpolate(batch.pixels, scale_factor=1 / factor, mode="area")
-    return setting.encode(F.interpolate(small, batch.pixels.shape[2:], mode="bicubic").clamp(-1, 1))
+    return F.interpolate(small, batch.pixels.shape[2:], mode="bicubic").clamp(-1, 1) / 2 + 0.5
 
 
 def pixels(batch: Batch, setting: Setting) -> torch.Tensor:
@@ -94,6 +99,7 @@ SOURCES: dict[str, Source] = {
     "random_mask": random_mask,
     "masked_latents": masked_latents,
     "low_resolution": low_resolution,
+    "enlarged": enlarged,
     "pixels": pixels,
     "extra": extra,
     "edges": edges,

@@ -158,7 +158,7 @@ class Records:
     sample_every: int = 500
     """Optimizer steps between sample grids; 0: none."""
     prompts: tuple[str, ...] = ()
-    """What the grids show."""
+    """What the grids show; with conditioners they show the data's first pictures, and no prompt."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """accelerate's trackers."""
     steps: tuple[int, ...] = (4,)
@@ -268,6 +268,8 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"size is {list(config.size)}; it takes width and height in pixels, such as [1024, 1024]")
     if config.accelerate is not None:
         resolve(config.accelerate)
+    if config.student.kind == "lora" and not config.student.targets:
+        raise InputError("student.targets is empty; give endings of module names, such as [to_q, to_k, to_v, to_out.0]")
     if config.critic is not None and not any(stage.matching for stage in config.stages):
         raise InputError("a critic serves distribution matching, which no stage weighs; set matching, or leave it out")
     times = config.discriminator.times
@@ -288,7 +290,7 @@ def check(config: DistillConfig) -> None:
     if any(ratio <= 0 for ratio in config.data.ratios):
         raise InputError(f"data.ratios is {list(config.data.ratios)}; it takes width / height, such as [0.75, 1.0]")
     if config.conditioners and records.sample_every and records.prompts:
-        raise InputError("sample grids are drawn from text alone; with conditioners set records.sample_every: 0")
+        raise InputError("with conditioners sample grids show the data's first pictures; leave records.prompts out")
     for index, one in enumerate(config.conditioners):
         if (one.join == "argument") != (one.argument is not None):
             raise InputError(f"conditioners[{index}]: join: argument and argument go together")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from vivace.config import resolve
 from vivace.distill.call import Call
 from vivace.distill.config import DistillConfig, Stage
 from vivace.distill.features import Features
@@ -17,6 +19,7 @@ from vivace.distill.losses import DISTANCES, GAMES, feature_distance, matching, 
 from vivace.distill.solver import rollout, solver_of
 from vivace.distill.stages import mixture, steps_before
 from vivace.distill.view import View, with_guidance
+from vivace.request import keeping
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -36,6 +39,8 @@ class Start:
     x: torch.Tensor  # [B, C, H, W] the noisy latents
     grid: torch.Tensor  # [n + 1] float64, from the start's level down to 0
     guidance: float
+    ends: tuple[float, float] = (math.inf, -math.inf)
+    """Levels from which, and down from which, the teacher's attention is in 16 bit: `exact_ends` of its preset."""
 
     def sigma(self) -> torch.Tensor:
         """The level, once a sample: [B] float64."""
@@ -66,21 +71,38 @@ class Objective:
 
         `choices`, where given, draws all but the noise: what decides how often teacher and student are called.
         """
-        config, z = self.config, item.z
+        z = item.z
         choices = choices or generator
-        odds = mixture(stage, kind=config.timesteps)
-        index = int(torch.multinomial(odds.to(choices.device), 1, generator=choices))
+        index = self.place(stage, choices)
         low, high = stage.guidance
         guidance = low + (high - low) * _share(choices)
         levels = self.view.levels.grid(stage.steps, tokens=self.tokens(z))
         before = steps_before(stage, index)
         if stage.simulated and before and _share(choices) < stage.simulated:
             places = levels[[*before, index, -1]]
-            return Start(self.simulated(item, places, guidance, student, generator), levels[index:], guidance)
+            x = self.simulated(item, places, guidance, student, generator)
+            return Start(x, levels[index:], guidance, self.ends(levels))
         noise = self.noise(z, generator)
         # A sampler starts from noise alone, also where the noisiest level keeps a trace of the picture.
         x = noise if index == 0 else self.view.noisy(z, noise, levels[index].expand(len(z)))
-        return Start(x, levels[index:], guidance)
+        return Start(x, levels[index:], guidance, self.ends(levels))
+
+    def place(self, stage: Stage, choices: torch.Generator) -> int:
+        """Draw an index of the teacher's grid from the stage's mixture: the first that `choices` decides of a batch."""
+        odds = mixture(stage, kind=self.config.timesteps)
+        return int(torch.multinomial(odds.to(choices.device), 1, generator=choices))
+
+    @property
+    def exact_ends(self) -> int:
+        """The first and last steps of the teacher's whose attention is in 16 bit, where its preset has fewer."""
+        return 0 if self.config.accelerate is None else resolve(self.config.accelerate).exact_ends
+
+    def ends(self, levels: torch.Tensor) -> tuple[float, float]:
+        """Of a grid, [K + 1] float64, the level of the last of the first steps, and of the first of the last ones."""
+        count, steps = self.exact_ends, len(levels) - 1
+        if not count:
+            return Start.ends
+        return float(levels[min(count, steps) - 1]), float(levels[max(steps - count, 0)])
 
     @torch.no_grad()
     def simulated(
@@ -117,7 +139,9 @@ class Objective:
         one_step = self.config.method == "consistency"
 
         def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return self.view.guided(self.teacher, x, sigma, item.call, guidance=start.guidance)
+            highest, lowest = start.ends
+            with keeping(not lowest < float(sigma[0]) < highest):
+                return self.view.guided(self.teacher, x, sigma, item.call, guidance=start.guidance)
 
         grid = start.grid[:2] if one_step else start.grid
         solver = "euler" if one_step else solver_of(self.config.solver, self.view.levels)
@@ -155,7 +179,9 @@ class Objective:
             low, high = stage.guidance
             guidance = low + (high - low) * _share(generator)
             x, sigma = self.veiled(picture, generator)
-            real = self.view.guided(self.teacher, x, sigma, item.call, guidance=guidance)
+            # Beside a `fake` in 16 bit: where the preset has steps whose attention is exact, this is one.
+            with keeping(self.exact_ends > 0):
+                real = self.view.guided(self.teacher, x, sigma, item.call, guidance=guidance)
             fake = self.view.denoised(critic, x, sigma, self.told(item, guidance))
         return matching(picture, real, fake)
 

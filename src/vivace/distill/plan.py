@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vivace.distill.config import DistillConfig, Stage
+from vivace.distill.objective import Start
 from vivace.distill.stages import mixture
 from vivace.distill.student import trainable
 from vivace.distill.trainer import make_accelerator, make_training
@@ -66,10 +67,7 @@ def make_plan(config: DistillConfig, *, pipe: Any = None, repeats: int = 1) -> P
     measured = config if whole else replace(config, batch=min(config.batch, CPU_BATCH))
     training = make_training(measured, accelerator, pipe=pipe)
     parts = config.batch / measured.batch
-    stages = tuple(
-        replace(stage, seconds=parts * stage.seconds)
-        for stage in (_measure(training, stage, repeats=repeats) for stage in config.stages)
-    )
+    stages = tuple(_measure(training, stage, repeats=repeats, parts=parts) for stage in config.stages)
     return Plan(
         stages=stages,
         memory=memory(training),
@@ -89,39 +87,41 @@ def teacher_calls(config: DistillConfig, stage: Stage) -> float:
     return float((odds * (stage.steps - torch.arange(stage.steps))).sum())
 
 
-def _measure(training: Training, stage: Stage, *, repeats: int) -> StagePlan:
-    config = training.config
-    warm_up = WARM_UP if config.student.compile and training.accelerator.device.type == "cuda" else 1
-    rollout = rest = 0.0
-    for number in range(warm_up + repeats):
-        parts = []
-        start_draw = _now(training)
-        generator, item = training.draw()
-        parts.append(_now(training) - start_draw)
-        student = training.cast(training.plain)
-        begin = partial(training.objective.start, choices=training.choices())
-        seconds, start = _timed(training, lambda: begin(item, stage, student, generator))  # noqa: B023
-        parts.append(seconds)
-        # Every step of the solver takes as long as the next: two of them tell.
-        start = replace(start, grid=start.grid[: MEASURED + 1])
-        seconds, target = _timed(training, lambda: training.target(item, start, stage))  # noqa: B023
-        calls = 1 if config.method == "consistency" else len(start.grid) - 1
-        parts.append(_timed(training, lambda: training.updates(item, start, target, stage, generator))[0])  # noqa: B023
-        training.forget()
-        if number >= warm_up:
-            rollout += seconds / calls / repeats
-            rest += sum(parts) / repeats
-    expected = teacher_calls(config, stage)
-    total = config.optimizer.accumulate * (expected * rollout + rest)
-    pictures = config.batch * config.optimizer.accumulate * training.accelerator.num_processes
+def _measure(training: Training, stage: Stage, *, repeats: int, parts: float) -> StagePlan:
+    """A stage with batches `parts` times as large as the training's own."""
+    warm_up = WARM_UP if training.config.student.compile and training.accelerator.device.type == "cuda" else 1
+    for _ in range(warm_up):
+        _batch(training, stage)
+    runs = [_batch(training, stage) for _ in range(repeats)]
+    rollout, rest, step = (sum(seconds) / repeats for seconds in zip(*runs, strict=True))
+    accumulate, expected = training.config.optimizer.accumulate, teacher_calls(training.config, stage)
+    total = accumulate * parts * (expected * rollout + rest) + step
+    pictures = training.config.batch * parts * accumulate * training.accelerator.num_processes
     return StagePlan(
         batches=stage.batches,
         steps=stage.steps,
         teacher_calls=expected,
         seconds=total,
-        rollout=config.optimizer.accumulate * expected * rollout / total,
+        rollout=accumulate * parts * expected * rollout / total,
         pictures_per_second=pictures / total,
     )
+
+
+def _batch(training: Training, stage: Stage) -> tuple[float, float, float]:
+    """Seconds of one teacher call of the rollout, of all else in a batch, and of the optimizers' step."""
+    drawing, (generator, item) = _timed(training, training.draw)
+    student = training.cast(training.plain)
+    begin = partial(training.objective.start, choices=training.choices())
+    starting, start = _timed(training, lambda: begin(item, stage, student, generator))
+    # Every step of the solver takes as long as the next: two of them tell, as those between the exact ends are.
+    start = replace(start, grid=start.grid[: MEASURED + 1], ends=Start.ends)
+    rollout, target = _timed(training, lambda: training.target(item, start, stage))
+    calls = 1 if training.config.method == "consistency" else len(start.grid) - 1
+    updating, _ = _timed(training, lambda: training.updates(item, start, target, stage, generator))
+    # The first step makes AdamW's moments, which the most that is allocated has to hold.
+    stepping, _ = _timed(training, lambda: training.step(stage))
+    training.forget()
+    return rollout / calls, drawing + starting + updating, stepping
 
 
 def _timed(training: Training, work: Callable[[], Any]) -> tuple[float, Any]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vivace.distill.checkpoint import flush
 from vivace.distill.config import DistillConfig
 from vivace.few_step import ENDS, FACTS, WEIGHTS, key
 from vivace.few_step_flow import save_scheduler
@@ -45,9 +46,21 @@ def write_result(
     save_scheduler(pipe.scheduler, temporary / "scheduler")
     facts = {"steps": config.records.steps[0], "guidance": sampled_guidance(pipe, config)}
     (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    for path in (*temporary.rglob("*"), temporary):
+        flush(path)
+    _replace(folder, temporary)
     return folder
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a whole folder in the place of another, which is removed only when the new one stands there."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def named(weights: Mapping[str, torch.Tensor], *, slot: str) -> dict[str, torch.Tensor]:

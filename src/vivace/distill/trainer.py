@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from vivace.distill import checkpoint
 from vivace.distill.actors import make_actors
 from vivace.distill.config import DistillConfig
-from vivace.distill.data import supply_of
-from vivace.distill.grid import draw_grid
+from vivace.distill.data import source_of, supply_of
+from vivace.distill.grid import draw_conditioned, draw_grid, first_item
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
 from vivace.distill.training import Training
@@ -126,11 +126,13 @@ def make_accelerator(config: DistillConfig, output: Path) -> Accelerator:
 
 def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any = None) -> Training:
     """A training at its beginning. Raises InputError for what `config` asks and the teacher cannot do."""
+    source = source_of(config)
     pipe = load_teacher(config, device=accelerator.device) if pipe is None else pipe.to(accelerator.device)
     actors = make_actors(config, pipe)
     supply = supply_of(
         config,
         multiple=actors.family.multiple,
+        source=source,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         device=str(accelerator.device),
@@ -147,7 +149,8 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
         _check_finite(losses, training.done, output)
         seconds = time.perf_counter() - start
         _log(training, losses, output)
-        if config.records.sample_every and training.done % config.records.sample_every == 0 and config.records.prompts:
+        every = config.records.sample_every if config.records.prompts or config.conditioners else 0
+        if every and training.done % every == 0:
             _draw(training, output / "samples" / f"{training.done:08d}.png")
         if training.done % config.records.save_every == 0 or training.done == config.batches:
             _save(training, output)
@@ -257,9 +260,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str
 
 def _draw(training: Training, path: Path) -> None:
     """A sample grid. Every process draws it, as each may hold a shard of the student; the first one writes."""
-    actors = training.actors
+    actors, count = training.actors, training.accelerator
     with training.mean.inside(training.plain) if training.mean else nullcontext():
-        sheet = draw_grid(actors.pipe, training.plain, training.config, slot=actors.family.denoisers[0])
+        if training.config.conditioners:
+            training.shown = training.shown or first_item(actors, rank=count.process_index, world=count.num_processes)
+            sheet = draw_conditioned(actors, training.cast(training.plain), training.shown)
+        else:
+            sheet = draw_grid(actors.pipe, training.plain, training.config, slot=actors.family.denoisers[0])
     if training.accelerator.is_main_process:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

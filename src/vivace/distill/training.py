@@ -36,6 +36,7 @@ class Training:
         self.actors, self.supply, self.accelerator, self.config = actors, supply, accelerator, config
         self.objective = actors.objective
         self.done = 0
+        self.shown: Item | None = None  # of sample grids with conditions
         self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
@@ -101,7 +102,8 @@ class Training:
                 sums[name] += loss / self.config.optimizer.accumulate
         losses = self._reduced(sums)
         if all(map(math.isfinite, losses.values())):
-            self._step(stage)
+            self.step(stage)
+            self.done += 1
         self.forget()
         return losses
 
@@ -220,7 +222,8 @@ class Training:
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
 
-    def _step(self, stage: Stage) -> None:
+    def step(self, stage: Stage) -> None:
+        """Move the weights along their gradients, the student's clipped, and the running mean after them."""
         if self.config.optimizer.clip is not None:
             self.accelerator.clip_grad_norm_(trainable(self.student).values(), self.config.optimizer.clip)
         self.learners["student"].optimizer.step()
@@ -232,7 +235,6 @@ class Training:
                 clamp(discriminator.plain, largest)
         if self.mean is not None:
             self.mean.update(self.plain, batch=self.done)
-        self.done += 1
 
     def forget(self) -> None:
         """Drop the gradients."""

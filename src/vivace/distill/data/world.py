@@ -21,6 +21,11 @@ class World:
         self.number = 0
 
     def __next__(self) -> Batch:
+        scenes, said = self.draw()
+        return Batch(pixels=render(scenes, side=self.side) * 2 - 1, captions=said)
+
+    def draw(self) -> tuple[world.Scenes, tuple[str, ...]]:
+        """The next batch's scenes and captions, of which no picture is rendered."""
         rng = random.Random(f"{self.seed}/{self.rank}/{self.number}")
         self.number += 1
         generator = torch.Generator(self.device).manual_seed(rng.getrandbits(63))
@@ -29,8 +34,7 @@ class World:
             scenes = world.sample(self.batch + 32, generator)
             parts.append(scenes[(~world.holds_out(scenes)).nonzero()[:, 0]])
         scenes = world.concatenate(parts)[slice(self.batch)]
-        said = [captions.say(row, rng)[0] for row in captions.facts(scenes)]
-        return Batch(pixels=render(scenes, side=self.side) * 2 - 1, captions=tuple(said))
+        return scenes, tuple(captions.say(row, rng)[0] for row in captions.facts(scenes))
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands."""
