@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +163,7 @@ def _pictures(pipeline: type, workload: Workload) -> set[str]:
 
     from vivace.inputs import arguments, inputs_of
 
-    first = getattr(diffusers, workload.facts.pipelines[0])
-    needed = (
-        {"image"} if getattr(arguments(pipeline).get("image"), "default", None) is inspect.Parameter.empty else set()
-    )
-    return (inputs_of(pipeline) - inputs_of(first) | (needed & inputs_of(pipeline))) - {"video"}
+    taken = set(inputs_of(pipeline)) - {"video"}
+    image = arguments(pipeline).get("image")
+    needed = {"image"} if image is not None and image.default is image.empty else set()
+    return (taken & needed) | (taken - inputs_of(getattr(diffusers, workload.facts.pipelines[0])))
