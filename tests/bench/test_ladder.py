@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_climbing_changes_speed_and_not_the_picture():
     assert pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.fused_projections
     first = pictures["fp32, plain"].images
     assert all(torch.allclose(one.images, first, atol=1e-4) for one in pictures.values())
+
+
+def test_a_rung_that_lacks_a_package_is_tried_again_when_it_is_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    load = workload(dtype="float32")
+    with pytest.raises(ModuleNotFoundError, match="torchao is not installed; pip install"):  # not "not offered"
+        climb(build(load), load, to="+ int8")
 
 
 def test_plain_attention_is_plain():

@@ -1,4 +1,4 @@
-"""Where a tiny pipeline's seconds go, accelerated or not."""
+"""Where a tiny pipeline's seconds go: stock, accelerated, compiled."""
 
 import pytest
 import torch
@@ -23,3 +23,29 @@ def test_every_part_has_its_share_and_the_pipeline_is_as_it_was(ours):
     for name, kept in before.items():
         assert vars(pipe.components[name]).get("forward") is kept.get("forward")
         assert vars(pipe.components[name]).get("decode") is kept.get("decode")
+
+
+def test_a_compiled_pipeline_is_timed_as_it_was_compiled():
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    pipe = FAMILIES["sd"].tiny()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.compile(fullgraph=True, backend=backend)
+    pipe.vae.decoder.compile(fullgraph=True, backend=backend)
+    compiled = pipe.unet._compiled_call_impl
+
+    def call():
+        pipe("a frog", width=64, height=64, num_inference_steps=2)
+
+    with torch.no_grad():
+        call()
+        before = len(traced)
+        found = parts_of(call, pipe)
+    assert found["unet"]["share"] > found["text_encoder"]["share"] > 0
+    assert found["vae"]["seconds"] > 0
+    assert len(traced) == before >= 2
+    assert pipe.unet._compiled_call_impl is compiled

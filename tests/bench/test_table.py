@@ -83,3 +83,19 @@ def test_kernels_and_profiles_have_their_sections(tmp_path):
     assert "| geglu | SDXL | 20.0 | 17.0 | 85% | a copy's 4.30 TB/s |" in text
     assert "| rope | FLUX | - | - | - | illegal access |" in text
     assert "| `gemm/kernel` | 57 | 76.000 | 70.0% |" in text
+
+
+def test_the_parts_of_a_picture_have_their_section(tmp_path):
+    from vivace.bench.book import Book
+
+    book = Book(tmp_path)
+    ours = {"text_encoder": {"seconds": 0.03, "share": 0.03}, "unet": {"seconds": 0.97, "share": 0.97}}
+    book.append({**LINES[2], "title": "sdxl", "parts": ours})
+    book.append({**LINES[3], "title": "sdxl", "parts": {"unet": {"seconds": 2.0, "share": 1.0}}})
+    book.append({**LINES[4], "title": "flux"})
+    write(tmp_path)
+    text = (tmp_path / "bench.md").read_text()
+    assert "| contestant | text_encoder | unet |" in text
+    assert "| vivace exact | 0.030 s, 3.0% | 0.970 s, 97.0% |" in text
+    assert "| eager | - | 2.000 s, 100.0% |" in text
+    assert text.count("### ") == 1

@@ -1,12 +1,15 @@
 """Workloads: what a name stands for, what is refused, and how many operations they are."""
 
+import functools
+
 import pytest
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 from vivace import InputError
 from vivace.bench.flops import tflop
-from vivace.bench.subject import build, full_pipeline, inputs_of
+from vivace.bench.subject import build, call_of, full_pipeline, inputs_of
 from vivace.bench.workload import from_dict, workload_of
 from vivace.families import FAMILIES
 
@@ -32,6 +35,8 @@ def test_a_name_takes_the_variants_own_shape_and_flags_replace_it():
         ("flux", {"size": (1000, 1000)}, "multiples of 16"),
         ("flux", {"tiny": True, "model": "/nowhere"}, "exclude each other"),
         ("flux", {"model": "/nowhere"}, "no model at /nowhere"),
+        ("sdxl", {"frames": 5}, "Stable Diffusion XL makes single pictures"),
+        ("wan", {"frames": 6}, "multiples of 4 and one; the nearest is 5"),
         ("flux", {"control": True}, "--control is for random weights of a Stable Diffusion UNet"),
     ],
 )
@@ -79,6 +84,66 @@ def test_a_pipeline_at_true_size_holds_nothing_tiny(name, denoisers):
     assert all(weight.is_meta for module in modules.values() for weight in module.parameters())
     assert modules[workload.facts.denoisers[0]].num_parameters() == workload.published.parameters
     assert {slot for slot in modules if "encoder" in slot} == set(workload.facts.text_encoders)
+
+
+def test_a_pipeline_of_pictures_at_true_size_can_read_them():
+    video = full_pipeline(workload_of("wan:2.1-i2v-14b-480p", device="meta", dtype="bfloat16", end_to_end=True))
+    assert type(video).__name__ == "WanImageToVideoPipeline"
+    assert video.image_processor.crop_size.height == video.image_encoder.config.image_size == 224
+    experts = full_pipeline(workload_of("wan:2.2-i2v-a14b", device="meta", dtype="bfloat16", end_to_end=True))
+    assert experts.transformer_2 is not None
+    assert 0 < experts.config.boundary_ratio < 1
+    edit = full_pipeline(workload_of("qwen_image:edit", device="meta", dtype="bfloat16", end_to_end=True))
+    assert type(edit).__name__ == "QwenImageEditPipeline"
+    assert edit.text_encoder.config.image_token_id == edit.processor.image_token_id
+    shown = edit.processor(text=["<|image_pad|>"], images=Image.new("RGB", (1024, 1024)), return_tensors="pt")
+    assert len(shown["pixel_values"]) > 5000  # patches; the tiny one shows 16
+
+
+PICTURES = {
+    "sd:1.5": set(),
+    "sd:1.5-inpaint": {"image", "mask_image"},
+    "flux:fill": {"image", "mask_image"},
+    "flux:canny": {"control_image"},
+    "svd": {"image"},
+    "wan:2.1-i2v-14b-480p": {"image"},
+    "qwen_image:edit": {"image"},
+    "flux2": set(),
+    "flux2:klein-4b": set(),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_variant_is_called_as_its_own_pipeline_with_its_pictures(name, monkeypatch):
+    workload = workload_of(name, **PLACE, tiny=True, end_to_end=True)
+    pipe, told = build(workload), {}
+    assert type(pipe).__name__ == workload.pipeline
+    monkeypatch.setattr(type(pipe), "__call__", _noting(type(pipe).__call__, told))
+    with torch.no_grad():
+        output = call_of(pipe, workload)()
+    assert {key for key, value in told.items() if isinstance(value, Image.Image)} == PICTURES[name]
+    assert all(value.size == workload.size for value in told.values() if isinstance(value, Image.Image))
+    assert torch.as_tensor(output).shape[-2:] == (64, 64)
+
+
+def _noting(stock, told):
+    @functools.wraps(stock)
+    def call(pipe, **kwargs):
+        told.update(kwargs)
+        return stock(pipe, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "calls"), [("qwen_image", 4), ("wan", 4), ("flux", 2), ("flux2:klein-base-4b", 4)])
+def test_guidance_in_two_calls_is_timed_as_two(name, calls):
+    workload, made = workload_of(name, **PLACE, tiny=True, end_to_end=True), []
+    pipe = build(workload)
+    for denoiser in filter(None, (getattr(pipe, slot, None) for slot in workload.facts.denoisers)):
+        denoiser.register_forward_pre_hook(lambda *given: made.append(1))
+    with torch.no_grad():
+        call_of(pipe, workload)()
+    assert len(made) == calls
 
 
 @pytest.mark.parametrize("name", ["sd:1.5", "sdxl"])

@@ -41,6 +41,9 @@ def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeyp
         (("flux", "--batch", "0"), "greater than or equal to 1"),
         (("--kernels", "--device", "cpu"), "the device is cpu"),
         (("flux", "--steps", "4"), "--steps 4 says nothing about one denoiser forward; add --end-to-end"),
+        (("sdxl", "--frames", "5"), "--frames 5: Stable Diffusion XL makes single pictures; leave it out"),
+        (("wan", "--frames", "6"), "--frames 6: Wan 2.1 and 2.2 makes multiples of 4 and one; the nearest is 5"),
+        (("sdxl", "--end-to-end", "--batch", "3"), "--end-to-end makes one picture, so leave it out"),
         (("flux", "--device", "cpu", "--presets", "none", "--peers", "none"), "nobody to time"),
         (("flux", "--ladder", "sdxl", "--batch", "2"), "takes no FAMILY, --batch; leave it out"),
         (("flux", "--device", "tpu"), "no device 'tpu'"),
@@ -59,4 +62,4 @@ def test_a_ladder_has_all_presets_on_top(tmp_path, capsys):
     told = ("--ladder", "sd15", "--tiny", "--device", "cpu", "--budget-s", "0", "-o", tmp_path)
     for presets, rungs in (((), 8), (("--presets", "fast"), 6)):
         assert bench(*told, *presets) == 0
-        assert f"{rungs} rungs left for the next time" in capsys.readouterr().out
+        assert capsys.readouterr().out == f"{rungs} rungs left for the next time, when the same command goes on\n"

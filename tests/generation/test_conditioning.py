@@ -12,8 +12,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -164,6 +168,17 @@ def test_more_steps_than_timesteps(make):
         make(steps=1001, scheduler="dpmsolver-multistep")
 
 
+def test_a_seed_is_a_picture_also_where_a_pipeline_draws_without_it(make, room, tmp_path):
+    FAMILIES["sd3"].tiny("StableDiffusion3ControlNetPipeline").save_pretrained(tmp_path / "own")
+    own = {"model": str(tmp_path / "own"), "control_image": room / "control.png"}
+    before = torch.random.get_rng_state()
+    first, _ = make(**own)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert make(**own)[0] == first
+    assert make(**own, seed=2)[0] != first
+
+
 def test_a_control_model_that_is_none(make, room):
     with pytest.raises(InputError, match="is not a ControlNet's folder"):
         make(controlnet=str(room / "svd"), control_image=room / "control.png")
@@ -218,3 +233,28 @@ def test_a_video_from_a_picture_without_a_prompt(room, tmp_path):
     assert (made["frames"], made["seed"], made["prompt"]) == (3, 1, "")
     with pytest.raises(InputError, match="does not take PROMPT"):
         generate(Job(model=str(room / "svd"), output=tmp_path / "b.mp4", prompts=("a frog",)))
+
+
+@torch.no_grad()
+def test_an_ip_adapter_of_stable_diffusion_3(make, room, tmp_path):
+    pipe = FAMILIES["sd3"].tiny()
+    pipe.save_pretrained(tmp_path / "sd3")
+    torch.manual_seed(0)
+    width, sizes = pipe.transformer.inner_dim, {"embed_dim": 16, "hidden_dim": 64, "heads": 1, "num_queries": 2}
+    image = IPAdapterTimeImageProjection(**sizes, output_dim=width, timestep_in_dim=32)
+    weights = {f"image_proj.{name}": value for name, value in image.state_dict().items()}
+    inner = {"hidden_size": width, "ip_hidden_states_dim": width, "head_dim": 16, "timesteps_emb_dim": 64}
+    for index in range(len(pipe.transformer.attn_processors)):
+        processor = SD3IPAdapterJointAttnProcessor2_0(**inner)
+        weights |= {f"ip_adapter.{index}.{name}": value for name, value in processor.state_dict().items()}
+    save_file({name: torch.randn_like(value) for name, value in weights.items()}, tmp_path / "ip.safetensors")
+    config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(config).save_pretrained(tmp_path / "image_encoder")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "image_encoder")
+    own = {"model": str(tmp_path / "sd3")}
+    plain, _ = make(**own)
+    red, _ = make(**own, ip_adapter=tmp_path / "ip.safetensors", images=(room / "in.png",))
+    grey, _ = make(**own, ip_adapter=tmp_path / "ip.safetensors", images=(room / "control.png",))
+    assert len({plain, red, grey}) == 3

@@ -21,11 +21,18 @@ def parts_of(call: Callable[[], Any], pipe: Any) -> Mapping[str, Mapping[str, fl
     with ExitStack() as stack:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
-                for method in ("encode", "decode") if hasattr(part, "decode") else ("forward",):
+                for method in _methods(part):
                     stack.enter_context(_timed(part, method, device, spent, name))
         whole, _ = wall(call, device)
     spent["between"] = whole - sum(spent.values())
     return {name: {"seconds": round(s, 5), "share": round(s / whole, 4)} for name, s in spent.items()}
+
+
+def _methods(part: torch.nn.Module) -> tuple[str, ...]:
+    """The names of what a pipeline calls of a component; of a compiled one the way in that is not traced itself."""
+    if hasattr(part, "decode"):
+        return "encode", "decode"
+    return ("forward",) if part._compiled_call_impl is None else ("_compiled_call_impl",)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def write(folder: Path) -> None:
     if groups:
         (folder / "bench.csv").write_text(comma_separated(groups))
         draw(groups, folder / "bench.png")
-    parts = [markdown(groups), _kernels(kernels), _profiles(groups)]
+    parts = [markdown(groups), _shares(groups), _kernels(kernels), _profiles(groups)]
     (folder / "bench.md").write_text("\n".join(part for part in parts if part))
 
 
@@ -49,6 +49,23 @@ def rows_of(path: Path, *, command: str) -> dict[str, Any]:
     if (there := (kept["command"], place_of(kept["machine"]))) != here:
         raise InputError(f"{path} has rows of {' on '.join(there)}, and this is {' on '.join(here)}; name another -o")
     return kept["rows"]
+
+
+def _shares(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The seconds of each part of whole pictures, and their share."""
+    sections = []
+    for title, lines in groups.items():
+        timed = [line for line in lines if line.get("parts")]
+        names = list(dict.fromkeys(name for line in timed for name in line["parts"]))
+        rows = [[line["contestant"], *(_share(line["parts"].get(name)) for name in names)] for line in timed]
+        if rows:
+            sections.append(f"### {title}\n\n{markdown_table(('contestant', *names), rows)}\n")
+    said = "A picture more, which waits for the device around each part; between: scheduler, guidance, the host."
+    return "\n".join(["## Where a picture's seconds go", "", said, "", *sections]) if sections else ""
+
+
+def _share(part: Mapping[str, float] | None) -> str:
+    return "-" if part is None else f"{part['seconds']:.3f} s, {part['share']:.1%}"
 
 
 def _kernels(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -92,7 +92,7 @@ def _int8(pipe: Any, workload: Workload) -> str:
             quantize_,
         )
     except ImportError as error:
-        raise InputError("torchao is not installed; pip install -c constraints.txt torchao") from error
+        raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
     def wanted(module: torch.nn.Module, name: str) -> bool:
         return isinstance(module, torch.nn.Linear) and min(module.in_features, module.out_features) >= 512

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+LARGEST = 2048**2
+"""Pixels of a picture that a language model is shown, which the tiny pipeline's processor shrinks to a few."""
 PROMPT = "a frog holding a sign, high quality, detailed, cinematic, soft light"
 
 
@@ -47,7 +49,8 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     slots = [*family.denoisers[: variant.experts], "vae", *family.text_encoders, *variant.text_encoders]
     parts = dict(small.components)
     if variant.experts > 1:
-        parts["boundary_ratio"] = small.config["boundary_ratio"]
+        # A picture's pipeline has one expert when it is tiny.
+        parts["boundary_ratio"] = small.config["boundary_ratio"] or family.tiny().config["boundary_ratio"]
     dtype = getattr(torch, workload.dtype)
     for slot, part in parts.items():
         if slot in slots:
@@ -58,6 +61,7 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
         beside: Any = diffusers.ControlNetModel
         with torch.device(workload.device):
             parts["controlnet"] = beside.from_unet(parts["unet"]).to(dtype=dtype)
+    _let_read(parts, small)
     # The tiny Stable Diffusion 3 goes without its largest text encoder.
     for slot in {"tokenizer_3"} & parts.keys():
         parts[slot] = t5_tokenizer()
@@ -65,6 +69,23 @@ def full_pipeline(workload: Workload) -> DiffusionPipeline:
     if kind:
         parts["scheduler"] = getattr(diffusers, kind)(**{**config, **variant.scheduler})
     return type(small)(**parts)
+
+
+def _let_read(parts: dict[str, Any], small: Any) -> None:
+    """What turns pictures and words into numbers is the tiny pipeline's; let the large models understand it."""
+    from vivace.families.tokenizers import clip_image_processor
+
+    seeing = parts.get("image_encoder")
+    for slot in ("image_processor", "feature_extractor"):
+        if seeing is not None and parts.get(slot) is not None:
+            parts[slot] = clip_image_processor(size=seeing.config.image_size)
+    if "processor" in parts:
+        told = small.text_encoder.config.to_dict()
+        for name in (name for name in told if name.endswith("_token_id")):
+            setattr(parts["text_encoder"].config, name, told[name])
+        images, vision = parts["processor"].image_processor, parts["text_encoder"].config.vision_config
+        images.patch_size = vision.patch_size
+        images.size.longest_edge = LARGEST
 
 
 def call_of(subject: Any, workload: Workload) -> Callable[[], Any]:
@@ -113,22 +134,36 @@ class Stand:
 
 
 def _pipeline_arguments(pipe: Any, workload: Workload) -> dict[str, Any]:
-    from vivace.inputs import arguments
+    from PIL import Image
+
+    from vivace.inputs import arguments, control_argument, size_arguments
 
     accepted = arguments(type(pipe))
-    width, height = workload.size
     wanted = {
         "prompt": PROMPT,
-        "width": width,
-        "height": height,
         "num_frames": workload.frames,
         "num_inference_steps": workload.steps,
         "guidance_scale": workload.guidance,
         # PixArt's knows the shapes that its published models were trained on, and no tiny one's.
         "use_resolution_binning": not workload.tiny,
+        **size_arguments(workload.size, accepted),
     }
-    if "image" in accepted and (workload.control or accepted["image"].default is accepted["image"].empty):
-        from PIL import Image
-
-        wanted["image"] = Image.new("RGB", workload.size, "gray")
+    if "true_cfg_scale" in accepted and workload.facts.guidance == "two_calls":
+        # Without a negative prompt these leave guidance out.
+        wanted |= {"true_cfg_scale": workload.guidance, "negative_prompt": " ", "guidance_scale": None}
+    names = {"image": "image", "mask": "mask_image", "control": control_argument(type(pipe))}
+    for kind in _pictures(type(pipe), workload):
+        wanted[str(names[kind])] = Image.new("L" if kind == "mask" else "RGB", workload.size, "gray")
     return {name: value for name, value in wanted.items() if name in accepted}
+
+
+def _pictures(pipeline: type, workload: Workload) -> set[str]:
+    """Which pictures a call has: what its class needs, and what it takes and its family's first class does not."""
+    import diffusers
+
+    from vivace.inputs import arguments, inputs_of
+
+    taken = set(inputs_of(pipeline)) - {"video"}
+    image = arguments(pipeline).get("image")
+    needed = {"image"} if image is not None and image.default is image.empty else set()
+    return (taken & needed) | (taken - inputs_of(getattr(diffusers, workload.facts.pipelines[0])))

@@ -106,11 +106,22 @@ def workload_of(
     if tiny:
         own |= {**TINY, "frames": 5 if family.media == "video" else 1}
     own |= {name: value for name, value in shape.items() if value is not None}
+    _check_frames(own["frames"], family)
     multiple = variant.multiple or family.multiple
     if any(side % multiple or side <= 0 for side in own["size"]):
         raise InputError(f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {multiple}")
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
     return Workload(**names, device=device, dtype=dtype, control=control, **own)
+
+
+def _check_frames(frames: int, family: Family) -> None:
+    if frames > 1 and family.media != "video":
+        raise InputError(f"--frames {frames}: {family.title} makes single pictures; leave it out")
+    if (frames - 1) % family.packed:
+        near = round((frames - 1) / family.packed) * family.packed + 1
+        raise InputError(
+            f"--frames {frames}: {family.title} makes multiples of {family.packed} and one; the nearest is {near}"
+        )
 
 
 def _controlled(family: Family) -> str | None:

@@ -134,6 +134,8 @@ def bench(
         raise InputError("nothing to time; name a family (vivace families lists them), or give --kernels")
     if steps and not end_to_end:
         raise InputError(f"--steps {steps} says nothing about one denoiser forward; add --end-to-end, or leave it out")
+    if batch and end_to_end:
+        raise InputError(f"--batch {batch} is of one denoiser forward; --end-to-end makes one picture, so leave it out")
     shape = {"size": read_size(size) if size else None, "batch": batch, "frames": frames, "steps": steps}
     options = {"model": model, "tiny": tiny, "end_to_end": end_to_end, "control": control, **shape}
     drafts = [workload_of(name, device="", dtype="", **options) for name in families or ()]
@@ -247,7 +249,8 @@ def _climb(
     chart = write(folder, name=name, workload=workload)
     if left:
         print(f"{left} rungs left for the next time, when the same command goes on")
-    print(chart)
+    if chart.is_file():  # a budget may end before the first rung
+        print(chart)
 
 
 def _say(lines: Sequence[Mapping[str, Any]]) -> None:

@@ -326,6 +326,7 @@ klein_4b = partial(
     Variant,
     denoiser=KLEIN_4B,
     parameters=3_875_544_576,
+    pipeline="Flux2KleinPipeline",
     text_encoders={"text_encoder": QWEN3_4B},
     text_tokens=512,
 )
@@ -333,6 +334,7 @@ klein_9b = partial(
     Variant,
     denoiser=KLEIN_9B,
     parameters=9_078_581_248,
+    pipeline="Flux2KleinPipeline",
     text_encoders={"text_encoder": QWEN3_8B},
     text_tokens=512,
 )

@@ -189,6 +189,7 @@ PIXART = Family(
             vae=SD_VAE,
             parameters=611_349_152,
             hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",
+            pipeline="PixArtAlphaPipeline",
             steps=20,
             guidance=4.5,
             text_tokens=120,

@@ -261,6 +261,7 @@ def inputs(
 
 
 picture = partial(Variant, denoiser=BASE, parameters=20_430_401_088, steps=50, guidance=4.0)
+edit_plus = partial(picture, pipeline="QwenImageEditPlusPipeline", steps=40, text_tokens=512)
 
 QWEN_IMAGE = Family(
     name="qwen_image",
@@ -291,9 +292,9 @@ QWEN_IMAGE = Family(
             text_tokens=128,
             teacache=(20.04634615, 3.13881129, -11.25528647, 4.70808005, -0.15457715),
         ),
-        "edit": picture(hub_id="Qwen/Qwen-Image-Edit", text_tokens=512),
-        "edit-plus": picture(hub_id="Qwen/Qwen-Image-Edit-2509", steps=40, text_tokens=512),
-        "edit-2511": picture(hub_id="Qwen/Qwen-Image-Edit-2511", denoiser=STILL_REFERENCES, steps=40, text_tokens=512),
+        "edit": picture(hub_id="Qwen/Qwen-Image-Edit", pipeline="QwenImageEditPipeline", text_tokens=512),
+        "edit-plus": edit_plus(hub_id="Qwen/Qwen-Image-Edit-2509"),
+        "edit-2511": edit_plus(hub_id="Qwen/Qwen-Image-Edit-2511", denoiser=STILL_REFERENCES),
     },
     text_encoders={"text_encoder": QWEN_VL_7B},
     split=split,

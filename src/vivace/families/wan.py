@@ -274,6 +274,7 @@ WAN = Family(
             text_encoders={"image_encoder": CLIP_H_VISION},
             parameters=16_394_878_784,
             hub_id="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            pipeline="WanImageToVideoPipeline",
             size=(832, 480),
             teacache=(257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
         ),
@@ -282,6 +283,7 @@ WAN = Family(
             text_encoders={"image_encoder": CLIP_H_VISION},
             parameters=16_394_878_784,
             hub_id="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            pipeline="WanImageToVideoPipeline",
             teacache=(8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
         ),
         "2.2-t2v-a14b": video(
@@ -296,6 +298,7 @@ WAN = Family(
             denoiser=I2V_14B,
             parameters=14_288_901_184,
             hub_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            pipeline="WanImageToVideoPipeline",
             experts=2,
             steps=40,
             guidance=3.5,

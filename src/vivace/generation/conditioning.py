@@ -207,7 +207,8 @@ def _load_ip_adapter(pipe: Any, path: Path) -> None:
     folder = path.parent / "image_encoder"
     if getattr(pipe, "image_encoder", None) is None and not folder.is_dir():
         raise InputError(f"--ip-adapter {path} needs its image encoder: put it into {folder}")
-    options = {"image_encoder_folder": folder.name} if folder.is_dir() else {"image_encoder_folder": None}
+    # As a whole path: beside the file alone some classes look for it in the working directory.
+    options = {"image_encoder_folder": str(folder.resolve()) if folder.is_dir() else None}
     if "image_encoder_pretrained_model_name_or_path" in inspect.signature(pipe.load_ip_adapter).parameters:
         options = {"image_encoder_pretrained_model_name_or_path": str(folder)} if folder.is_dir() else {}
     try:

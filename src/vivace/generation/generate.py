@@ -18,6 +18,7 @@ from vivace.fingerprint import fingerprint
 from vivace.generation import conditioning, picture, video
 from vivace.generation.job import FIELDS, RESERVED, SEEDS, Job, check_family, check_values, flag, outputs
 from vivace.generation.prompt import cut_lines, cuts
+from vivace.generation.seed import seeded
 from vivace.load import Source, find, load_source, resolve_device, resolve_dtype
 from vivace.scheduler import scheduler_class, use_scheduler
 from vivace.steps import Step, counted
@@ -292,13 +293,11 @@ def _call(pipe: DiffusionPipeline, ready: Ready, *, prompt: str, seed: int) -> l
     import torch
 
     more = ", ".join(ready.job.call_kwargs)
-
-    # On the CPU, so that a seed means the same noise on every device.
-    generator = torch.Generator("cpu").manual_seed(seed)
     text = {"prompt": prompt} if prompt else {}
     run: Any = pipe
     try:
-        output = run(**text, **ready.call, generator=generator, output_type="pil")
+        with seeded(seed, ready.device) as generator:
+            output = run(**text, **ready.call, generator=generator, output_type="pil")
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory for this; use --vram auto, or a smaller --size") from error
     except InputError:
