@@ -1,5 +1,6 @@
 """The graph layer's bookkeeping with a recorder that runs on the CPU, and the real one on a GPU."""
 
+import gc
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vivace.graph import Graphs, Recording
 
@@ -181,6 +182,23 @@ def test_a_recording_holds_no_workspace_of_anothers_pool(recording):
         recorded_twice(Graphs(budget=100), recording.multiply)
     assert recording.workspace is None
     assert recording.used == [(1, 1), (2, 2)]
+
+
+def test_nothing_is_collected_while_it_records(recording):
+    seen = []
+
+    def segment(x):
+        seen.append((bool(recording.recording), gc.isenabled()))
+        if x.numel() == 3:
+            raise ValueError("it cannot")
+        return x + 1
+
+    graphs = Graphs(budget=100)
+    recorded_twice(graphs, segment)
+    assert seen == [(False, True), (True, False)]
+    with torch.no_grad(), pytest.raises(ValueError, match="it cannot"):
+        graphs._record(segment, *tree_flatten({"x": torch.rand(3)}))
+    assert gc.isenabled()
 
 
 def test_threads_record_one_after_the_other(recording):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections import OrderedDict
@@ -139,12 +140,25 @@ class CudaRecorder:
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread's allocation (a second pipeline, a data loader) must not end the recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), _own_workspaces():
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with _garbage_stays(), capture, _own_workspaces():
             output = segment(**tree_unflatten(static, spec))
         self._alive.add(graph)
         grown = max(0, torch.cuda.memory_reserved() - reserved)
         held = grown + sum(tensor.nbytes for tensor in inputs)
         return Recording(inputs=inputs, output=output, replay=graph.replay, nbytes=held)
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """No collection of garbage, which may hold page-locked memory or an old recording: freeing them ends a new one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager
