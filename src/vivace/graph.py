@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,25 +116,63 @@ class Graphs:
             self.recordings.popitem(last=False)
 
 
+RECORDING = threading.Lock()
+"""One thread records at a time: torch has one stream for it in the whole process."""
+
+
 class CudaRecorder:
     """Records a segment as a CUDA graph; all graphs of one recorder share one memory pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, segment: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Recording:
-        if self._pool is None:
+        with RECORDING:
+            return self._record(segment, leaves, spec)
+
+    def _record(self, segment: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Recording:
+        if not self._alive:
+            # torch refuses a pool whose last graph is gone while anything of it is still held.
             self._pool = torch.cuda.graph_pool_handle()
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         inputs = [leaf for leaf in static if isinstance(leaf, torch.Tensor)]
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread's allocation (a second pipeline, a data loader) must not end the recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with _garbage_stays(), capture, _own_workspaces():
             output = segment(**tree_unflatten(static, spec))
+        self._alive.add(graph)
         grown = max(0, torch.cuda.memory_reserved() - reserved)
         held = grown + sum(tensor.nbytes for tensor in inputs)
         return Recording(inputs=inputs, output=output, replay=graph.replay, nbytes=held)
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """No collection of garbage, which may hold page-locked memory or an old recording: freeing them ends a new one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """While recording, cuBLAS works in memory of the recording's own pool.
+
+    torch keeps its workspaces by stream, and all graphs are recorded on one: a graph would hold the address of memory
+    in the pool of another, and up to torch 2.13 lose it with the next graph that is dropped, whosoever that is.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _describe(leaf: Any) -> Hashable:

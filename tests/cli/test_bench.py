@@ -47,6 +47,7 @@ def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeyp
         (("flux", "--device", "cpu", "--presets", "none", "--peers", "none"), "nobody to time"),
         (("flux", "--ladder", "sdxl", "--batch", "2"), "takes no FAMILY, --batch; leave it out"),
         (("flux", "--device", "tpu"), "no device 'tpu'"),
+        (("flux", "--frames", "5"), "--frames 5: FLUX.1 draws single pictures; leave it out"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):
@@ -56,6 +57,15 @@ def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):
     assert caught.err.count("\n") == 1
     assert said in caught.err
     assert not (tmp_path / "out").exists()
+
+
+def test_results_cannot_go_into_a_file(tmp_path, capsys):
+    file = tmp_path / "mine"
+    file.write_text("mine")
+    for where in (file, file / "inside"):
+        assert bench("sd", "--tiny", "--device", "cpu", "-o", where) == 2
+        assert "mine is a file; name another" in capsys.readouterr().err
+    assert file.read_text() == "mine"
 
 
 def test_a_ladder_has_all_presets_on_top(tmp_path, capsys):

@@ -33,3 +33,8 @@ def test_a_table_of_attention(capsys, monkeypatch):
     assert "attention='cudnn_fp8' cannot be done here" in capsys.readouterr().err
     assert code_of(*arguments, "cudn") == 2
     assert "--attention is none or one of native" in capsys.readouterr().err
+
+
+def test_nothing_to_measure(capsys):
+    assert code_of("errors", "sd", "--tiny", "--device", "cpu", "--quant", "none") == 2
+    assert "nothing to measure: --quant and --attention are both none" in capsys.readouterr().err

@@ -1,4 +1,8 @@
-"""Which denoisers graphs are for, by rule."""
+"""Which denoisers graphs are for, by rule; and recordings of one model that take turns."""
+
+import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -26,3 +30,37 @@ def test_small_denoisers_and_unets(family, expected):
 
 def test_tiny_ones_of_every_kind():
     assert wins(FAMILIES["sd3"].tiny().transformer, media=None, sm=(7, 5), quantised=False)
+
+
+TURNS = """
+import torch, vivace
+pipe = vivace.load("builtin", device="cuda")
+pipe.set_progress_bar_config(disable=True)
+def draw():
+    made = [torch.Generator().manual_seed(i) for i in range(BATCH)]
+    return pipe(["a red circle left of a blue square"] * BATCH, generator=made, num_inference_steps=12,
+                guidance_scale=3.0, output_type="pt").images.float()
+drawn = {}
+for graphs in ("off", "on"):
+    vivace.accelerate(pipe, graphs=graphs, **FIELDS)
+    drawn[graphs] = [draw() for _ in range(2)]
+    torch.cuda.synchronize()
+    vivace.restore(pipe)
+far = max((a - b).abs().max().item() for a, b in zip(*drawn.values()))
+assert far < 1e-2, far
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="needs nvidia-cudnn-frontend")
+@pytest.mark.parametrize("quant", ["off", "fp8"])
+@pytest.mark.parametrize("batch", [1, 50])
+def test_exact_ends_and_the_middle_take_turns(quant, batch):
+    """Two recordings in one pool, of a model too small for any attention in fp8: they draw what no recording draws.
+
+    In a process of its own, for a fault of the device ends it.
+    """
+    fields = {"quant": quant, "attention": "cudnn_fp8", "exact_ends": 2}
+    code = TURNS.replace("BATCH", str(batch)).replace("FIELDS", repr(fields))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

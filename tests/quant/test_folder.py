@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vivace
@@ -135,8 +136,39 @@ def test_pieces(tmp_path, monkeypatch):
     assert [a == b for a, b in zip(first, folder.digests(path), strict=True)] == [True, True, False]
 
 
-def test_only_its_own_folders_are_cleared(written, tmp_path):
+def test_only_its_own_folders_are_replaced(written, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no quantised model"):
-        folder.clear(tmp_path)
+        folder.write(FAMILY.tiny(), tmp_path, denoisers={})
     assert (tmp_path / "notes.txt").exists()
+
+
+FAULTS = [
+    (OSError(28, "No space left"), InputError),
+    (SafetensorError("I/O error"), InputError),
+    (KeyboardInterrupt(), KeyboardInterrupt),
+]
+
+
+@pytest.mark.parametrize(("fault", "raised"), FAULTS)
+def test_what_was_there_stays_until_all_is_written(written, tmp_path, monkeypatch, fault, raised):
+    pipe = vivace.load(written[0], dtype="bfloat16")
+    model = tmp_path / "model"
+    folder.write(pipe, model, denoisers={"transformer": pipe.transformer})
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+
+    def full(*args, **kwargs):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "save_file", full)
+        for where in (model, tmp_path / "new"):
+            with pytest.raises(raised):
+                folder.write(pipe, where, denoisers={"transformer": pipe.transformer})
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    # What a process left that was ended in the middle is in nobody's way.
+    (model / folder.PART).mkdir()
+    folder.write(pipe, model, denoisers={"transformer": pipe.transformer})
+    assert {path.relative_to(model) for path in model.rglob("*")} >= {path.relative_to(model) for path in before}
+    assert not (model / folder.PART).exists()

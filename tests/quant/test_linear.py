@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack
+from math import inf, nan
 
 import pytest
 import torch
@@ -81,6 +82,21 @@ def test_a_weight_at_any_address():
     moved.values = torch.empty(layer.values.numel() + 1, dtype=torch.int8)[1:].view_as(layer.values)
     moved.values.copy_(layer.values)
     assert error(moved(x)[None], layer(x)[None]) < 0.008
+
+
+# The interpreter's cast to e4m3 makes a number of NaN.
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in FORMATS for value in (nan, inf, -inf) if (name, value) != ("fp8", nan)],
+)
+def test_what_is_no_number_stays_none(name, value):
+    """As a linear in 16 bit has it: who looks for it finds it, and the other samples are as they were."""
+    layer, x = QuantLinear.of(linear(), format=format_of(name)), torch.randn(2, 5, 192)
+    spoilt = x.clone()
+    spoilt[1, 3, 7] = value
+    out = layer(spoilt)
+    assert not out[1, 3].isfinite().any()
+    torch.testing.assert_close(out[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -87,8 +87,8 @@ def workload_of(
 ) -> Workload:
     """The workload of `FAMILY[:variant]`; what `shape` leaves out or gives as None is the model's or variant's own.
 
-    Raises InputError for an unknown family or variant, for a size its autoencoder cannot make, and for a ControlNet
-    beside anything but a UNet of random weights.
+    Raises InputError for an unknown family or variant, for a size its autoencoder cannot make, for frames of a still
+    picture, and for a ControlNet beside anything but a UNet of random weights.
     """
     family_name, _, variant_name = name.partition(":")
     if family_name not in FAMILIES:
@@ -110,6 +110,8 @@ def workload_of(
     multiple = variant.multiple or family.multiple
     if any(side % multiple or side <= 0 for side in own["size"]):
         raise InputError(f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {multiple}")
+    if family.media == "image" and own["frames"] != 1:
+        raise InputError(f"--frames {own['frames']}: {family.title} draws single pictures; leave it out")
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
     return Workload(**names, device=device, dtype=dtype, control=control, **own)
 

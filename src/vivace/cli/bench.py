@@ -80,8 +80,10 @@ def bench(
     from vivace.bench.results import write
     from vivace.bench.run import Bench
     from vivace.bench.workload import workload_of
+    from vivace.cli.figures import check_folder
     from vivace.cli.generate import read_size
 
+    check_folder(output, option="-o")
     if ray and not serve:
         raise InputError("--ray needs --serve; add it, or leave --ray out")
     if serve:

@@ -35,6 +35,8 @@ def errors(
     for option, value, known in (("--quant", quant, FORMATS), ("--attention", attention, BACKENDS)):
         if value not in ("none", *known):
             raise InputError(f"{option} is none or one of {', '.join(known)}, got {value!r}")
+    if quant == attention == "none":
+        raise InputError("nothing to measure: --quant and --attention are both none; name one")
     place = resolve_device(device)
     number = str(resolve_dtype(dtype, place)).removeprefix("torch.")
     shape = {"size": read_size(size) if size else None, "model": model, "tiny": tiny}

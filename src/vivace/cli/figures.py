@@ -80,6 +80,19 @@ def check_writable(path: Path, *, option: str) -> None:
         raise InputError(f"{option} {path} cannot be written: {reason}; name a file in a folder of yours") from error
 
 
+def check_folder(path: Path, *, option: str) -> None:
+    """Raises InputError where a folder cannot be written into, or made; makes nothing."""
+    there = next(room for room in (path, *path.absolute().parents) if room.exists())
+    if not there.is_dir():
+        raise InputError(f"{option} {path} cannot be a folder: {there} is a file; name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"{option} {path} cannot be written: {reason}; name a folder of yours") from error
+
+
 def show(table: Table) -> None:
     """Print a table: names whole, on a terminal within its width."""
     from rich.console import Console

@@ -40,13 +40,12 @@ def quantize(
     source = find(model, variant=variant)
     if source.path is not None and source.path.resolve().is_relative_to(output.resolve()):
         raise InputError(f"{output} is where the model itself lies; name another folder")
-    folder.check_clearable(output)
+    folder.check_replaceable(output)
     with quiet():
         pipe = load_source(source, dtype=dtype, device=device, variant=variant)
         accelerate(pipe, quant=quant, keep_base="no", fuse="off", compile="off", graphs="off")
         acceleration = acceleration_of(pipe)
         assert acceleration is not None
-        folder.clear(output)
         folder.write(pipe, output, denoisers=acceleration.target.denoisers)
     made = report(pipe)
     sizes = {name: (output / name / folder.WEIGHTS).stat().st_size for name in made.layers}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from vivace import checkpoint
 from vivace.errors import InputError, first_line
@@ -54,7 +55,7 @@ def merge(
         if source.path is not None and (source.path / OWN).is_file():
             shutil.copy(source.path / OWN, part / OWN)
         part.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {first_line(error)}; name a folder elsewhere") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

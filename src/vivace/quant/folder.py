@@ -11,22 +11,24 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vivace import checkpoint
-from vivace.errors import InputError
+from vivace.errors import InputError, first_line
 from vivace.quant import FORMATS, format_of
 from vivace.quant.layers import linears
 from vivace.quant.linear import QuantLinear
 
 WEIGHTS, RECORD = "quantised.safetensors", "quantised.json"
+PART = ".part"  # in a folder: what is not complete yet
 VERSION = 2
 STORED = {
     "F32": torch.float32,
@@ -45,8 +47,31 @@ ALIGNED = 64
 
 
 def write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> None:
-    """Write `pipe`, whose `denoisers` are quantised, into `folder`; a file that was there is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `pipe`, whose `denoisers` are quantised, into `folder`, in the place of what an earlier call left there.
+
+    What was there stays until all is written. Raises InputError where that fails, and for a folder of other things.
+    """
+    check_replaceable(folder)
+    part, fresh = folder / PART, not folder.exists()
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(pipe, part, denoisers=denoisers)
+        for old in folder.iterdir():
+            if old.name != PART:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for made in part.iterdir():
+            made.rename(folder / made.name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be written: {first_line(error)}; name a folder elsewhere") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if fresh:
+            with suppress(OSError):
+                folder.rmdir()  # which only an empty one allows
+
+
+def _write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> None:
     pipe.save_config(folder)
     for name, component in pipe.components.items():
         if name in denoisers:
@@ -184,14 +209,8 @@ def digests(path: Path) -> list[str]:
         return list(pool.map(digest, range(0, path.stat().st_size, PIECE)))
 
 
-def check_clearable(folder: Path) -> None:
-    """Raise InputError where `clear` would remove what no earlier `write` left."""
-    if folder.exists() and any(folder.iterdir()) and not any(map(holds, folder.iterdir())):
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError where `write` would remove what no earlier `write` left."""
+    there = [entry for entry in folder.iterdir() if entry.name != PART] if folder.exists() else []
+    if there and not any(map(holds, there)):
         raise InputError(f"{folder} is not empty and holds no quantised model; name another folder")
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier `write` left in `folder`, and nothing else. Raises InputError for any other folder."""
-    check_clearable(folder)
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite, nan
+
 import torch
 
 from vivace.kernels.int8_linear import int8_linear
@@ -60,6 +62,9 @@ def _on_cpu(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 def _sample_on_cpu(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     weight, scales, zeros, bias = layer.cache["cpu"]
     low, high = (end.item() for end in x.aminmax())
+    if not isfinite(high - low):
+        # One scale for all of them: nothing of the sample is a number then.
+        return torch.full((len(x), layer.out_features), nan, dtype=layer.dtype)
     # The range holds 0, which keeps the zero point within 8 bits.
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-12) / LEVELS
