@@ -42,8 +42,8 @@ rehearsal: $(VENV)/.test  ## the Dockerfiles' and the README's steps in fresh ro
 	$(BIN)/python docker/rehearse.py -o benchmarks/$$(date -u +%F)-cpu-rehearsal.json $(REHEARSE)
 
 calibrations: $(VENV)/.run  ## fits the step caches to the built-in model; a GPU needs minutes
-	mkdir -p src/vivace/cache/calibrations
-	$(BIN)/vivace calibrate builtin --captions 48 --shares 0.25,0.36,0.5,0.67 -o src/vivace/cache/calibrations/builtin.json
+	$(BIN)/vivace calibrate builtin --captions 96 -o src/vivace/cache/calibrations/builtin.json
+	$(BIN)/vivace calibrate builtin --captions 96 --scheduler dpmsolvermultistep -o src/vivace/cache/calibrations/builtin-dpm.json
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Measure every step cache on the built-in model, beside both controls, on captions it never saw.
 
-    vivace calibrate builtin --captions 48 -o src/vivace/cache/calibrations/builtin.json
+    make calibrations
     python recipes/builtin/caches.py --captions 4000 --out benchmarks
 
 For each cache: evaluations of the whole denoiser (what it computes of the other steps, a block or half of guidance, is
@@ -36,6 +36,7 @@ CACHES = (
     "meancache:of50=25", "meancache:of50=17", "meancache:of50=10",
     "blockdance:after=4", "pab:warmup=3,cooldown=3", "guidance:every=2", "guidance:every=4", "guidance:end=0.8,every=1",
 )  # fmt: skip
+ON_SOLVER = ("planned:computed=0.67", "planned:computed=0.5", "planned:computed=0.36")  # with the last of SOLVERS
 CALIBRATED = ("planned", "teacache")  # which read the built-in model's calibration
 PEERS = (0.1, 0.2, 0.3, 0.4)  # cache-dit's residual_diff_threshold, with one block computed and two steps of warm-up
 CONTROLS = (20, 16, 14, 12, 10, 8, 7)  # steps
@@ -48,12 +49,13 @@ def main() -> None:
     bench = Bench(given)
     exact = bench.measure("exact", bench.ours(), role="exact")
     rows = [exact]
-    for cache in CACHES:
+    for solver, cache in (*((None, cache) for cache in CACHES), *((SOLVERS[-1], cache) for cache in ON_SOLVER)):
+        name = f"{solver}, {cache}" if solver else cache
+        of = fingerprint(SHIPPED) if cache.startswith(CALIBRATED) else ""
         try:
-            of = fingerprint(SHIPPED) if cache.startswith(CALIBRATED) else ""
-            rows.append(bench.measure(cache, bench.ours(cache=parse(cache)), role="cache", of=of))
+            rows.append(bench.measure(name, bench.ours(solver=solver, cache=parse(cache)), role="cache", of=of))
         except InputError as error:
-            print(f"{cache}: {error}")
+            print(f"{name}: {error}")
     for steps in CONTROLS:
         for solver in (None, *SOLVERS):
             name = f"{solver or 'euler'}, {steps} steps"

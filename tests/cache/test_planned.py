@@ -10,6 +10,7 @@ import vivace
 from vivace import InputError
 from vivace.cache.calibration import fingerprint, read
 from vivace.cache.record import recorded
+from vivace.scheduler import use_scheduler
 
 COMPUTE = [0, 1, 2, 4, 6, 8, 11]
 
@@ -65,6 +66,24 @@ def test_weights_of_what_is_not_known_yet_are_the_newest(pipe, file):
     plan = replace(plan, weights={**plan.weights, 7: (0.5, -0.5, 1.0)})
     assert plan.factors(7, since=0) == plan.factors(7, since=2) == (0.5, -0.5, 1.0)
     assert plan.factors(7, since=3) == (1.0,)
+
+
+def test_plans_that_ship_in_several_files_are_put_together(pipe, draw, last, file, monkeypatch):
+    """Of one model with two schedulers: each run takes its own's."""
+    text = json.loads(file.read_text())
+    other = {"steps": 8, "scheduler": "DPMSolverMultistepScheduler", "compute": [0, 3], "weights": newest([0, 3], 8)}
+    (file.parent / "other.json").write_text(json.dumps({**text, "planned": [other]}))
+    monkeypatch.setattr("vivace.cache.calibration.SHIPPED", file.parent)
+    vivace.accelerate(pipe, cache="planned")
+    draw(pipe)
+    assert last(pipe)["computed"] == len(COMPUTE)
+    stock = pipe.scheduler
+    use_scheduler(pipe, "dpmsolvermultistep", prediction="flow")
+    try:
+        draw(pipe, steps=8)
+        assert last(pipe)["computed"] == 2
+    finally:
+        pipe.scheduler = stock
 
 
 def test_another_number_of_steps_is_an_error(pipe, draw, file):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +108,15 @@ def read(path: Path) -> Calibration:
 
 
 def calibration_of(target: Target, *, file: str | None) -> Calibration | None:
-    """The calibration in `file`, else the one that ships for this model, else None.
+    """The calibration in `file`, else what ships for this model, else None.
 
-    Raises InputError where the file is another model's.
+    A file is of one scheduler and number of steps; of those that ship the plans are put together. Raises InputError
+    where the file is another model's.
     """
     own = {fingerprint(denoiser) for denoiser in target.denoisers.values()}
     if file is None:
-        return next((one for one in _shipped() if one.denoiser in own), None)
+        shipped = [one for one in _shipped() if one.denoiser in own]
+        return replace(shipped[0], plans=tuple(plan for one in shipped for plan in one.plans)) if shipped else None
     found = read(Path(file).expanduser())
     if found.denoiser not in own:
         raise InputError(f"{file} was calibrated for {found.denoiser}, this model is {', '.join(sorted(own))}")
