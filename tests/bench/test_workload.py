@@ -35,7 +35,7 @@ def test_a_name_takes_the_variants_own_shape_and_flags_replace_it():
         ("flux", {"size": (1000, 1000)}, "multiples of 16"),
         ("flux", {"tiny": True, "model": "/nowhere"}, "exclude each other"),
         ("flux", {"model": "/nowhere"}, "no model at /nowhere"),
-        ("sdxl", {"frames": 5}, "Stable Diffusion XL makes single pictures"),
+        ("sdxl", {"frames": 5}, "Stable Diffusion XL draws single pictures"),
         ("wan", {"frames": 6}, "multiples of 4 and one; the nearest is 5"),
         ("flux", {"control": True}, "--control is for random weights of a Stable Diffusion UNet"),
     ],

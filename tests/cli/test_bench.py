@@ -41,13 +41,12 @@ def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeyp
         (("flux", "--batch", "0"), "greater than or equal to 1"),
         (("--kernels", "--device", "cpu"), "the device is cpu"),
         (("flux", "--steps", "4"), "--steps 4 says nothing about one denoiser forward; add --end-to-end"),
-        (("sdxl", "--frames", "5"), "--frames 5: Stable Diffusion XL makes single pictures; leave it out"),
+        (("sdxl", "--frames", "5"), "--frames 5: Stable Diffusion XL draws single pictures; leave it out"),
         (("wan", "--frames", "6"), "--frames 6: Wan 2.1 and 2.2 makes multiples of 4 and one; the nearest is 5"),
         (("sdxl", "--end-to-end", "--batch", "3"), "--end-to-end makes one picture, so leave it out"),
         (("flux", "--device", "cpu", "--presets", "none", "--peers", "none"), "nobody to time"),
         (("flux", "--ladder", "sdxl", "--batch", "2"), "takes no FAMILY, --batch; leave it out"),
         (("flux", "--device", "tpu"), "no device 'tpu'"),
-        (("flux", "--frames", "5"), "--frames 5: FLUX.1 draws single pictures; leave it out"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):

@@ -110,15 +110,13 @@ def workload_of(
     multiple = variant.multiple or family.multiple
     if any(side % multiple or side <= 0 for side in own["size"]):
         raise InputError(f"--size {own['size'][0]}x{own['size'][1]}: {family.title} needs multiples of {multiple}")
-    if family.media == "image" and own["frames"] != 1:
-        raise InputError(f"--frames {own['frames']}: {family.title} draws single pictures; leave it out")
     names = {"family": family_name, "variant": variant_name, "model": model, "tiny": tiny, "end_to_end": end_to_end}
     return Workload(**names, device=device, dtype=dtype, control=control, **own)
 
 
 def _check_frames(frames: int, family: Family) -> None:
     if frames > 1 and family.media != "video":
-        raise InputError(f"--frames {frames}: {family.title} makes single pictures; leave it out")
+        raise InputError(f"--frames {frames}: {family.title} draws single pictures; leave it out")
     if (frames - 1) % family.packed:
         near = round((frames - 1) / family.packed) * family.packed + 1
         raise InputError(
