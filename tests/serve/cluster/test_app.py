@@ -28,7 +28,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.timeout(900)  # clusters start slowly on a busy machine
 
 WANTED = {"prompt": "a red circle", "size": "64x64", "steps": 3, "seed": 7, "deterministic": True}
-LONG = {"prompt": "a", "size": "64x64", "steps": 150, "frames": 65}
+# Some 40 seconds on a core: eight of them outlast the start of a browser.
+LONG = {"prompt": "a", "size": "256x256", "steps": 150, "frames": 65}
 BEAT = "/ui/gradio_api/heartbeat/a-tab"
 PATIENCE = 120  # seconds
 BROWSER_PATIENCE = 240
