@@ -37,15 +37,15 @@ COMPILE_ONLY: ContextVar[bool] = ContextVar("vivace_compile_only", default=False
 
 if triton is not None and not INTERPRETED:
 
-    class _Launched(triton.JITFunction):
-        """A kernel that heeds `COMPILE_ONLY`."""
+    class _Jitted(triton.JITFunction):
+        """A function in Triton that heeds `COMPILE_ONLY` when it is launched."""
 
         def run(self, *arguments: Any, warmup: bool, **options: Any) -> Any:
             return super().run(*arguments, warmup=warmup or COMPILE_ONLY.get(), **options)
 
 
-def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] | None = None) -> Any:
-    """`triton.jit` for what kernels call; with `do_not_specialize`, a kernel to launch.
+def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, for kernels and for what they call.
 
     Sizes that follow the resolution go in `do_not_specialize`, so that a new one compiles nothing.
     """
@@ -53,9 +53,9 @@ def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] | None = Non
         return lambda function: jit(function, do_not_specialize=do_not_specialize)
     if triton is None:
         return _Absent(function.__name__)
-    if do_not_specialize is None or INTERPRETED:
-        return triton.jit(do_not_specialize=list(do_not_specialize or ()))(function)
-    return _Launched(function, do_not_specialize=list(do_not_specialize))
+    if INTERPRETED:
+        return triton.jit(do_not_specialize=list(do_not_specialize))(function)
+    return _Jitted(function, do_not_specialize=list(do_not_specialize))
 
 
 def power_of_two(n: int) -> int:
