@@ -4,37 +4,29 @@
 
 Which steps: by the error of the final latent (power 1), which is nearest to exact in PSNR and saves where details are
 drawn; by the errors as they are made (power 0), which leaves the details and strays early, to other pictures; by less
-still; or every so many. Forms: weights fitted to the outputs of exact runs, a line through the last two outputs, and
-a line or parabola through the last pictures that they foretell (`Foretold`). `AMPLIFIED` in `vivace.cache.schedule` is
-what this showed to be best.
+still; or every so many. Forms: weights fitted to the outputs of exact runs, and a line
+through the last two outputs. `AMPLIFIED` in `vivace.cache.schedule` is what this showed to be best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from math import log
-from typing import Any, ClassVar
+from dataclasses import replace
 
-import torch
 from paired import STEPS, Bench, beside_exact, options
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import vivace
 from vivace.cache import calibrate
-from vivace.cache.call import Call, Schedule
 from vivace.cache.planned import Planned
 from vivace.cache.policy import Policy
 from vivace.cache.schedule import Choice, Errors, schedules, uniform
 from vivace.cache.steps import Steps
-from vivace.cache.trail import weights
 from vivace.config import Config
 from vivace.evals.builtin import draw_exam
 
 FITTED = 32  # captions of exact runs, of yet another seed
 POWERS = (1.0, 0.0, -0.5)
 COUNTS = (14, 12)
-FULL = 1000.0  # the scheduler's time of pure noise
 
 
 def main() -> None:
@@ -85,47 +77,6 @@ def forms(compute: tuple[int, ...], errors: Errors, *, scheduler: str) -> Iterat
     fitted = Choice(compute=compute, weights=errors.weights(compute), error=0.0)
     yield "fitted", Planned(plans=(calibrate.plan_of(fitted, errors, scheduler=scheduler),))
     yield "a line", Steps(compute="+".join(map(str, compute)), order=1)
-    yield "a line of pictures", Foretold(compute=compute, order=1)
-    yield "a parabola of pictures", Foretold(compute=compute, order=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Foretold(Policy):
-    """Estimates the picture that a flow's output foretells, x - time * output, from the last ones.
-
-    A polynomial in the logarithm of signal over noise, as DPM-Solver++ (Lu et al. 2022) has it; the output is where the
-    latent, which is known, has to go from there.
-    """
-
-    name: ClassVar[str] = "foretold"
-
-    compute: tuple[int, ...] = field(default=())
-    order: int = 1
-
-    def fresh(self) -> list[tuple[float, torch.Tensor]]:
-        return []
-
-    def computes(self, step: int, schedule: Schedule) -> bool:
-        return step in self.compute
-
-    def serve(self, memory: list[tuple[float, torch.Tensor]], call: Call) -> Any:
-        latent, time = call.kwargs["hidden_states"], call.time / FULL
-        if self.computes(call.step, call.schedule) or not memory:
-            out = call.whole()
-            (velocity,), _ = tree_flatten(out)
-            memory.append((time, latent - time * velocity))
-            return out
-        call.skipped = True
-        # Pure noise is infinitely far from everything: what it foretold counts for what follows at once, alone.
-        known = [(time, picture) for time, picture in memory[-self.order - 1 :] if time < 1] or memory[-1:]
-        factors = weights([-_noise(one) for one, _ in known], -_noise(time)) if len(known) > 1 else [1.0]
-        picture = sum(factor * one for factor, (_, one) in zip(factors, known, strict=True))
-        return tree_unflatten([(latent - picture) / time], tree_flatten((latent,))[1])
-
-
-def _noise(time: float) -> float:
-    """The logarithm of noise over signal of a flow at `time`."""
-    return log(time / (1 - time))
 
 
 if __name__ == "__main__":
