@@ -6,6 +6,7 @@ import torch
 from vivace import Config
 from vivace.accelerate import accelerate, acceleration_of
 from vivace.bench.budgets import CASES, STEPS, apart, bounds, facts, run
+from vivace.bench.process import Children
 from vivace.families import FAMILIES
 from vivace.memory.placement import CONTEXT, GIB, Part, Placed, Placement, place
 from vivace.passes.target import Target
@@ -75,4 +76,4 @@ def test_ways_are_kept_as_they_come_and_only_what_failed_is_tried_again():
 
 
 def test_a_way_that_ends_says_why():
-    assert "Error" in apart("sdxl-6", "no such way", seconds=60)["failed"]
+    assert "Error" in apart(Children("vivace.bench.budgets"), "sdxl-6", "no such way", seconds=60)["failed"]

@@ -8,7 +8,7 @@ import torch
 
 from vivace.bench import kernels
 from vivace.bench.book import Book
-from vivace.bench.process import Ended
+from vivace.bench.process import Children, Ended
 from vivace.kernels import KERNELS
 
 MACHINE = {"gpus": [{"name": "NVIDIA H200"}], "versions": {"torch": "2.11.0"}}
@@ -18,7 +18,7 @@ def test_a_crash_costs_the_case_it_came_with(tmp_path, monkeypatch):
     names = [f"{name}/{case.name}" for name, kernel in KERNELS.items() for case in kernel.bench]
     times = {"microseconds": 2.0, "bound_microseconds": 1.0, "share": 0.5, "bytes": 1, "copy_tb_per_second": 4.0}
 
-    def some(module, arguments, *, seconds):
+    def some(self, arguments, *, seconds):
         """Times two cases; the third, where it is `crash`, ends the process."""
         path, *left = arguments
         done = left[: left.index(crash)] if crash in left[1:] else [] if crash == left[0] else left
@@ -27,7 +27,7 @@ def test_a_crash_costs_the_case_it_came_with(tmp_path, monkeypatch):
         return Ended(code=0 if len(done) == len(left) else -11, said="Segmentation fault\n")
 
     crash = names[2]
-    monkeypatch.setattr(kernels, "run_module", some)
+    monkeypatch.setattr(Children, "run", some)
     kernels.bench_kernels(tmp_path, machine=MACHINE, command="vivace bench", seconds=9, on_line=lambda line: None)
     lines = Book(tmp_path).kernels()
     assert [f"{line['kernel']}/{line['case']}" for line in lines] == names

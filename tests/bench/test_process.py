@@ -4,17 +4,18 @@ import os
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from vivace.bench.process import run_module
+from vivace.bench.process import Children
 
 CHILD = """
 import subprocess, sys, time
 from pathlib import Path
 if sys.argv[1] == "hang":
-    inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     Path(sys.argv[2]).write_text(str(inner.pid))
-    time.sleep(60)
+    time.sleep(300)
 print("last words")
 sys.exit(int(sys.argv[1]))
 """
@@ -29,16 +30,16 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_exit_code_and_the_last_words(module, code):
-    ended = run_module(module, [str(code)], seconds=60)
+    ended = Children(module).run([str(code)], seconds=60)
     assert (ended.code, ended.said) == (code, "last words\n")
 
 
 def test_its_children_end_with_it(module, tmp_path):
     note = tmp_path / "pid"
     began = time.monotonic()
-    ended = run_module(module, ["hang", str(note)], seconds=4)
+    ended = Children(module).run(["hang", str(note)], seconds=30)
     assert ended.code is None
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     status = Path(f"/proc/{note.read_text()}/stat")
     for _ in range(100):
         # A killed process that nobody waits for yet is a zombie.
@@ -46,3 +47,25 @@ def test_its_children_end_with_it(module, tmp_path):
             return
         time.sleep(0.1)
     pytest.fail("the child's own child still runs")
+
+
+def idle(process):
+    """Wait until it has nothing left to do."""
+    spent = -1.0
+    while spent != (spent := sum(process.cpu_times()[:2])) or spent < 1:
+        time.sleep(1)
+
+
+def test_the_next_one_is_ready_and_ends_unused(module, tmp_path):
+    with Children(module, ahead=True) as children:
+        first = children.run(["0"], seconds=60)
+        waiting = children._next
+        assert waiting._process.poll() is None
+        idle(psutil.Process(waiting._process.pid))
+        began = time.monotonic()
+        second = children.run(["3"], seconds=60)
+        took = time.monotonic() - began
+        unused = children._next._process
+    assert (first.code, second.code) == (0, 3)
+    assert took < 3
+    assert unused.poll() is not None

@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from vivace.bench.process import run_module
+from vivace.bench.process import Children
 from vivace.bench.results import record, rows_of
 from vivace.errors import InputError
 from vivace.machine import machine
@@ -217,13 +218,14 @@ def run(
     """
     known, began = rows if rows is not None else {}, time.monotonic()
     result = {"command": COMMAND, "machine": machine(), "rows": known}
-    for name in names:
-        row = known.setdefault(name, {"case": asdict(CASES[name])})
-        for way in ways:
+    with Children("vivace.bench.budgets", ahead=True) as children:
+        measure = measure or partial(apart, children)
+        for name, way in product(names, ways):
+            row = known.setdefault(name, {"case": asdict(CASES[name])})
             rest = limit if budget is None else min(limit, budget - (time.monotonic() - began))
             if "step_s" in row.get(way, {}) or rest < LEAST:
                 continue
-            row[way] = (measure or apart)(name, way, seconds=rest)
+            row[way] = measure(name, way, seconds=rest)
             logger.info("%s, %s: %s", name, way, row[way])
             ours, resident = row.get("vivace", {}), row.get("resident", {})
             if "step_s" in ours and "step_s" in resident:
@@ -232,11 +234,11 @@ def run(
     return result
 
 
-def apart(name: str, way: str, *, seconds: float) -> dict[str, Any]:
+def apart(children: Children, name: str, way: str, *, seconds: float) -> dict[str, Any]:
     """One case, one way, in a process of its own, which ends within so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        ended = run_module("vivace.bench.budgets", ["--measure", name, way, str(path)], seconds=seconds)
+        ended = children.run(["--measure", name, way, str(path)], seconds=seconds)
         if path.is_file():
             return json.loads(path.read_text("utf-8"))
     said = [line for line in ended.said.splitlines() if line.strip()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace.bench.book import Book
-from vivace.bench.process import run_module
+from vivace.bench.process import Children
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def bench_kernels(
 
 def _some(left: list[str], *, seconds: float) -> tuple[list[dict[str, Any]], str]:
     """The lines of one process, in the order of `left`, and the last thing it said."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, Children("vivace.bench.kernels") as children:
         path = Path(scratch) / "lines.jsonl"
         path.touch()
-        ended = run_module("vivace.bench.kernels", [str(path), *left], seconds=seconds)
+        ended = children.run([str(path), *left], seconds=seconds)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     last = next(
         (line for line in reversed(ended.said.splitlines()) if line.strip()), f"not finished in {seconds:.0f} s"

@@ -16,7 +16,7 @@ from typing import Any
 
 from vivace.bench.book import Book, task_of
 from vivace.bench.contestant import REFERENCE, Contestant
-from vivace.bench.process import run_module
+from vivace.bench.process import Children
 from vivace.bench.workload import Workload
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,12 @@ class Bench:
         self.book = Book(self.folder)
         self._began = time.monotonic()
         self._references: dict[Workload, tuple[Path, str | None]] = {}
+        self._children = Children(WORKER, ahead=all(workload.device != "cpu" for workload in self.workloads))
 
     def run(self) -> int:
         """Runs what has no result yet; returns how many are still without one."""
         left = 0
-        with tempfile.TemporaryDirectory() as scratch, ended_by_signal():
+        with tempfile.TemporaryDirectory() as scratch, ended_by_signal(), self._children:
             # By contestant first: what a budget cuts off are the slow starters of every workload.
             for contestant in self.contestants:
                 for workload in self.workloads:
@@ -123,7 +124,7 @@ class Bench:
         values = {"workload": workload.to_dict(), "contestant": task_of(contestant), "reference": str(reference)}
         task.write_text(json.dumps({**values, "trace": str(trace) if trace else None}))
         began = time.monotonic()
-        ended = run_module(WORKER, [str(task), str(result)], seconds=seconds)
+        ended = self._children.run([str(task), str(result)], seconds=seconds)
         took = round(time.monotonic() - began, 1)
         # A process whose work is done may still hang at its end: the result counts.
         if result.is_file():
