@@ -32,6 +32,7 @@ def replace_processor(model):
         replace_processor,
         lambda model: model.double(),
         lambda model: model[1].register_forward_hook(lambda *_: None),
+        lambda model: model[0].register_forward_pre_hook(lambda *_: None),
         lambda model: setattr(model[1], "forward", torch.relu),
         lambda model: parametrize.register_parametrization(model[1], "weight", torch.nn.Identity()),
     ],
@@ -39,6 +40,7 @@ def replace_processor(model):
 def test_sees(change):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[0].processor = object()
+    model[0].register_forward_pre_hook(lambda *_: None)
     watch = Watch(model)
     kept = [parameter.data for parameter in model.parameters()]
     assert not watch.changed()

@@ -15,19 +15,18 @@ from typing import Any
 
 from paired import Bench, beside_exact, options
 
+from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 
-WAYS: Mapping[str, Mapping[str, Any]] = {
-    "fp8": {"quant": "fp8"},
-    "int8": {"quant": "int8"},
-    "fp8 attention": {"attention": "cudnn_fp8", "exact_ends": 0},
-    "fp8 attention, two steps at both ends in 16 bit": {"attention": "cudnn_fp8", "exact_ends": 2},
-    "fp8 and fp8 attention, two steps at both ends in 16 bit": {
-        "quant": "fp8", "attention": "cudnn_fp8", "exact_ends": 2,
-    },
-    "balanced": {"config": "balanced"},
-    "fast": {"config": "fast"},
-}  # fmt: skip
+WAYS: Mapping[str, Config] = {
+    "fp8": Config(quant="fp8"),
+    "int8": Config(quant="int8"),
+    "fp8 attention": Config(attention="cudnn_fp8", exact_ends=0),
+    "fp8 attention, two steps at both ends in 16 bit": Config(attention="cudnn_fp8", exact_ends=2),
+    "fp8 and fp8 attention, two steps at both ends in 16 bit": Config(quant="fp8", attention="cudnn_fp8", exact_ends=2),
+    "balanced": PRESETS["balanced"],
+    "fast": PRESETS["fast"],
+}
 BAR = -1.0  # points: the lower end of the paired interval
 
 
@@ -36,9 +35,9 @@ def main() -> None:
     bench = Bench(given)
     rows = [bench.measure("exact", bench.ours(), role="exact")]
     rows.append(bench.measure("noise floor: stock", stock(), role="floor", batch=max(1, given.batch // 2)))
-    for name, fields in WAYS.items():
+    for name, config in WAYS.items():
         try:
-            rows.append(bench.measure(name, bench.ours(**fields), role="bits"))
+            rows.append(bench.measure(name, bench.ours(config), role="bits"))
         except InputError as error:
             print(f"{name}: {error}")
     table = judged([row for row in rows if row])

@@ -21,6 +21,7 @@ import vivace
 from vivace.accelerate import acceleration_of
 from vivace.builtin.judge import judge
 from vivace.builtin.reader import FEATURES, load_reader, read
+from vivace.config import Config
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import draw_exam, rendered
 from vivace.evals.contest import contents_of, place_of
@@ -122,13 +123,15 @@ class Bench:
         return row
 
     @contextmanager
-    def ours(self, *, solver: str | None = None, **fields: Any) -> Iterator[Callable[[int], float]]:
-        """The pipeline accelerated, with these fields of its Config."""
+    def ours(
+        self, preset: str | Config = "exact", /, *, solver: str | None = None, **fields: Any
+    ) -> Iterator[Callable[[int], float]]:
+        """The pipeline accelerated by that preset, with these fields of its Config."""
         stock = self.pipe.scheduler
         try:
             if solver:
                 use_scheduler(self.pipe, solver, prediction="flow")
-            vivace.accelerate(self.pipe, **fields)
+            vivace.accelerate(self.pipe, preset, **fields)
             yield lambda steps: _computed(self.pipe, steps)
         finally:
             vivace.restore(self.pipe)

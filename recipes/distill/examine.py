@@ -7,7 +7,8 @@ and 8 steps without guidance. Every row has its accuracy, the paired difference 
 its FID less the floor (what renders of the same captions get) over the teacher's. With `--lora FILE` both draw again
 with that LoRA, which the student never saw, and are compared with one another; their FID would tell of the style.
 `--unseen CONFIG` leaves out the captions that stand word for word among those that a training by that config drew on
-this kind of device (`overlap.py`), and says how many they were.
+this kind of device (`overlap.py`), and says how many they were. Each row is told and written as soon as it is there;
+`--preset exact` draws quicker than stock diffusers, and `--solvers` with no name leaves the four-step teachers out.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from overlap import CACHED, Overlap, trained
 
-from vivace.builtin.reader import Reader, load_reader
+import vivace
+from vivace.builtin.reader import FEATURES, Reader, load_reader
 from vivace.distill import read_config
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import Answers, Exam, draw_exam, rendered, take
 from vivace.evals.fid import Moments, fid
 from vivace.few_step import use_few_step
-from vivace.load import find, load_source
+from vivace.load import find, load_source, resolve_device
 from vivace.machine import machine
 from vivace.scheduler import use_scheduler
 
@@ -49,46 +52,41 @@ class Row:
         return [verdict["right"] for verdict in self.answers.verdicts]
 
 
-def teacher_rows(model: str, exam: Exam, reader: Reader, *, lora: Path | None = None, device: str | None) -> list[Row]:
+def teacher_rows(asked: argparse.Namespace, exam: Exam, reader: Reader, *, lora: Path | None = None) -> Iterator[Row]:
     """The teacher as it is meant to be used, and in four steps with each stock solver; all with its guidance.
 
     With a LoRA only as it is meant to be used.
     """
-    source = find(model)
+    source = find(asked.model)
     settings = {"steps": 28, "guidance": 3.5, **source.defaults}
-    rows = []
-    for solver in (None, *SOLVERS) if lora is None else (None,):
+    for solver in (None, *asked.solvers) if lora is None else (None,):
         steps = 4 if solver else settings["steps"]
-        pipe = adapted(load_source(source, device=device), lora)
+        pipe = load_source(source, device=asked.device)
         if solver:
             use_scheduler(pipe, solver, prediction=source.prediction)
+        pipe = adapted(pipe, lora, preset=asked.preset)
         answers = take(exam, pipe, reader, steps=steps, guidance_scale=settings["guidance"])
         twice = 2 * (2 if solver == "heun" else 1)
         evaluations = twice * steps - (2 if solver == "heun" else 0)
-        rows.append(Row(named(f"teacher, {solver}" if solver else "teacher", lora), steps, evaluations, answers))
-    return rows
+        yield Row(named(f"teacher, {solver}" if solver else "teacher", lora), steps, evaluations, answers)
 
 
-def student_rows(
-    model: str,
-    folder: Path,
-    exam: Exam,
-    reader: Reader,
-    *,
-    steps: list[int],
-    lora: Path | None = None,
-    device: str | None,
-) -> list[Row]:
-    """The student with each number of steps, without guidance."""
-    pipe = adapted(use_few_step(load_source(find(model), device=device), folder), lora)
-    # A training writes to OUTPUT/result: what tells one from another is the folder above.
-    name = named(f"student, {folder.resolve().parent.name if folder.name == 'result' else folder.name}", lora)
-    return [Row(name, count, count, take(exam, pipe, reader, steps=count, guidance_scale=1.0)) for count in steps]
+def student_rows(asked: argparse.Namespace, exam: Exam, reader: Reader, *, lora: Path | None = None) -> Iterator[Row]:
+    """Every student with each number of steps, without guidance."""
+    for folder in asked.results:
+        pipe = use_few_step(load_source(find(asked.model), device=asked.device), folder)
+        pipe = adapted(pipe, lora, preset=asked.preset)
+        # A training writes to OUTPUT/result: what tells one from another is the folder above.
+        name = named(f"student, {folder.resolve().parent.name if folder.name == 'result' else folder.name}", lora)
+        for count in asked.steps:
+            yield Row(name, count, count, take(exam, pipe, reader, steps=count, guidance_scale=1.0))
 
 
-def adapted(pipe: Any, lora: Path | None) -> Any:
-    """The pipeline, silent, with that LoRA."""
+def adapted(pipe: Any, lora: Path | None, *, preset: str | None) -> Any:
+    """The pipeline, silent, with that LoRA, accelerated by that preset."""
     pipe.set_progress_bar_config(disable=True)
+    if preset:
+        vivace.accelerate(pipe, preset)
     if lora:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     return pipe
@@ -106,8 +104,8 @@ def line(facts: dict[str, Any]) -> str:
     )
 
 
-def figures(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> dict[str, Any]:
-    """A row as plain values."""
+def figures(row: Row, teacher: Row, *, fids: tuple[float, Moments] | None) -> dict[str, Any]:
+    """A row as plain values; `fids` are the floor and what it is measured from, None where no FID is wanted."""
     accuracy, paired = Accuracy.of(row.right), compare(row.right, teacher.right)
     found: dict[str, Any] = {
         "name": row.name,
@@ -119,9 +117,11 @@ def figures(row: Row, teacher: Row, floor: float, fids: dict[int, float]) -> dic
         "their interval": [100 * end for end in paired.interval],
         "seconds a picture": row.answers.seconds / len(row.right),
     }
-    if id(row) in fids:
-        found["FID"] = fids[id(row)]
-        found["FID less the floor, of the teacher's"] = (fids[id(row)] - floor) / (fids[id(teacher)] - floor)
+    if fids is not None:
+        floor, real = fids
+        distance, teachers = (fid(Moments.of(one.answers.features), real) for one in (row, teacher))
+        found["FID"] = distance
+        found["FID less the floor, of the teacher's"] = (distance - floor) / (teachers - floor)
     return found
 
 
@@ -132,6 +132,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--captions", type=int, default=4000)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 1, 2, 8])
+    parser.add_argument("--solvers", nargs="*", default=SOLVERS, metavar="NAME", help="of the teacher in four steps")
+    parser.add_argument("--preset", help="accelerate by this preset; else stock diffusers")
     parser.add_argument("--lora", type=Path, help="a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unseen", metavar="CONFIG", help="leave out the captions of this config's training")
@@ -151,28 +153,38 @@ def examination(asked: argparse.Namespace, *, device: str) -> tuple[Exam, dict[s
     return found.rest(), {**about, "left out": found.to_dict()}
 
 
-def main() -> None:
-    asked = parsed()
-    device = load_source(find(asked.model), device=asked.device).device
+def floor_of(exam: Exam, reader: Reader, *, seed: int, count: int) -> tuple[float, Moments] | None:
+    """What renders of the exam's captions get beside those of `count` others, and these; None for too few captions."""
+    if len(exam.captions) <= FEATURES:
+        return None
+    real = Moments.of(rendered(draw_exam(count, seed=seed), reader))
+    return fid(Moments.of(rendered(exam, reader)), real), real
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = parsed(arguments)
+    device = resolve_device(asked.device)
     reader = load_reader(device=device)
     exam, about = examination(asked, device=device.type)
-    rows = teacher_rows(asked.model, exam, reader, device=asked.device)
-    for folder in asked.results:
-        rows += student_rows(asked.model, folder, exam, reader, steps=asked.steps, device=asked.device)
-    styled = []
-    if asked.lora:
-        of = {"lora": asked.lora, "device": asked.device}
-        styled += teacher_rows(asked.model, exam, reader, **of)
-        for folder in asked.results:
-            styled += student_rows(asked.model, folder, exam, reader, steps=asked.steps, **of)
-    real = Moments.of(rendered(draw_exam(asked.captions, seed=asked.seed + 1), reader))
-    floor = fid(Moments.of(rendered(exam, reader)), real)
-    fids = {id(row): fid(Moments.of(row.answers.features), real) for row in rows}
-    table = [figures(row, first[0], floor, fids) for first in (rows, styled) for row in first]
-    print(*map(line, table), f"floor of FID {floor:.4g}", sep="\n")
-    if asked.output:
-        about |= {"FID floor": floor, "machine": machine(), "rows": table}
-        asked.output.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if "left out" in about:
+        print("left out:", json.dumps(about["left out"]["exam"]), flush=True)
+    about |= {"machine": machine(), "rows": []}
+    fids = floor_of(exam, reader, seed=asked.seed + 1, count=asked.captions)
+    if fids is not None:
+        about["FID floor"] = fids[0]
+        print(f"floor of FID {fids[0]:.4g}", flush=True)
+
+    def keep(facts: dict[str, Any]) -> None:
+        about["rows"].append(facts)
+        print(line(facts), flush=True)
+        if asked.output:
+            asked.output.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    for lora in (None, asked.lora) if asked.lora else (None,):
+        teacher = None
+        for row in chain(*(rows(asked, exam, reader, lora=lora) for rows in (teacher_rows, student_rows))):
+            teacher = teacher or row
+            keep(figures(row, teacher, fids=None if lora else fids))
 
 
 if __name__ == "__main__":

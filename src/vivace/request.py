@@ -21,7 +21,18 @@ LAYERS: tuple[tuple[str, str], ...] = (
 """The layers around a denoiser's blocks, outermost first, each with the reason for its place."""
 
 LAYER: ContextVar[str | None] = ContextVar("vivace_layer", default=None)
-"""The block that computes at this moment, where someone asked to know (the NaN guard)."""
+"""The block that computes at this moment, where someone asked to know (the NaN guard, radial attention)."""
+
+
+@dataclass(frozen=True)
+class Announce:
+    """A forward pre-hook by which a block says its name before it computes; fused blocks say it themselves."""
+
+    name: str
+
+    def __call__(self, *call: Any) -> None:
+        LAYER.set(self.name)
+
 
 EXACT: ContextVar[bool] = ContextVar("vivace_exact", default=False)
 """Whether this denoiser call keeps to 16 bit where it could do with less; a recording is of one or the other."""

@@ -26,7 +26,7 @@ class Watch:
         self._versions: list[tuple[torch.Tensor, int]] = [(vector, vector._version) for vector in own]
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._storages: list[tuple[Callable[[], int], int]] = []
-        self._hooked: list[tuple[dict[str, Any], Any, Any, bool]] = []
+        self._hooked: list[tuple[dict[str, Any], Any, Any, int]] = []
         self._strengths: list[tuple[list[Any], list[Any]]] = []  # of IP-Adapters, which change in place
         for child in module.modules():
             self._places += [(child._modules, name, inner) for name, inner in child._modules.items()]
@@ -40,7 +40,7 @@ class Watch:
             if child is not module:
                 state = vars(child)
                 hooks = (state["_forward_hooks"], state["_forward_pre_hooks"])
-                self._hooked.append((state, *hooks, _hooked(state)))
+                self._hooked.append((state, *hooks, len(hooks[0]) + len(hooks[1]) + ("forward" in state)))
 
     def changed(self) -> bool:
         """Whether anything was replaced, moved, cast, hooked or unhooked since."""
@@ -58,7 +58,7 @@ class Watch:
             if strengths != before:
                 return True
         for state, after, first, before in self._hooked:
-            if bool(after or first or "forward" in state) is not before:
+            if len(after) + len(first) + ("forward" in state) != before:
                 return True
         return False
 

@@ -3,6 +3,7 @@
 import pytest
 
 import vivace
+from vivace.accelerate import acceleration_of
 from vivace.attention.guard import NotFiniteError
 
 
@@ -10,6 +11,8 @@ from vivace.attention.guard import NotFiniteError
 def test_names_layer_backend_and_step(sd3_pipe, sd3_latents, fuse):
     vivace.accelerate(sd3_pipe, check_nan=True, fuse=fuse)
     sd3_latents(sd3_pipe)
+    (lane,) = acceleration_of(sd3_pipe).target.lanes.values()
+    assert [*lane.calls] == ["fused blocks" if fuse == "auto" else "stock blocks"]
 
     def spoil(pipe, step, timestep, tensors):
         if step == 1:

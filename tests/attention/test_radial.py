@@ -5,6 +5,7 @@ import torch
 
 import vivace
 from vivace import InputError, request
+from vivace.accelerate import acceleration_of
 from vivace.attention.native import NATIVE
 from vivace.attention.radial import CHUNK, RADIAL, Pattern, attend_pattern, pattern_of
 from vivace.attention.space_time import SPACE_TIME, SpaceTime
@@ -89,6 +90,8 @@ def test_a_video_model_takes_it(fuse):
         vivace.accelerate(expert, attention="radial", fuse=fuse)
         sparse = expert(**inputs)[0]
         assert torch.equal(expert(**inputs)[0], sparse)
+        (lane,) = acceleration_of(expert).target.lanes.values()
+        assert [*lane.calls] == ["fused blocks" if fuse == "auto" else "stock blocks"]
         line = next(note.detail for note in vivace.report(expert).passes if note.name == "attention")
         vivace.restore(expert)
         assert torch.equal(expert(**inputs)[0], dense)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vivace.accelerate import acceleration_of
-from vivace.bench import rounds
+from vivace.bench import rounds, serve
 from vivace.bench.serve import Load, up
 from vivace.cli import main
 from vivace.families import FAMILIES
@@ -148,3 +148,28 @@ def test_rounds_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch):
     assert rounds.record(tmp_path, "x", **same).path == first.path
     monkeypatch.setattr(rounds, "code", lambda: "another")
     assert rounds.record(tmp_path, "x", **same).path != first.path
+
+
+def test_a_round_that_would_outlast_the_budget_is_not_begun(tmp_path, monkeypatch):
+    """Three pictures for one client took 30 seconds, so twelve for four would take 120."""
+
+    def measured(pipe, load, turns):
+        for turn in turns:
+            facts = {"concurrency": turn.clients, "round": turn.number, "cold_s": 1.0, "noise_floor": 0.0}
+            facts |= {
+                "pictures": 3,
+                "seconds": 10.0,
+                "latencies": [1.0] * 3,
+                "failed": 0,
+                "cpu_s": 1.0,
+                "from_stock": 0.0,
+            }
+            yield turn, [{**facts, "server": name} for name in load.servers]
+
+    monkeypatch.setattr(serve, "measured", measured)
+    shape = {"concurrency": (1, 4), "pictures": 4, "rounds": 2, "device": "cpu", "tiny": True, "steps": (1, 1)}
+    path, left = serve.run("sd3", folder=tmp_path, command="", budget=100.0, **shape)
+    assert left == 2
+    assert {one["concurrency"] for one in json.loads(path.read_text())["rounds"]} == {1}
+    _, left = serve.run("sd3", folder=tmp_path, command="", budget=200.0, **shape)
+    assert left == 0

@@ -7,6 +7,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 import vivace
 from vivace.families import FAMILIES
+from vivace.kernels.rehearsal import skeleton
+from vivace.passes.vae import rehearsed_calls
 
 
 def note(pipe):
@@ -112,3 +114,12 @@ def test_offloaded_blocks_are_left():
 def test_the_plan_says_it():
     assert "residual blocks" in str(vivace.plan("sdxl", device="cpu", dtype="float32"))
     assert "stays in float16" in str(vivace.plan("sdxl", device="cpu", dtype="float16"))
+
+
+@pytest.mark.parametrize("family", [name for name, one in FAMILIES.items() if one.vae_class])
+def test_every_decoder_can_be_rehearsed(family):
+    """On a GPU its kernels are compiled so, before the first picture."""
+    vae = FAMILIES[family].tiny().vae
+    with torch.no_grad():
+        for kwargs in rehearsed_calls(vae):
+            assert 3 in skeleton(vae).decode(**kwargs, return_dict=False)[0].shape

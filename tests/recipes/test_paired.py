@@ -2,6 +2,11 @@
 
 import pytest
 
+from vivace.accelerate import acceleration_of
+from vivace.config import PRESETS
+from vivace.errors import InputError
+from vivace.families import FAMILIES
+
 
 @pytest.fixture
 def rows():
@@ -46,3 +51,24 @@ def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
     kept.keep(rows[1])
     recipe("paired").Rows(kept.file, key="of another model").keep(rows[2])
     assert list(kept.kept()) == rows[:2]
+
+
+def test_every_way_is_a_configuration_that_is_made_or_refused_for_this_device(recipe):
+    """Each as its presets have it, and the pipeline is stock again behind it."""
+    bits, bench = recipe("bits"), object.__new__(recipe("paired").Bench)
+    bench.pipe = FAMILIES["sd3"].tiny()
+    bench.pipe.set_progress_bar_config(disable=True)
+    made, refused = {}, {}
+    for name, config in bits.WAYS.items():
+        try:
+            with bench.ours(config) as computed:
+                bench.pipe("a circle", num_inference_steps=5, height=64, width=64, output_type="latent")
+                assert computed(5) == 5
+                made[name] = acceleration_of(bench.pipe).target.config
+        except InputError as error:
+            refused[name] = str(error)
+        assert acceleration_of(bench.pipe) is None
+    assert {"int8", "balanced", "fast"} <= made.keys()
+    assert made == {name: bits.WAYS[name] for name in made}
+    assert (made["balanced"], made["fast"]) == (PRESETS["balanced"], PRESETS["fast"])
+    assert all("cannot be done here" in error for error in refused.values())

@@ -242,8 +242,8 @@ def run(
 ) -> tuple[Path, int]:
     """Put the load on the three servers of a model; the file with the results, and the rounds left for the next time.
 
-    What the file has already is not measured again, and after `budget` seconds no further round is begun. Raises
-    InputError.
+    What the file has already is not measured again, and no round is begun that would outlast `budget` seconds, by what
+    a picture of the one before took. Raises InputError.
     """
     from vivace.load import resolve_device, resolve_dtype
     from vivace.machine import machine
@@ -257,6 +257,7 @@ def run(
     servers = load.servers
     found = record(folder, "".join(c if c.isalnum() else "-" for c in model), facts=facts, servers=servers, again=again)
     left = found.left(concurrency, rounds=rounds, profile=profile)
+    each = 0.0  # seconds of a picture, of all servers together
     with closing(measured(pipe, load, tuple(left))) as lines:
         for turn, line in lines:
             left.remove(turn)
@@ -266,6 +267,9 @@ def run(
             found.write(command=command)
             if turn.number is not None:
                 on_round(line)
-            if budget is not None and time.monotonic() - began > budget:
+                each = sum(one["seconds"] for one in line) / len(load.requests(turn.clients, number=0))
+            following = each * len(load.requests(left[0].clients, number=0)) if left else 0.0
+            # One that is ended in its middle is lost.
+            if budget is not None and time.monotonic() - began + following > budget:
                 break
     return found.path, len(left)

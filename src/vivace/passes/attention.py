@@ -17,7 +17,7 @@ from vivace.attention.native import RULES
 from vivace.attention.route import Route
 from vivace.config import Config, Switch
 from vivace.passes.target import Pass, Target
-from vivace.request import LAYER
+from vivace.request import Announce
 
 CHOOSES = ("auto", "auto_fp8")
 """What leaves the choice to us."""
@@ -81,7 +81,7 @@ def _apply(target: Target) -> None:
             lane.route = Route(chosen, attend=attend)
     if names_blocks(config):
         for name, block in target.repeated_blocks():
-            target.undo.callback(block.register_forward_pre_hook(_naming(name)).remove)
+            target.undo.callback(block.register_forward_pre_hook(Announce(name)).remove)
     target.done("attention", _forecast(target))
 
 
@@ -128,13 +128,6 @@ def _kind(layer: Any) -> str:
 
 def _sm(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def _naming(name: str):
-    def hook(module: torch.nn.Module, arguments: tuple) -> None:
-        LAYER.set(name)
-
-    return hook
 
 
 ATTENTION = Pass(

@@ -17,6 +17,7 @@ from vivace.kernels.rehearsal import rehearse, skeleton, without_values
 from vivace.kernels.row import HeadScaled
 from vivace.passes.target import Pass, Target, types_of
 from vivace.quant.linear import QuantLinear
+from vivace.request import Announce
 
 if TYPE_CHECKING:
     from vivace.lane import Lane
@@ -41,7 +42,8 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
             continue
         if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
-        if name and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
+        first = (hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, Announce))
+        if name and ("forward" in vars(module) or module._forward_hooks or any(first)):
             return f"{name} carries a hook"
         for parameter, value in module._parameters.items():
             if value is not None and type(value) is not torch.nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from contextlib import ExitStack
@@ -88,16 +89,22 @@ def _compile_ahead(target: Target, vae: Any) -> str:
         with torch.cuda.device(target.device), ExitStack() as undo:
             copy = skeleton(vae)
             blocks.fuse(copy, elementwise=elementwise_for(copy.device), undo=undo)
-            channels = vae.config.get("z_dim") or vae.config["latent_channels"]
-            frames = (2,) if "z_dim" in vae.config else ()
-            shapes = [(1, channels, *frames, side, side) for side in SIDES]
-            latents = [{"z": torch.empty(shape, device="meta", dtype=vae.dtype)} for shape in shapes]
-            rehearse(copy.decode, latents)
+            rehearse(copy.decode, rehearsed_calls(vae))
     except Exception as error:
         # What an autoencoder's own code does without values cannot be foreseen, and the first picture compiles as well.
         logger.warning("kernels of the autoencoder will be compiled with the first picture: %s", error)
         return f"kernels compile with the first picture ({type(error).__name__}: {error})"
     return f"kernels compiled in {time.perf_counter() - started:.1f} s"
+
+
+def rehearsed_calls(vae: Any) -> list[dict[str, Any]]:
+    """The arguments of the decodes that an autoencoder is rehearsed with, without values."""
+    channels = vae.config.get("z_dim") or vae.config["latent_channels"]
+    frames = (2,) if "z_dim" in vae.config else ()
+    # Stable Video Diffusion's takes the frames of a video as a batch.
+    count = {"num_frames": 1} if "num_frames" in inspect.signature(vae.decode).parameters else {}
+    shapes = [(1, channels, *frames, side, side) for side in SIDES]
+    return [{"z": torch.empty(shape, device="meta", dtype=vae.dtype), **count} for shape in shapes]
 
 
 def _forecast(target: Target) -> str:
