@@ -136,10 +136,11 @@ class Lane:
         self._open = True
         undo.callback(self._uninstall, take_back)
 
-    def fuse(self, fused: Fused) -> None:
-        """Serve calls with these fused blocks from now on."""
+    def fuse(self, fused: Fused) -> str | None:
+        """Serve calls with these fused blocks from now on. Returns why the stock ones stay for now, if they do."""
         self._fused = fused
         self._build()
+        return self._unfusable
 
     def place(self, device: torch.device, *, moves: bool) -> None:
         """The denoiser computes on `device` from now on; with `moves` its weights come and go."""

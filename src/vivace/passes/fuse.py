@@ -82,8 +82,11 @@ def check_fuse(target: Target) -> str | None:
 def _apply(target: Target) -> None:
     fused = fused_of(target.family)
     assert fused is not None
-    for lane in target.lanes.values():
-        lane.fuse(fused)
+    stock = [f"{lane.name}: {why}" for lane in target.lanes.values() if (why := lane.fuse(fused)) is not None]
+    if stock:
+        # What a pass before this one hung on their layers, say.
+        target.left("fuse", "; ".join(stock))
+        return
     blocks = sum(len(lane.split.blocks) for lane in target.lanes.values() if lane.split)
     compiled = f"; {_compile_ahead(target, fused)}" if target.device.type == "cuda" else ""
     target.done("fuse", f"{blocks} blocks: {fused.summary}{compiled}")
