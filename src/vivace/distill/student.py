@@ -6,9 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vivace.distill.config import Student
+from vivace.distill.low_rank import LowRank
 from vivace.errors import InputError, first_line
 from vivace.family import Family
 
@@ -44,8 +47,16 @@ def make_student(teacher: nn.Module, config: Student, *, seed: int = 0, apart: b
         _inject(student, config, seed=seed)
     if config.gradient_checkpointing:
         enable: Any = student
-        enable.enable_gradient_checkpointing()
+        enable.enable_gradient_checkpointing(again)
     return student.eval()
+
+
+def again(function: Any, *args: Any) -> Any:
+    """What `function` makes of `args`; its activations are computed again when the gradient comes back.
+
+    Nothing in a denoiser that is not in training mode draws anything, so no generator's state is kept for that.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
@@ -60,6 +71,18 @@ def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
             raise InputError(f"student.targets {list(config.targets)} fit nothing: {first_line(error)}") from error
     for parameter in trainable(student).values():
         parameter.data = parameter.data.float()
+    for module in student.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LowRank
+
+
+def casts_itself(student: nn.Module, kind: torch.dtype) -> bool:
+    """Whether a student computes in `kind` without autocast, as its teacher does: all it trains is of `LowRank` layers
+    over weights in `kind`.
+    """
+    layers = [module for module in student.modules() if isinstance(module, LowRank)]
+    own = sum(len(list(layer.lora_A.parameters())) + len(list(layer.lora_B.parameters())) for layer in layers)
+    return own == len(trainable(student)) and all(layer.base_layer.weight.dtype == kind for layer in layers)
 
 
 def compile_blocks(denoiser: nn.Module, family: Family) -> None:

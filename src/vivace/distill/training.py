@@ -22,7 +22,7 @@ from vivace.distill.losses import GAMES
 from vivace.distill.mean import Mean
 from vivace.distill.objective import Item, Start
 from vivace.distill.stages import stage_at
-from vivace.distill.student import trainable
+from vivace.distill.student import casts_itself, trainable
 from vivace.distill.weights import load_moments, load_weights, moments_of, shard, weights_of, whole
 
 LOSSES = ("distillation", "matching", "adversarial", "discriminator", "critic")
@@ -37,13 +37,15 @@ class Training:
         self.objective = actors.objective
         self.done = 0
         self.shown: Item | None = None  # of sample grids with conditions
-        self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
             student = actors.student.to(accelerator.device)
             shard(student, [block.module for block in actors.family.split(student).blocks])
         self.learners = self._learners()
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
+        bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
+        denoisers = [learner.plain for name, learner in self.learners.items() if name != "discriminator"]
+        self.autocast = bfloat16 and not all(casts_itself(one, torch.bfloat16) for one in denoisers)
 
     def _learners(self) -> dict[str, Learner]:
         """What is trained, by its name in checkpoints."""
@@ -80,7 +82,7 @@ class Training:
         """The module's call in the precision of the forward passes; its own weights are float32."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
                 return module(*args, **kwargs)
 
         return call
