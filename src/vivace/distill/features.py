@@ -8,7 +8,7 @@ import torch
 
 from vivace.distill.student import again
 from vivace.errors import InputError
-from vivace.family import Split, State
+from vivace.family import Split
 
 
 class Features:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
-from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from vivace.autocast import autocast_type
 
