@@ -45,10 +45,15 @@ def make_student(teacher: nn.Module, config: Student, *, seed: int = 0, apart: b
     else:
         student = beside(teacher, apart=apart)
         _inject(student, config, seed=seed)
-    if config.gradient_checkpointing:
-        enable: Any = student
-        enable.enable_gradient_checkpointing(again)
+    if config.gradient_checkpointing is True:
+        recompute(student)
     return student.eval()
+
+
+def recompute(student: nn.Module) -> None:
+    """Have a denoiser compute activations again in the backward pass."""
+    enable: Any = student
+    enable.enable_gradient_checkpointing(again)
 
 
 def again(function: Any, *args: Any) -> Any:

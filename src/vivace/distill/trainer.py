@@ -18,9 +18,10 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from vivace.distill import checkpoint
-from vivace.distill.actors import make_actors
+from vivace.distill.activations import room_of, settle
+from vivace.distill.actors import blank_item, make_actors
 from vivace.distill.config import DistillConfig
-from vivace.distill.data import source_of, supply_of
+from vivace.distill.data import sizes_of, source_of, supply_of
 from vivace.distill.grid import draw_conditioned, draw_grid, first_item
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
@@ -137,7 +138,11 @@ def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any 
         world=accelerator.num_processes,
         device=str(accelerator.device),
     )
-    return Training(actors, supply, accelerator)
+    training = Training(actors, supply, accelerator)
+    if config.student.gradient_checkpointing == "auto":
+        largest = max(sizes_of(config, multiple=actors.family.multiple), key=math.prod)
+        settle(training, blank_item(actors, largest), room=room_of(training))
+    return training
 
 
 def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
