@@ -17,6 +17,10 @@ from vivace.family import Family
 
 ADAPTER = "student"
 
+# Compilations that blocks of one kind share: of each width, with and without a gradient, of the student, the critic and
+# the features' denoiser. Past torch's own limit, 8, the rest would run as if not compiled.
+VARIANTS = 64
+
 
 def beside(teacher: nn.Module, *, apart: bool = False) -> nn.Module:
     """The frozen denoiser with modules of its own around the teacher's very tensors.
@@ -99,6 +103,8 @@ def compile_blocks(denoiser: nn.Module, family: Family) -> None:
     blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
     for block in blocks or [block.module for block in family.split(denoiser).blocks]:
         block.compile()
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
