@@ -1,6 +1,7 @@
 """Training as a whole: resumption to the bit, stops, and what is refused."""
 
 import dataclasses
+import gc
 import os
 import re
 import runpy
@@ -93,6 +94,22 @@ def test_training_learns(config, tmp_path):
     chosen = config(tmp_path, stages=stages, optimizer=Optimizer(lr=5e-3), records=Records(save_every=100, **QUIET))
     train(chosen, pipe=teacher(), on_batch=lambda progress: losses.append(progress.losses["distillation"]))
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_collector_passes_over_what_was_there_and_afterwards_does_as_before(config, tmp_path, frozen):
+    seen = []
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0)),)
+    chosen = config(tmp_path, stages=stages, records=Records(save_every=5, **QUIET))
+    gc.unfreeze()
+    try:
+        if frozen:
+            gc.freeze()
+        train(chosen, pipe=teacher(), on_batch=lambda _: seen.append(gc.get_freeze_count()))
+        assert seen[0] > 10_000
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.freeze()  # as all tests run
 
 
 def test_another_config_is_refused_with_what_differs(ten):
