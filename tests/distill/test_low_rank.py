@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from vivace.distill import Student
-from vivace.distill.low_rank import LowRank
+from vivace.distill.low_rank import LowRank, cast_at_once
 from vivace.distill.student import casts_itself, make_student, trainable
 from vivace.families import FAMILIES
 
@@ -61,6 +61,29 @@ def test_under_autocast_it_is_pefts():
     x = torch.randn(2, 5, 24)
     for mine, theirs in zip(learnt(ours, x, autocast=True), learnt(stock, x, autocast=True), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_weights_cast_at_once_are_those_of_every_call():
+    """Also after a step, in which they change, and where activations are computed again."""
+    teacher = FAMILIES["sdxl"].tiny().unet.requires_grad_(False).bfloat16()
+    inputs = FAMILIES["sdxl"].inputs(teacher, size=(64, 64), batch=1, text_tokens=7)
+    found = []
+    for at_once in (False, True):
+        student = make_student(teacher, Student(rank=2, gradient_checkpointing=True))
+        if at_once:
+            cast_at_once(student)
+        weights = list(trainable(student).values())
+        optimizer = torch.optim.AdamW(weights, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            student(**inputs)[0].float().square().mean().backward()
+            optimizer.step()
+        found.append([*weights, *(weight.grad for weight in weights), student(**inputs)[0]])
+        layers = [module for module in student.modules() if isinstance(module, LowRank)]
+        assert all((layer.casts is not None) == at_once for layer in layers)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # which differ from the first ones
+    assert float(found[0][1].detach().abs().max()) > 0.05
 
 
 def test_it_takes_few_products_and_keeps_little():

@@ -19,6 +19,7 @@ from vivace.distill.data import Supply
 from vivace.distill.discriminator import clamp
 from vivace.distill.learner import Learner, make_learner
 from vivace.distill.losses import GAMES
+from vivace.distill.low_rank import cast_at_once
 from vivace.distill.mean import Mean
 from vivace.distill.objective import Item, Start
 from vivace.distill.stages import stage_at
@@ -46,6 +47,9 @@ class Training:
         bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         denoisers = [learner.plain for name, learner in self.learners.items() if name != "discriminator"]
         self.autocast = bfloat16 and not all(casts_itself(one, torch.bfloat16) for one in denoisers)
+        if not self.autocast and not self.sharded:
+            for one in denoisers:
+                cast_at_once(one)
 
     def _learners(self) -> dict[str, Learner]:
         """What is trained, by its name in checkpoints."""
