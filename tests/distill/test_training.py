@@ -178,6 +178,18 @@ def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch, family):
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
+def test_in_bfloat16_every_backbones_lora_trains_without_autocast(config, tmp_path, backbone):
+    pipe, conditioners = backbone
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 4.0), matching=0.5, adversarial=0.3),)
+    chosen = config(tmp_path, stages=stages, precision="bfloat16", conditioners=conditioners)
+    training = make_training(chosen, make_accelerator(chosen, tmp_path), pipe=pipe.to(torch.bfloat16))
+    assert not training.autocast
+    losses = training.batch()
+    assert all(map(math.isfinite, losses.values()))
+    assert losses["distillation"] > 0
+    assert training.done == 1
+
+
 def test_on_a_cpu_nothing_is_compiled(config, tmp_path):
     training = training_of(config, tmp_path, student=Student(rank=4, compile=True))
     assert all(module._compiled_call_impl is None for module in training.plain.modules())
