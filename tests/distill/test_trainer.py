@@ -122,8 +122,11 @@ def test_another_config_is_refused_with_what_differs(ten):
 
 def test_what_no_weight_depends_on_may_differ(config):
     one = config("a", records=Records(save_every=5, **QUIET))
-    other = config("b", records=Records(save_every=7, keep=9, **QUIET))
+    spared = Student(rank=4, gradient_checkpointing="auto")
+    other = config("b", records=Records(save_every=7, keep=9, **QUIET), student=spared)
     assert differences(one.to_dict(), other.to_dict()) == []
+    wider = dataclasses.replace(other, student=Student(rank=8))
+    assert differences(one.to_dict(), wider.to_dict()) == ["student.rank: 4 -> 8"]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_path, monkeypatch):

@@ -33,8 +33,11 @@ from vivace.errors import InputError, install
 logger = logging.getLogger(__name__)
 
 # What may change between a run and its resumption, because no weight depends on it.
-FREE = frozenset({"output", "records"})
-FREE_DATA = frozenset({"workers", "cache"})
+FREE = {
+    "": frozenset({"output", "records"}),
+    "data.": frozenset({"workers", "cache"}),
+    "student.": frozenset({"gradient_checkpointing"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +256,7 @@ def _resume(training: Training, path: Path) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str = "") -> list[str]:
     """What of two configs differs, as `key: before -> now`, less what may change."""
-    free = {"": FREE, "data.": FREE_DATA}.get(where, frozenset())
+    free = FREE.get(where, frozenset())
     found = []
     for name in sorted({*before, *now} - free):
         one, other = before.get(name), now.get(name)
