@@ -6,10 +6,12 @@
 A stock teacher and one for each preset train side by side, in turns: whole batches (data, rollout, losses, backward,
 the optimizers' steps), the same for all, with about as many teacher calls as the stage's average one; what is missing
 or too much is added at the same batch's time a call. One of each stage warms up, then rounds follow until `--repeats`
-or `--budget-s` ends them; what was left out is said. A contestant's peak is without what the others hold. Nothing is
-downloaded: denoiser, VAE and text encoders have the published shapes and random weights, the pictures are the
-built-in model's world at the config's size. SD3 runs without T5. `--set student.compile=true` compiles all students.
-`--tiny` tries the script itself anywhere.
+or `--budget-s` ends them; what was left out is said. Within a batch that counts nothing is waited for; one more batch
+of each stage, which counts for nothing else, says where the time goes: each part's seconds from a device at rest to a
+device at rest, and how many of them the host took to launch it. Where both are nearly the same the device waits for
+the host. A contestant's peak is without what the others hold. Nothing is downloaded: denoiser, VAE and text encoders
+have the published shapes and random weights, the pictures are the built-in model's world at the config's size. SD3
+runs without T5. `--set student.compile=true` compiles all students. `--tiny` tries the script itself anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import accumulate, product
 from pathlib import Path
 from statistics import median
@@ -77,8 +80,9 @@ class Contestant:
         self.training.target = self.target  # type: ignore[method-assign]
         stages = range(len(config.stages))
         self.numbers, self.calls = zip(*(typical(self.training, number) for number in stages), strict=True)
-        self.rollout, self.end = 0.0, torch.zeros(0)
+        self.marks, self.end = (Mark(), Mark()), torch.zeros(0)
         self.rows: list[list[dict[str, Any]]] = [[] for _ in stages]
+        self.parts: list[dict[str, Any]] = [{} for _ in stages]
         self.peak = 0
         for stage in stages:
             self.batch(stage)
@@ -89,10 +93,10 @@ class Contestant:
         self.peak = 0
 
     def target(self, *args: Any) -> torch.Tensor:
-        """The training's rollout, timed, and where it ended."""
-        start = now()
+        """The training's rollout, between two marks, and where it ended."""
+        before = Mark()
         self.end = self.inner(*args)
-        self.rollout = now() - start
+        self.marks = before, Mark()
         return self.end
 
     def batch(self, stage: int) -> None:
@@ -105,16 +109,77 @@ class Contestant:
         seconds = now() - start
         if self.training.done == self.numbers[stage]:
             raise SystemExit(f"stage {stage + 1} made no step, its losses are {losses}; nothing was measured")
+        rollout = self.marks[1].since(self.marks[0])
         more = teacher_calls(self.training.config, self.training.config.stages[stage]) / self.calls[stage] - 1
         self.rows[stage].append(
             {
                 "seconds": seconds,
-                "rollout": self.rollout / seconds,
-                "expected": seconds + more * self.rollout,
+                "rollout": rollout / seconds,
+                "expected": seconds + more * rollout,
                 "end": self.end.cpu(),
             }
         )
         self.peak = max(self.peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+
+    def look(self, stage: int) -> None:
+        """One more batch of a stage, in which every part begins and ends with a device at rest."""
+        training, found = self.training, {}
+
+        def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                start = now()
+                made = part(*args, **kwargs)
+                launched, total = time.perf_counter() - start, now() - start
+                before = found.get(name, {"seconds": 0.0, "of them launching": 0.0})
+                found[name] = {
+                    "seconds": before["seconds"] + total,
+                    "of them launching": before["of them launching"] + launched,
+                }
+                return made
+
+            return run
+
+        places: list[tuple[Any, str, str]] = [
+            (training, "draw", "data, text and VAE"),
+            (training.actors.recorder, "record", "of that text"),
+            (training.actors.pipe.vae, "encode", "of that VAE"),
+            (training, "target", "rollout"),
+            (training, "updates", "losses and backward"),
+            (training, "_backward", "of that backward"),
+            (training, "step", "optimizer"),
+        ]
+        with ExitStack() as stack:
+            for place, method, name in places:
+                stack.callback(put_back, place, method, vars(place).get(method))
+                setattr(place, method, timed(name, getattr(place, method)))
+            training.done = self.numbers[stage]
+            whole = timed("whole batch", training.batch)
+            whole()
+        self.parts[stage] = found
+
+
+def put_back(place: Any, name: str, before: Any) -> None:
+    """Undo what was set on an instance over its class's own."""
+    if before is None:
+        delattr(place, name)
+    else:
+        setattr(place, name, before)
+
+
+class Mark:
+    """A moment in the device's work, for which nobody waits."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self.event is not None:
+            self.event.record()
+
+    def since(self, before: Mark) -> float:
+        """Seconds of the device's time, once both lie behind it."""
+        if self.event is None or before.event is None:
+            return self.time - before.time
+        return before.event.elapsed_time(self.event) / 1000
 
 
 def typical(training: Training, number: int) -> tuple[int, int]:
@@ -165,7 +230,7 @@ def table(contestants: dict[str, Contestant], config: DistillConfig) -> dict[str
             for number in range(len(config.stages))
             if one.rows[number]
         ]
-        found[name] = {"stages": stages, "seconds until warm": one.cold}
+        found[name] = {"stages": stages, "seconds until warm": one.cold, "where the time goes": one.parts}
         if torch.cuda.is_available():
             found[name]["peak, GiB"] = (one.peak - others[name]) / 2**30
     return found
@@ -214,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         one = contestants[preset or STOCK] = Contestant(dataclasses.replace(config, accelerate=preset), pipe)
         print(f"{preset or STOCK} is warm after {one.cold:.0f} s", flush=True)
     left = measure(contestants, repeats=asked.repeats, budget=asked.budget_s)
+    for stage, one in product(range(len(config.stages)), contestants.values()):
+        if time.monotonic() - BEGAN + 2 * one.took[stage] < asked.budget_s:
+            one.look(stage)
     found = table(contestants, config)
     about = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "config": config.to_dict()}
     if asked.output:
@@ -223,7 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 name, *(f"{key} {value:.4g}" for key, value in stage.items() if not isinstance(value, list)), sep="  "
             )
-        print(name, *(f"{key} {value:.4g}" for key, value in facts.items() if key != "stages"), sep="  ")
+        for stage, parts in enumerate(facts["where the time goes"], 1):
+            told = (f"{part} {took['seconds']:.3f} ({took['of them launching']:.3f})" for part, took in parts.items())
+            print(name, f"stage {stage}", *told, sep="  ")
+        print(name, *(f"{key} {value:.4g}" for key, value in facts.items() if isinstance(value, float)), sep="  ")
     print(*(f"left out for the budget: {what}" for what in left), sep="\n")
 
 

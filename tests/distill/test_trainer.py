@@ -1,6 +1,7 @@
 """Training as a whole: resumption to the bit, stops, and what is refused."""
 
 import dataclasses
+import gc
 import os
 import re
 import runpy
@@ -95,6 +96,22 @@ def test_training_learns(config, tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_collector_passes_over_what_was_there_and_afterwards_does_as_before(config, tmp_path, frozen):
+    seen = []
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0)),)
+    chosen = config(tmp_path, stages=stages, records=Records(save_every=5, **QUIET))
+    gc.unfreeze()
+    try:
+        if frozen:
+            gc.freeze()
+        train(chosen, pipe=teacher(), on_batch=lambda _: seen.append(gc.get_freeze_count()))
+        assert seen[0] > 10_000
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.freeze()  # as all tests run
+
+
 def test_another_config_is_refused_with_what_differs(ten):
     chosen, folder = ten
     other = dataclasses.replace(chosen, optimizer=dataclasses.replace(chosen.optimizer, lr=1e-4), batch=3)
@@ -105,8 +122,11 @@ def test_another_config_is_refused_with_what_differs(ten):
 
 def test_what_no_weight_depends_on_may_differ(config):
     one = config("a", records=Records(save_every=5, **QUIET))
-    other = config("b", records=Records(save_every=7, keep=9, **QUIET))
+    spared = Student(rank=4, gradient_checkpointing="auto")
+    other = config("b", records=Records(save_every=7, keep=9, **QUIET), student=spared)
     assert differences(one.to_dict(), other.to_dict()) == []
+    wider = dataclasses.replace(other, student=Student(rank=8))
+    assert differences(one.to_dict(), wider.to_dict()) == ["student.rank: 4 -> 8"]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_path, monkeypatch):

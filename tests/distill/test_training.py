@@ -153,6 +153,14 @@ def test_a_critic_that_is_not_finite_stops_the_training(config, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(student, training.plain.parameters(), strict=True))
 
 
+@pytest.fixture
+def few_compilations():
+    """SDXL's blocks at true size need more compilations than torch allows, tiny ones more than this."""
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        yield
+
+
+@pytest.mark.usefixtures("few_compilations")
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
 def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch, family):
     """With the backend that runs eagerly what was traced: the graphs are what compiling could get wrong here."""
@@ -168,6 +176,18 @@ def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch, family):
         assert bool(blocks) == compiled
         found.append(training.batch())
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_in_bfloat16_every_backbones_lora_trains_without_autocast(config, tmp_path, backbone):
+    pipe, conditioners = backbone
+    stages = (Stage(batches=1, steps=4, guidance=(2.0, 4.0), matching=0.5, adversarial=0.3),)
+    chosen = config(tmp_path, stages=stages, precision="bfloat16", conditioners=conditioners)
+    training = make_training(chosen, make_accelerator(chosen, tmp_path), pipe=pipe.to(torch.bfloat16))
+    assert not training.autocast
+    losses = training.batch()
+    assert all(map(math.isfinite, losses.values()))
+    assert losses["distillation"] > 0
+    assert training.done == 1
 
 
 def test_on_a_cpu_nothing_is_compiled(config, tmp_path):

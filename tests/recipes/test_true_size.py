@@ -1,6 +1,7 @@
 """The recipe for true sizes on tiny models: whole batches of every stage, in turns, and what a budget cuts."""
 
 import json
+from itertools import product
 
 import pytest
 
@@ -45,6 +46,8 @@ def test_whole_batches_are_timed_in_turns(measured, monkeypatch, model):
     assert steps == [
         *warm, (None, False), ("exact", False), (None, True), ("exact", True),
         ("exact", False), (None, False), ("exact", True), (None, True),
+        # and one of each that is looked into
+        (None, False), ("exact", False), (None, True), ("exact", True),
     ]  # fmt: skip
     for number in (0, 1):
         stock, exact = (found[name]["stages"][number] for name in ("stock", "exact"))
@@ -55,6 +58,14 @@ def test_whole_batches_are_timed_in_turns(measured, monkeypatch, model):
         assert stock["times as fast"] == 1
         assert stock["rollout's end, distance from stock's"] == 0 < exact["rollout's end, distance from stock's"] < 1e-3
     assert found["left out"] == []
+    for name, stage in product(("stock", "exact"), (0, 1)):
+        parts = {part: took["seconds"] for part, took in found[name]["where the time goes"][stage].items()}
+        whole, text, vae = (parts.pop(part) for part in ("whole batch", "of that text", "of that VAE"))
+        data = parts["data, text and VAE"]
+        assert 0 < text + vae < data
+        assert 0 < parts.pop("of that backward") < parts["losses and backward"]
+        assert set(parts) == {"data, text and VAE", "rollout", "losses and backward", "optimizer"}
+        assert 0.5 * whole < sum(parts.values()) < whole
 
 
 def test_a_budget_ends_it_and_is_said(measured, capsys, monkeypatch):

@@ -93,7 +93,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     if config.student.compile and pipe.device.type == "cuda":
         for module in filter(None, (student, critic, judge)):
             compile_blocks(module, family)
-    recompute = config.student.gradient_checkpointing
+    recompute = config.student.gradient_checkpointing is True
     channels = pipe.vae.config.latent_channels
     prediction, levels = levels_of(pipe.scheduler)
     view = View(prediction, levels, channels, getattr(pipe, "controlnet", None))
@@ -139,6 +139,11 @@ def _tokens(z: torch.Tensor) -> int:
     return z.shape[2] * z.shape[3] // 4
 
 
+def blank_item(actors: Actors, size: tuple[int, int]) -> Item:
+    """The item of one grey picture of a size in pixels."""
+    return actors.prepare(_blank(actors.config, size))
+
+
 def _blank(config: DistillConfig, size: tuple[int, int]) -> Batch:
     """A batch of one grey picture, with every further picture that a conditioner asks for."""
     width, height = size
@@ -155,7 +160,7 @@ def _on(batch: Batch, device: torch.device) -> Batch:
 @torch.no_grad()
 def _probe(actors: Actors, size: tuple[int, int]) -> Item:
     """A grey picture of a size in pixels, which the teacher was called with. Raises InputError where it refuses."""
-    item, view = actors.prepare(_blank(actors.config, size)), actors.objective.view
+    item, view = blank_item(actors, size), actors.objective.view
     _check_item(actors.config, item, actors.teacher)
     sigma = torch.full((1,), view.levels.at(500.0), dtype=torch.float64)
     try:

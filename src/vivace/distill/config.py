@@ -50,8 +50,9 @@ class Student:
     """Endings of the module names that get a LoRA."""
     ema: float | None = None
     """Decay of the running mean of the weights, which is then what is saved as the result."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass in place of keeping them."""
+    gradient_checkpointing: Literal[True, False, "auto"] = False
+    """Compute activations again in the backward pass in place of keeping them; auto: unless the GPU has room to keep
+    them, which is measured at the start on one picture. On a CPU, and with parallel: fsdp, auto is true."""
     compile: bool = False
     """Compile its blocks, and the critic's, on a GPU (torch.compile): a minute or so, which many batches win back."""
 

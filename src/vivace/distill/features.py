@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from vivace.distill.student import again
 from vivace.errors import InputError
-from vivace.family import Split, State
+from vivace.family import Split
 
 
 class Features:
@@ -31,15 +31,9 @@ class Features:
             kwargs["once"] = self.split.prepare(kwargs)
         state = self.split.ready(self.split.prologue(**kwargs), 0, len(self.blocks))
         for block in self.blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            state = _again(block.forward, state) if again else block.forward(state)
+            recompute = self.recompute and torch.is_grad_enabled()
+            state = again(block.forward, state) if recompute else block.forward(state)
         return spread(state.x, sides=sides)
-
-
-def _again(forward: Any, state: State) -> State:
-    """One block whose activations are computed again when the gradient comes back."""
-    found: Any = checkpoint(forward, state, use_reentrant=False)
-    return found
 
 
 def spread(x: torch.Tensor, *, sides: tuple[int, int]) -> torch.Tensor:

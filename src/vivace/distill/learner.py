@@ -35,6 +35,8 @@ def make_learner(
 ) -> Learner:
     """`module` on the accelerator's device, with an optimizer of its trainable weights."""
     module = module.to(accelerator.device)
-    weights = trainable(module).values()
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=config.weight_decay)
+    weights = list(trainable(module).values())
+    # One launch for many weights, and their counts on the device. Shards are left to torch's own choice.
+    fused = all(type(one) is nn.Parameter and one.is_cuda for one in weights) or None
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=config.weight_decay, fused=fused)
     return Learner(accelerator.prepare(module) if wrapped else module, module, optimizer, lr)

@@ -23,8 +23,9 @@ class Mean:
     def update(self, module: nn.Module, *, batch: int) -> None:
         """Take in the weights after batch number `batch` (from 0); early on the mean follows faster."""
         decay = min(self.decay, (1 + batch) / (10 + batch))
-        for name, parameter in trainable(module).items():
-            self.weights[name].lerp_(parameter.detach().float(), 1 - decay)
+        now = trainable(module)
+        # In a few launches for all of them.
+        torch._foreach_lerp_(list(self.weights.values()), [now[name].float() for name in self.weights], 1 - decay)
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace the mean."""

@@ -6,13 +6,20 @@ import copy
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vivace.distill.config import Student
+from vivace.distill.low_rank import LowRank
 from vivace.errors import InputError, first_line
 from vivace.family import Family
 
 ADAPTER = "student"
+
+# Compilations that blocks of one kind share: of each width, with and without a gradient, of the student, the critic and
+# the features' denoiser. Past torch's own limit, 8, the rest would run as if not compiled.
+VARIANTS = 64
 
 
 def beside(teacher: nn.Module, *, apart: bool = False) -> nn.Module:
@@ -42,10 +49,23 @@ def make_student(teacher: nn.Module, config: Student, *, seed: int = 0, apart: b
     else:
         student = beside(teacher, apart=apart)
         _inject(student, config, seed=seed)
-    if config.gradient_checkpointing:
-        enable: Any = student
-        enable.enable_gradient_checkpointing()
+    if config.gradient_checkpointing is True:
+        recompute(student)
     return student.eval()
+
+
+def recompute(student: nn.Module) -> None:
+    """Have a denoiser compute activations again in the backward pass."""
+    enable: Any = student
+    enable.enable_gradient_checkpointing(again)
+
+
+def again(function: Any, *args: Any) -> Any:
+    """What `function` makes of `args`; its activations are computed again when the gradient comes back.
+
+    Nothing in a denoiser that is not in training mode draws anything, so no generator's state is kept for that.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
@@ -60,6 +80,18 @@ def _inject(student: nn.Module, config: Student, *, seed: int) -> None:
             raise InputError(f"student.targets {list(config.targets)} fit nothing: {first_line(error)}") from error
     for parameter in trainable(student).values():
         parameter.data = parameter.data.float()
+    for module in student.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LowRank
+
+
+def casts_itself(student: nn.Module, kind: torch.dtype) -> bool:
+    """Whether a student computes in `kind` without autocast, as its teacher does: all it trains is of `LowRank` layers
+    over weights in `kind`.
+    """
+    layers = [module for module in student.modules() if isinstance(module, LowRank)]
+    own = sum(len(list(layer.lora_A.parameters())) + len(list(layer.lora_B.parameters())) for layer in layers)
+    return own == len(trainable(student)) and all(layer.base_layer.weight.dtype == kind for layer in layers)
 
 
 def compile_blocks(denoiser: nn.Module, family: Family) -> None:
@@ -71,6 +103,8 @@ def compile_blocks(denoiser: nn.Module, family: Family) -> None:
     blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
     for block in blocks or [block.module for block in family.split(denoiser).blocks]:
         block.compile()
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -18,9 +19,10 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from vivace.distill import checkpoint
-from vivace.distill.actors import make_actors
+from vivace.distill.activations import room_of, settle
+from vivace.distill.actors import blank_item, make_actors
 from vivace.distill.config import DistillConfig
-from vivace.distill.data import source_of, supply_of
+from vivace.distill.data import sizes_of, source_of, supply_of
 from vivace.distill.grid import draw_conditioned, draw_grid, first_item
 from vivace.distill.result import write_result
 from vivace.distill.teacher import load_teacher
@@ -31,8 +33,11 @@ from vivace.errors import InputError, install
 logger = logging.getLogger(__name__)
 
 # What may change between a run and its resumption, because no weight depends on it.
-FREE = frozenset({"output", "records"})
-FREE_DATA = frozenset({"workers", "cache"})
+FREE = {
+    "": frozenset({"output", "records"}),
+    "data.": frozenset({"workers", "cache"}),
+    "student.": frozenset({"gradient_checkpointing"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ def train(
         checkpoint.sweep(output)
     accelerator.init_trackers("logs")
     try:
-        with _signals() as stop:
+        with _signals() as stop, _settled():
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
         try:
@@ -137,7 +142,11 @@ def make_training(config: DistillConfig, accelerator: Accelerator, *, pipe: Any 
         world=accelerator.num_processes,
         device=str(accelerator.device),
     )
-    return Training(actors, supply, accelerator)
+    training = Training(actors, supply, accelerator)
+    if config.student.gradient_checkpointing == "auto":
+        largest = max(sizes_of(config, multiple=actors.family.multiple), key=math.prod)
+        settle(training, blank_item(actors, largest), room=room_of(training))
+    return training
 
 
 def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callable[[Progress], None] | None) -> Result:
@@ -247,7 +256,7 @@ def _resume(training: Training, path: Path) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str = "") -> list[str]:
     """What of two configs differs, as `key: before -> now`, less what may change."""
-    free = {"": FREE, "data.": FREE_DATA}.get(where, frozenset())
+    free = FREE.get(where, frozenset())
     found = []
     for name in sorted({*before, *now} - free):
         one, other = before.get(name), now.get(name)
@@ -290,6 +299,22 @@ def _finish(training: Training, output: Path) -> Path:
             ) from error
     training.accelerator.wait_for_everyone()
     return output / "result"
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Python's collector leaves alone what is there already: to go through it, again and again, takes tenths of a
+    second of a host that a GPU waits for.
+    """
+    own = gc.get_freeze_count() == 0
+    if own:
+        gc.collect()
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if own:
+            gc.unfreeze()
 
 
 @contextmanager

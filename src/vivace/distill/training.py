@@ -19,10 +19,11 @@ from vivace.distill.data import Supply
 from vivace.distill.discriminator import clamp
 from vivace.distill.learner import Learner, make_learner
 from vivace.distill.losses import GAMES
+from vivace.distill.low_rank import cast_at_once
 from vivace.distill.mean import Mean
 from vivace.distill.objective import Item, Start
 from vivace.distill.stages import stage_at
-from vivace.distill.student import trainable
+from vivace.distill.student import casts_itself, trainable
 from vivace.distill.weights import load_moments, load_weights, moments_of, shard, weights_of, whole
 
 LOSSES = ("distillation", "matching", "adversarial", "discriminator", "critic")
@@ -37,13 +38,18 @@ class Training:
         self.objective = actors.objective
         self.done = 0
         self.shown: Item | None = None  # of sample grids with conditions
-        self.bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
             student = actors.student.to(accelerator.device)
             shard(student, [block.module for block in actors.family.split(student).blocks])
         self.learners = self._learners()
         self.mean = Mean(self.plain, config.student.ema) if config.student.ema else None
+        bfloat16 = config.computes_in(accelerator.device.type) == "bfloat16"
+        denoisers = [learner.plain for name, learner in self.learners.items() if name != "discriminator"]
+        self.autocast = bfloat16 and not all(casts_itself(one, torch.bfloat16) for one in denoisers)
+        if not self.autocast and not self.sharded:
+            for one in denoisers:
+                cast_at_once(one)
 
     def _learners(self) -> dict[str, Learner]:
         """What is trained, by its name in checkpoints."""
@@ -80,7 +86,7 @@ class Training:
         """The module's call in the precision of the forward passes; its own weights are float32."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
                 return module(*args, **kwargs)
 
         return call
@@ -92,14 +98,14 @@ class Training:
         batch), so no generator's state has to be kept. Weights are left as they were where a loss is not finite.
         """
         stage = self.stage
-        sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
+        sums = torch.zeros(len(LOSSES), device=self.accelerator.device)
         self._set_rates()
         for part in range(self.config.optimizer.accumulate):
             generator, item = self.draw(part)
             # Only the last part's gradients have to meet those of other processes.
             last = part + 1 == self.config.optimizer.accumulate
             for name, loss in self.losses(item, stage, generator, part=part, last=last).items():
-                sums[name] += loss / self.config.optimizer.accumulate
+                sums[LOSSES.index(name)] += loss / self.config.optimizer.accumulate
         losses = self._reduced(sums)
         if all(map(math.isfinite, losses.values())):
             self.step(stage)
@@ -128,7 +134,7 @@ class Training:
 
     def losses(
         self, item: Item, stage: Stage, generator: torch.Generator, *, part: int = 0, last: bool
-    ) -> dict[str, float]:
+    ) -> dict[str, torch.Tensor]:
         """Both updates' losses on one item, with their gradients added up; one rollout serves both."""
         choices = self.choices(part)
         start = self.objective.start(item, stage, self.cast(self.plain), generator, choices=choices)
@@ -156,8 +162,8 @@ class Training:
         generator: torch.Generator,
         *,
         last: bool = True,
-    ) -> dict[str, float]:
-        """The student's losses and then the discriminator's, with their gradients."""
+    ) -> dict[str, torch.Tensor]:
+        """The student's losses and then the discriminator's, with their gradients; the host reads none of them here."""
         objective = self.objective
         parts: dict[str, tuple[float, torch.Tensor]] = {}
         student, plain = self.cast(self.student), self.cast(self.plain)
@@ -172,7 +178,7 @@ class Training:
                 judge = self.learners["discriminator"].plain
                 parts["adversarial"] = (stage.adversarial, objective.fooling(judge, picture, item, start, generator))
             self._backward(torch.stack([weight * loss for weight, loss in parts.values()]).sum())
-        found = {name: float(loss.detach()) for name, (_, loss) in parts.items()}
+        found = {name: loss.detach() for name, (_, loss) in parts.items()}
         if stage.adversarial:
             real = target if self.config.discriminator.real == "teacher" else item.z
             found["discriminator"] = self._judge(real, picture.detach(), item, start, generator, last=last)
@@ -189,26 +195,26 @@ class Training:
         generator: torch.Generator,
         *,
         last: bool,
-    ) -> float:
+    ) -> torch.Tensor:
         discriminator = self.learners["discriminator"].module
         with self._synchronised(discriminator, last):
             loss = self.objective.telling(discriminator, real, fake, item, start, generator)
             self._backward(loss)
-        return float(loss.detach())
+        return loss.detach()
 
-    def _follow(self, picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator) -> float:
+    def _follow(self, picture: torch.Tensor, item: Item, start: Start, generator: torch.Generator) -> torch.Tensor:
         """The critic's own optimizer steps on the student's pictures; the last one's loss."""
         assert self.config.critic is not None
         critic, largest = self.learners["critic"], self.config.optimizer.clip
-        error = math.nan
+        error = torch.tensor(math.nan, device=picture.device)
         for _ in range(self.config.critic.updates):
             loss = self.objective.denoising(self.cast(critic.module), picture, item, start, generator)
             self.accelerator.backward(loss)
             # The norm is of all processes' gradients, so that all of them stop together.
             norm = torch.nn.utils.clip_grad_norm_(trainable(critic.plain).values(), largest or math.inf)
-            error = float(loss.detach())
-            if not (math.isfinite(error) and norm.isfinite()):
-                return math.nan
+            error = loss.detach()
+            if not (error.isfinite() & norm.isfinite()):
+                return torch.full_like(error, math.nan)
             critic.optimizer.step()
             critic.optimizer.zero_grad()
         return error
@@ -250,10 +256,9 @@ class Training:
         for learner in self.learners.values():
             learner.set_rate(share)
 
-    def _reduced(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The mean over processes; what is not finite in one is not finite in all."""
-        vector = torch.tensor([sums[name] for name in LOSSES], device=self.accelerator.device)
-        mean: Any = self.accelerator.reduce(vector, reduction="mean")
+    def _reduced(self, sums: torch.Tensor) -> dict[str, float]:
+        """The losses' mean over processes; what is not finite in one is not finite in all."""
+        mean: Any = self.accelerator.reduce(sums, reduction="mean")
         return dict(zip(LOSSES, mean.tolist(), strict=True))
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -46,7 +46,8 @@ def _value(kind: Any, value: Any, *, where: str) -> Any:
         options = [one for one in arguments if one is not type(None)]
         return None if value is None and type(None) in arguments else _value(options[0], value, where=where)
     if origin is Literal:
-        if value not in arguments:
+        # 1 is not true.
+        if (type(value), value) not in [(type(one), one) for one in arguments]:
             raise InputError(f"{where} is {value!r}; it is one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:

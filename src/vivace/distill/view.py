@@ -65,7 +65,11 @@ class View:
             sample = torch.cat((sample, call.beside.to(dtype)), dim=2 if call.packed else 1)
         time = self.levels.time(sigma) * call.time_scale
         # Fresh lists and dicts: some denoisers take things out of them.
-        kwargs = {**call.map(lambda tensor: tensor).kwargs, call.sample: sample, "timestep": time.to(x.device)}
+        kwargs = {
+            **call.map(lambda tensor: tensor).kwargs,
+            call.sample: sample,
+            "timestep": time.to(x.device, non_blocking=True),
+        }
         if call.control is not None and self.control is not None:
             residuals = self.control(
                 sample=sample[:, : self.channels], timestep=kwargs["timestep"], **call.control, return_dict=False
@@ -94,8 +98,8 @@ def with_guidance(call: Call, guidance: float) -> Call:
 
 
 def _wide(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[B] as [B, 1, 1, 1] in float32 on x's device."""
-    return value.to(x.device, torch.float32).view(-1, *[1] * (x.ndim - 1))
+    """[B] as [B, 1, 1, 1] in float32 on the device of x, for which the host, where levels live, does not wait."""
+    return value.to(x.device, torch.float32, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
 
 
 def _dtype(call: Call, x: torch.Tensor) -> torch.dtype:

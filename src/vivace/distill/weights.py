@@ -54,9 +54,10 @@ def load_moments(module: nn.Module, optimizer: torch.optim.Optimizer, moments: M
         if f"{name}/step" not in moments:
             continue
         own = {moment: moments[f"{name}/{moment}"] for moment in MOMENTS}
-        # The count stays on the CPU, where AdamW puts it.
+        # The count stays where AdamW puts it: on the CPU, or with fused=True on the device.
+        place = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
         optimizer.state[parameter] = {
-            moment: value.clone() if moment == "step" else like(value, parameter).clone()
+            moment: (value.to(place) if moment == "step" else like(value, parameter)).clone()
             for moment, value in own.items()
         }
 
