@@ -291,6 +291,22 @@ def test_many_mixed_requests(pipe, start, order, count):
         assert after == first == fresh.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
 
 
+def test_memory_that_requests_freed_goes_back_to_the_system(pipe, start, order, monkeypatch):
+    monkeypatch.setattr("vivace.serve.engine.TIDY", 1.0)
+    engine = start(pipe)
+    engine.submit(order()).result(60)
+    size = 64 * 1024
+    many = [b"x" * size for _ in range(4096)]
+    pins = many[::16] + many[-1:]  # the heap cannot shrink at its end
+    del many
+    before, deadline = _held()[-1], time.monotonic() + 30
+    engine.submit(order()).result(60)
+    while before - _held()[-1] < 4096 * size // 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert before - _held()[-1] >= 4096 * size // 2
+    assert pins
+
+
 def _held() -> tuple[int, int, int, int]:
     """Threads, open handles, tensors, and resident bytes of this process."""
     gc.collect()

@@ -19,6 +19,7 @@ import torch
 
 from vivace.errors import InputError
 from vivace.load import resolve_dtype
+from vivace.memory import heap
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
 from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable
@@ -37,6 +38,7 @@ LOST_TO_MEMORY = 3  # requests in a row that run out of memory before the engine
 REST = 60.0  # seconds that it then does: who asks whether it is ready sends it nothing that could show that it is well
 
 CLOCK = 0.1  # seconds between two looks at who waited too long
+TIDY = 60.0  # seconds after which memory that requests freed goes back to the system
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
         self._lost = 0  # requests in a row that ran out of memory
         self._lost_at = 0.0  # when the last of them did
+        self._untidy = False  # whether a request ended since freed memory went back
         self._loading = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -89,7 +92,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=self._serve, name=f"vivace-request-{i}", daemon=True) for i in range(threads)
         ]
-        self._threads.append(threading.Thread(target=self._watch_deadlines, name="vivace-clock", daemon=True))
+        self._threads.append(threading.Thread(target=self._watch_clock, name="vivace-clock", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -216,9 +219,13 @@ class Engine:
             # The entry would hold its pictures until the next one comes.
             del entry
 
-    def _watch_deadlines(self) -> None:
+    def _watch_clock(self) -> None:
+        tidied = time.monotonic()
         while not self._closed.wait(CLOCK):
             self._backlog.expire()
+            if self._untidy and time.monotonic() - tidied > TIDY:
+                self._untidy, tidied = False, time.monotonic()
+                heap.give_back()
 
     def _one(self, entry: Entry) -> None:
         job, model = entry.job, entry.model
@@ -236,6 +243,7 @@ class Engine:
             self._backlog.done(entry)
             with self._lock:
                 self._running.discard(job)
+                self._untidy = True
                 self._lost, self._lost_at = (
                     (self._lost + 1, time.monotonic()) if isinstance(error, OutOfMemory) else (0, 0)
                 )
