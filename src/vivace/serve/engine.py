@@ -149,7 +149,10 @@ class Engine:
         return self.models[alias].nbytes > 0
 
     def load(self, *aliases: str) -> None:
-        """Load models now rather than at their first request; none named: as many as stay. Raises InputError."""
+        """Load models now rather than at their first request; none named: as many as stay.
+
+        Raises InputError or Failure.
+        """
         with self._lock:
             self._loading += 1
         try:
@@ -160,6 +163,8 @@ class Engine:
                     time.sleep(0.05)
                 try:
                     model.ready(mode, room=partial(self._room_for, model, self._open))
+                except Exception as error:
+                    raise _public(error, {"model": model.alias}) from None
                 finally:
                     model.leave()
                     self._backlog.wake()
@@ -235,7 +240,7 @@ class Engine:
         try:
             result = self._draw(entry)
         except BaseException as caught:
-            error = _public(caught, job)
+            error = _public(caught, {"job": job.id})
         finally:
             model.leave()
             for worker in list(self.workers.values()):
@@ -346,13 +351,13 @@ def _named(error: InputError, request: Request) -> InputError:
     return FieldError(asked[0], str(error)) if asked and not isinstance(error, FieldError) else error
 
 
-def _public(error: BaseException, job: Job) -> BaseException:
+def _public(error: BaseException, facts: Mapping[str, str]) -> BaseException:
     """What the waiting side gets to see: a Failure or an InputError, never the inside."""
     if isinstance(error, InputError | Failure):
         return error
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
-    logger.error("a request failed", exc_info=error, extra={"facts": {"job": job.id}})
+    logger.error("a request failed", exc_info=error, extra={"facts": facts})
     if type(error) is ValueError:  # how pipelines refuse what they were called with
         return InputError("the model's pipeline refuses these arguments")
     return Failure("the request failed inside; the log says why")

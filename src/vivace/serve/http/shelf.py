@@ -115,18 +115,23 @@ class Shelf:
                 if path.stem not in self._records and not self._state(path.stem).exists():
                     path.unlink(missing_ok=True)
             finished = [one for one in reversed(self.all()) if one["status"] in ("completed", "failed")]
+            over = self.nbytes - self._most
             for record in finished:
-                if self.nbytes <= self._most:
+                if over <= 0:
                     break
+                over -= self._nbytes(record["id"])
                 self.delete(record["id"])
 
     @property
     def nbytes(self) -> int:
         """Of the records and videos in the folder."""
         with self._lock:
-            files = [file for name in self._records for file in (self._state(name), self.video(name))]
+            names = list(self._records)
+        return sum(map(self._nbytes, names))
+
+    def _nbytes(self, name: str) -> int:
         sizes = 0
-        for file in files:
+        for file in (self._state(name), self.video(name)):
             with contextlib.suppress(FileNotFoundError):
                 sizes += file.stat().st_size
         return sizes
@@ -144,6 +149,9 @@ class Shelf:
     def whole(self, path: Path) -> Iterator[Path]:
         """A temporary name beside `path`, which takes its place when the block ends. Raises OSError."""
         part = path.with_name(f".{path.stem}.part{path.suffix}")
+        if self._own:
+            # Systems clear temporary folders of what was not used for some days.
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             yield part
             with part.open("rb") as file:
