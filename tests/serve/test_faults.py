@@ -57,11 +57,12 @@ def test_out_of_memory_of_a_batch_is_tried_one_by_one(engine, pipe, order, gated
     same()
 
 
-def test_a_size_that_ran_out_of_memory_is_not_tried_again(engine, pipe, order, gated, same):
+def test_a_size_that_ran_out_of_memory_is_not_tried_again_for_a_while(engine, pipe, order, gated, same, monkeypatch):
     gate = gated(pipe.transformer)
     limit = pipe.transformer.register_forward_pre_hook(_small_batches_only, with_kwargs=True)
     tried = []
-    for _ in range(2):
+    for forget in (600.0, 600.0, 0.0):
+        monkeypatch.setattr("vivace.serve.worker.FORGET", forget)
         gate.shut()
         gate.sizes.clear()
         jobs = [engine.submit(order(seed=1, steps=2))]
@@ -75,6 +76,7 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(engine, pipe, order, g
         tried.append(max(gate.sizes))
     assert tried[0] > 2  # rows: a request has two, with guidance
     assert tried[1] == 2
+    assert tried[2] > 2
     limit.remove()
     same()
 

@@ -96,7 +96,7 @@ class Model:
         for name in request.lora:
             if name not in self.spec.loras:
                 known = ", ".join(self.spec.loras) or "none"
-                raise FieldError("lora", f"no LoRA {name!r} is registered for {self.alias} (registered: {known})")
+                raise FieldError("lora", f"no LoRA {name!r:.100} is registered for {self.alias} (registered: {known})")
         if request.quality is not None and request.quality not in PRESETS:
             raise FieldError("quality", f"no preset {request.quality!r}; there are {', '.join(PRESETS)}")
         preset: Any = request.quality or self.spec.preset

@@ -17,7 +17,7 @@ from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.gauges import Gauges
-from vivace.serve.http.guard import Guard
+from vivace.serve.http.guard import OPEN, Guard
 from vivace.serve.http.links import Links
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
@@ -34,6 +34,8 @@ FIRST = Request(
     prompt="a red circle, a green square and a blue triangle on a yellow background", steps=8, seed=0, priority=-8
 )
 """A picture with many colours. Previews are learned from a first one, and the page's first visitor shall have them."""
+PROBES = (*OPEN, "/metrics")
+"""What machines ask every few seconds, for as long as the server runs."""
 SWEEP = 60.0  # seconds between two looks for what is over its time
 AGAIN = 60.0  # seconds between two looks whether models that could not be loaded can be by now
 
@@ -96,7 +98,7 @@ def _guard(app: FastAPI, server: Server, page: Mounted | None) -> None:
         return None if page is not None and page.takes_no_place(scope) else server.full()
 
     def quiet(scope: Scope) -> bool:
-        return page is not None and page.loads(scope)
+        return scope["path"] in PROBES or (page is not None and page.loads(scope))
 
     app.add_middleware(
         Guard,
