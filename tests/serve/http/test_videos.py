@@ -201,6 +201,16 @@ def test_a_video_whose_file_is_gone_is_not_found(client, shared):
     client.videos.delete(done.id)
 
 
+def test_nobody_waits_while_the_folder_is_swept(client, shared):
+    shelf = shared.app.state.server.shelf
+    with shelf._sweeping:  # as long as the disk is asked for thousands of files
+        begun = client.videos.create(prompt="a", size="64x64", extra_body=BODY)
+        assert wait(client, begun.id).status == "completed"
+        assert client.videos.list().data[0].id == begun.id
+        assert shared.http.get("/livez").status_code == 200
+    client.videos.delete(begun.id)
+
+
 def test_a_failed_write_changes_nothing(tmp_path):
     shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
     shelf.put(record(1))

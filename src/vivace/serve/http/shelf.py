@@ -65,7 +65,8 @@ class Shelf:
             raise InputError(f"nothing can be written to {self.folder}; name another folder of videos")
         self._seconds, self._most = seconds, most_bytes
         self._records: dict[str, dict[str, Any]] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held for moments: the event loop waits for it
+        self._sweeping = threading.Lock()
         self._recover()
 
     def put(self, record: dict[str, Any]) -> None:
@@ -104,9 +105,12 @@ class Shelf:
             return True
 
     def sweep(self) -> None:
-        """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds."""
+        """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds.
+
+        It asks the disk for every file: not for an event loop.
+        """
         now = time.time()
-        with self._lock:
+        with self._sweeping:
             for record in self.all():
                 if record.get("expires_at") and record["expires_at"] <= now:
                     self.delete(record["id"])
