@@ -107,22 +107,26 @@ class Shelf:
     def sweep(self) -> None:
         """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds.
 
-        It asks the disk for every file: not for an event loop.
+        It asks the disk for every file: not for an event loop, and only once at a time.
         """
-        now = time.time()
-        with self._sweeping:
-            for record in self.all():
-                if record.get("expires_at") and record["expires_at"] <= now:
-                    self.delete(record["id"])
-            # The file may have come after its record was deleted.
-            for path in self.folder.glob("video_*.mp4"):
-                if path.stem not in self._records and not self._state(path.stem).exists():
-                    path.unlink(missing_ok=True)
-            finished = [one for one in reversed(self.all()) if one["status"] in ("completed", "failed")]
-            over = self.nbytes - self._most
-            for record in finished:
-                if over <= 0:
-                    break
+        if not self._sweeping.acquire(blocking=False):
+            return
+        try:
+            self._sweep(time.time())
+        finally:
+            self._sweeping.release()
+
+    def _sweep(self, now: float) -> None:
+        for record in self.all():
+            if record.get("expires_at") and record["expires_at"] <= now:
+                self.delete(record["id"])
+        # The file may have come after its record was deleted.
+        for path in self.folder.glob("video_*.mp4"):
+            if path.stem not in self._records and not self._state(path.stem).exists():
+                path.unlink(missing_ok=True)
+        over = self.nbytes - self._most
+        for record in reversed(self.all()):
+            if over > 0 and record["status"] in ("completed", "failed"):
                 over -= self._nbytes(record["id"])
                 self.delete(record["id"])
 
