@@ -21,7 +21,7 @@ from vivace.few_step import FOLDER, use_few_step
 from vivace.load import Source, find, load_source
 from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
-from vivace.serve.failures import Cancelled, FieldError, Unavailable
+from vivace.serve.failures import Cancelled, FieldError, OutOfMemory, Unavailable
 from vivace.serve.model import Mode, Model
 from vivace.serve.prepare import prepare
 from vivace.serve.room import Room
@@ -216,6 +216,20 @@ def test_a_model_that_cannot_be_loaded_tells_no_path(folder, order):
             engine.submit(order()).result(60)
         assert str(error.value) == "the model tiny cannot be loaded"
         assert engine.health().reason == "no model can be loaded"
+
+
+def test_a_model_that_has_no_room_is_said_where_it_is_loaded(folder, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with Engine(models={"tiny": str(folder)}) as engine:
+        monkeypatch.setattr("vivace.serve.model.load_source", no_room)
+        with pytest.raises(OutOfMemory, match="too little memory for the model tiny"):
+            engine.load()
+        assert engine.health().reason == "no model can be loaded"
+        monkeypatch.undo()
+        engine.load()
+        assert engine.health().ready
 
 
 def test_a_place_that_this_machine_lacks_is_said_before_anything_is_served(folder):

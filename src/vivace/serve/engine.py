@@ -19,6 +19,7 @@ import torch
 
 from vivace.errors import InputError
 from vivace.load import resolve_dtype
+from vivace.memory import heap
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
 from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable
@@ -37,6 +38,7 @@ LOST_TO_MEMORY = 3  # requests in a row that run out of memory before the engine
 REST = 60.0  # seconds that it then does: who asks whether it is ready sends it nothing that could show that it is well
 
 CLOCK = 0.1  # seconds between two looks at who waited too long
+TIDY = 60.0  # seconds after which memory that requests freed goes back to the system
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
         self._lost = 0  # requests in a row that ran out of memory
         self._lost_at = 0.0  # when the last of them did
+        self._untidy = False  # whether a request ended since freed memory went back
         self._loading = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -89,7 +92,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=self._serve, name=f"vivace-request-{i}", daemon=True) for i in range(threads)
         ]
-        self._threads.append(threading.Thread(target=self._watch_deadlines, name="vivace-clock", daemon=True))
+        self._threads.append(threading.Thread(target=self._watch_clock, name="vivace-clock", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -146,7 +149,10 @@ class Engine:
         return self.models[alias].nbytes > 0
 
     def load(self, *aliases: str) -> None:
-        """Load models now rather than at their first request; none named: as many as stay. Raises InputError."""
+        """Load models now rather than at their first request; none named: as many as stay.
+
+        Raises InputError or Failure.
+        """
         with self._lock:
             self._loading += 1
         try:
@@ -157,6 +163,8 @@ class Engine:
                     time.sleep(0.05)
                 try:
                     model.ready(mode, room=partial(self._room_for, model, self._open))
+                except Exception as error:
+                    raise _public(error, {"model": model.alias}) from None
                 finally:
                     model.leave()
                     self._backlog.wake()
@@ -216,9 +224,13 @@ class Engine:
             # The entry would hold its pictures until the next one comes.
             del entry
 
-    def _watch_deadlines(self) -> None:
+    def _watch_clock(self) -> None:
+        tidied = time.monotonic()
         while not self._closed.wait(CLOCK):
             self._backlog.expire()
+            if self._untidy and time.monotonic() - tidied > TIDY:
+                self._untidy, tidied = False, time.monotonic()
+                heap.give_back()
 
     def _one(self, entry: Entry) -> None:
         job, model = entry.job, entry.model
@@ -228,7 +240,7 @@ class Engine:
         try:
             result = self._draw(entry)
         except BaseException as caught:
-            error = _public(caught, job)
+            error = _public(caught, {"job": job.id})
         finally:
             model.leave()
             for worker in list(self.workers.values()):
@@ -236,6 +248,7 @@ class Engine:
             self._backlog.done(entry)
             with self._lock:
                 self._running.discard(job)
+                self._untidy = True
                 self._lost, self._lost_at = (
                     (self._lost + 1, time.monotonic()) if isinstance(error, OutOfMemory) else (0, 0)
                 )
@@ -338,13 +351,13 @@ def _named(error: InputError, request: Request) -> InputError:
     return FieldError(asked[0], str(error)) if asked and not isinstance(error, FieldError) else error
 
 
-def _public(error: BaseException, job: Job) -> BaseException:
+def _public(error: BaseException, facts: Mapping[str, str]) -> BaseException:
     """What the waiting side gets to see: a Failure or an InputError, never the inside."""
     if isinstance(error, InputError | Failure):
         return error
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
-    logger.error("a request failed", exc_info=error, extra={"facts": {"job": job.id}})
+    logger.error("a request failed", exc_info=error, extra={"facts": facts})
     if type(error) is ValueError:  # how pipelines refuse what they were called with
         return InputError("the model's pipeline refuses these arguments")
     return Failure("the request failed inside; the log says why")

@@ -28,7 +28,7 @@ from vivace.load import Source, find, load_source
 from vivace.lora.files import in_few_bits
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
-from vivace.serve.failures import FieldError, Unavailable
+from vivace.serve.failures import FieldError, OutOfMemory, Unavailable
 from vivace.serve.layout import Layouts
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
@@ -96,7 +96,7 @@ class Model:
         for name in request.lora:
             if name not in self.spec.loras:
                 known = ", ".join(self.spec.loras) or "none"
-                raise FieldError("lora", f"no LoRA {name!r} is registered for {self.alias} (registered: {known})")
+                raise FieldError("lora", f"no LoRA {name!r:.100} is registered for {self.alias} (registered: {known})")
         if request.quality is not None and request.quality not in PRESETS:
             raise FieldError("quality", f"no preset {request.quality!r}; there are {', '.join(PRESETS)}")
         preset: Any = request.quality or self.spec.preset
@@ -269,7 +269,7 @@ class Model:
                 few_step.use_few_step(self.pipe, self.source.path / few_step.FOLDER)
         except (torch.OutOfMemoryError, MemoryError):
             self.broken = True
-            raise
+            raise OutOfMemory(f"the device has too little memory for the model {self.alias}") from None
         except Exception as error:
             self.broken = True
             # What it says names files; that is for the log.

@@ -63,7 +63,7 @@ class Studio(Protocol):
         ...
 
     def load(self, *aliases: str) -> None:
-        """Load models now rather than at their first request; none named: all. Raises InputError."""
+        """Load models now rather than at their first request; none named: all. Raises InputError, Failure."""
         ...
 
     def health(self) -> Health:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 KEPT = 512  # kinds of calls that are remembered
 AHEAD = 2  # batches launched on a GPU before the oldest must be done: enough to hide the launching, no more
+FORGET = 600.0  # seconds after which a batch that ran out of memory is tried again: what took the room may be gone
 TICK = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -64,7 +65,7 @@ class Worker:
         self._launched: deque[Any] = deque()
         self._waited = 0.0  # seconds that the calls computed now waited for the GPU
         self._alone: set[tuple[int, str]] = set()  # module, method: what it returns cannot be told apart
-        self._too_many: OrderedDict[Hashable, int] = OrderedDict()  # kind of call -> how many ran out of memory
+        self._too_many: OrderedDict[Hashable, tuple[int, float]] = OrderedDict()  # kind -> how many, and when
         self._thread = threading.Thread(target=self._loop, name=f"vivace-{device}", daemon=True)
         self._thread.start()
 
@@ -186,8 +187,9 @@ class Worker:
         return [], hold
 
     def _most(self, key: Hashable) -> int:
-        """How many calls of a kind may go together: half of those that were too much for the memory."""
-        return max(1, self._too_many[key] // 2) if key in self._too_many else self.most
+        """How many calls of a kind may go together: half of those that were too much for the memory lately."""
+        many, when = self._too_many.get(key, (0, 0.0))
+        return max(1, many // 2) if many and time.monotonic() - when < FORGET else self.most
 
     def _run(self, calls: list[Call]) -> None:
         """Answer the calls; whatever goes wrong ends with them."""
@@ -201,7 +203,7 @@ class Worker:
             self._fail(calls, Unavailable("the device is lost"))
         elif len(calls) > 1:
             if out_of_memory(error):
-                self._too_many[calls[0].key] = len(calls)
+                self._too_many[calls[0].key] = (len(calls), time.monotonic())
                 if len(self._too_many) > KEPT:
                     self._too_many.popitem(last=False)
             # One may be wrong, or all may be too much at once: each by itself fails for itself.

@@ -1,5 +1,6 @@
 """A client that goes away: its picture is not finished for nobody."""
 
+import gc
 import socket
 import time
 
@@ -15,7 +16,7 @@ def ask(server, body: bytes) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_goes_away(launch, pipe, gated, wanted, stream):
+def test_a_client_that_goes_away(launch, pipe, gated, wanted, stream, caplog):
     server = launch({"tiny": pipe})
     fresh = server.http.post("/v1/images/generations", json=wanted | {"deterministic": True}).json()["data"]
     gate = gated(pipe.transformer)
@@ -34,6 +35,8 @@ def test_a_client_that_goes_away(launch, pipe, gated, wanted, stream):
     assert len(gate.sizes) <= before + 1
     again = server.http.post("/v1/images/generations", json=wanted | {"deterministic": True}).json()["data"]
     assert again == fresh
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_one_that_goes_away_while_it_waits(launch, pipe, gated, order):

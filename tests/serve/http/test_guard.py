@@ -347,6 +347,27 @@ def test_an_unexpected_error_is_counted_and_logged_under_its_requests_name(launc
     assert 'route="GET /v1/videos",status="500"' in server.http.get("/metrics").text
 
 
+def test_what_asks_every_few_seconds_does_not_fill_the_log(http, caplog):
+    with caplog.at_level("INFO", logger="vivace.serve.access"):
+        for path in ("/livez", "/readyz", "/metrics", "/v1/models"):
+            assert http.get(path).status_code == 200
+        assert http.get("/metrics", headers={"Host": "other.example"}).status_code == 421
+        lines, deadline = [], time.monotonic() + 10
+        while len(lines) < 2 and time.monotonic() < deadline:  # written when the client has its answer already
+            lines = [record for record in caplog.records if record.name == "vivace.serve.access"]
+    assert [line.facts["status"] for line in lines] == [200, 421]
+    assert lines[0].facts["route"] == "/v1/models"
+
+
+def test_names_that_clients_invent_are_not_repeated_whole(http):
+    for body in ({"prompt": "a", "x" * 500_000: 1}, {"prompt": "a", "lora": {"x" * 500_000: 1}}):
+        answer = http.post("/v1/images/generations", json=body)
+        assert answer.status_code == 400
+        assert len(answer.content) < 1000
+    form = {"prompt": (None, "a"), "x" * 5_000: (None, "1")}
+    assert len(http.post("/v1/images/edits", files=form).content) < 1000
+
+
 def test_a_client_that_leaves_within_its_body_is_no_error(shared, caplog):
     with caplog.at_level("INFO"):
         connection = socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import time
 
@@ -169,6 +170,45 @@ def test_a_video_that_came_after_its_record_was_deleted_goes(tmp_path):
     (tmp_path / "video_of_somebody.mp4").write_bytes(b"mp4")
     shelf.sweep()
     assert {path.name for path in tmp_path.glob("*.mp4")} == {f"{record(2)['id']}.mp4", "video_of_somebody.mp4"}
+
+
+def test_a_temporary_folder_that_the_system_cleared_is_made_again():
+    shelf = Shelf(None, seconds=1000, most_bytes=10**9)
+    shutil.rmtree(shelf.folder)
+    shelf.put(record(1))
+    with shelf.whole(shelf.video(record(1)["id"])) as part:
+        part.write_bytes(b"mp4")
+    assert shelf.nbytes > 3
+    shelf.close()
+    assert not shelf.folder.exists()
+
+
+def test_a_folder_that_was_named_is_not_made_anew_where_its_disk_is_gone(tmp_path):
+    shelf = Shelf(tmp_path / "mounted", seconds=1000, most_bytes=10**9)
+    shelf.folder.rmdir()
+    with pytest.raises(FileNotFoundError):
+        shelf.put(record(1))
+    assert not shelf.folder.exists()
+
+
+def test_a_video_whose_file_is_gone_is_not_found(client, shared):
+    done = client.videos.create_and_poll(prompt="a", size="64x64", extra_body=BODY, poll_interval_ms=50)
+    assert done.status == "completed"
+    shared.app.state.server.shelf.video(done.id).unlink()
+    with pytest.raises(openai.NotFoundError) as error:
+        client.videos.download_content(done.id)
+    assert error.value.code == "video_not_found"
+    client.videos.delete(done.id)
+
+
+def test_nobody_waits_while_the_folder_is_swept(client, shared):
+    shelf = shared.app.state.server.shelf
+    with shelf._sweeping:  # as long as the disk is asked for thousands of files
+        begun = client.videos.create(prompt="a", size="64x64", extra_body=BODY)
+        assert wait(client, begun.id).status == "completed"
+        assert client.videos.list().data[0].id == begun.id
+        assert shared.http.get("/livez").status_code == 200
+    client.videos.delete(begun.id)
 
 
 def test_a_failed_write_changes_nothing(tmp_path):

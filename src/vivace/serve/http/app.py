@@ -17,7 +17,7 @@ from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.gauges import Gauges
-from vivace.serve.http.guard import Guard
+from vivace.serve.http.guard import OPEN, Guard
 from vivace.serve.http.links import Links
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
@@ -34,7 +34,10 @@ FIRST = Request(
     prompt="a red circle, a green square and a blue triangle on a yellow background", steps=8, seed=0, priority=-8
 )
 """A picture with many colours. Previews are learned from a first one, and the page's first visitor shall have them."""
+PROBES = (*OPEN, "/metrics")
+"""What machines ask every few seconds, for as long as the server runs."""
 SWEEP = 60.0  # seconds between two looks for what is over its time
+AGAIN = 60.0  # seconds between two looks whether models that could not be loaded can be by now
 
 
 def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool = True) -> FastAPI:
@@ -58,7 +61,7 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(_sweep(server))]
+        tasks = [asyncio.create_task(_sweep(server)), asyncio.create_task(_revive(engine))]
         if warm:
             tasks.append(asyncio.create_task(_warm(engine, drawn=settings.ui)))
         try:
@@ -95,7 +98,7 @@ def _guard(app: FastAPI, server: Server, page: Mounted | None) -> None:
         return None if page is not None and page.takes_no_place(scope) else server.full()
 
     def quiet(scope: Scope) -> bool:
-        return page is not None and page.loads(scope)
+        return scope["path"] in PROBES or (page is not None and page.loads(scope))
 
     app.add_middleware(
         Guard,
@@ -109,14 +112,26 @@ def _guard(app: FastAPI, server: Server, page: Mounted | None) -> None:
 
 
 async def _warm(engine: Studio, *, drawn: bool) -> None:
-    # The others are served.
+    await _load(engine)
+    if drawn:
+        with suppress(InputError, Failure):
+            await engine.submit(FIRST)
+
+
+async def _revive(engine: Studio) -> None:
+    """Where no model can be loaded, try again: nobody sends a server that is not ready what would load one."""
+    while True:
+        await asyncio.sleep(AGAIN)
+        if all(model.broken for model in engine.models.values()):
+            await _load(engine)
+
+
+async def _load(engine: Studio) -> None:
+    # Those that can be are served.
     try:
         await asyncio.to_thread(engine.load)
     except (InputError, Failure) as error:
         logger.error("not all models are loaded: %s", error)
-    if drawn:
-        with suppress(InputError, Failure):
-            await engine.submit(FIRST)
 
 
 async def _sweep(server: Server) -> None:

@@ -27,6 +27,8 @@ STATUS = {
 }
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+MOST_NAME = 200  # characters of a field's name that are repeated; a client may have made it up
+
 # A request's field in Python -> the field in the API.
 FIELDS = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative": "negative_prompt", "images": "image"}
 
@@ -90,7 +92,7 @@ def api_error(error: BaseException, **facts: object) -> ApiError:
 def wrong_fields(problems: list[Any]) -> ApiError:
     """The answer for values that a schema refuses: the first one, named."""
     first = problems[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    param = ".".join(str(part) for part in first["loc"])[:MOST_NAME] or None
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         return ApiError(400, str(cause), code="invalid_value", param=cause.field)

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 LOST = 70  # exit code when the device is lost: a supervisor has to start a new process
 HEADER_BYTES = 32_768
-IDLE_SECONDS = 20  # that a connection may stay open between requests, and about as long for the head of one
+IDLE_SECONDS = 20  # that the head of a request may take, about
+KEEP_SECONDS = 75  # that a connection stays open between requests: longer than proxies keep theirs, which is a minute
 LINGER = 2  # seconds for what is open after that
 
 
@@ -117,7 +118,7 @@ def _run(engine: Engine, settings: Settings, sockets: list[socket.socket], ready
         http=Impatient,
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=IDLE_SECONDS,
+        timeout_keep_alive=KEEP_SECONDS,
         timeout_graceful_shutdown=LINGER,
     )
     server = Draining(config, server=app.state.server, engine=engine, ready=ready)

@@ -21,7 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from vivace.config import PRESETS
 from vivace.serve.failures import FieldError
-from vivace.serve.http.envelope import ApiError, wrong_fields
+from vivace.serve.http.envelope import MOST_NAME, ApiError, wrong_fields
 from vivace.serve.http.settings import Settings
 from vivace.serve.request import Request
 
@@ -207,9 +207,11 @@ def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tup
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in files:
-                raise ApiError(400, f"unknown field {name!r}", code="unknown_field", param=name)
+                raise ApiError(400, f"unknown field {name!r:.100}", code="unknown_field", param=name[:MOST_NAME])
         elif name in fields:
-            raise ApiError(400, f"the field {name!r} was given twice", code="invalid_value", param=name)
+            raise ApiError(
+                400, f"the field {name!r:.100} was given twice", code="invalid_value", param=name[:MOST_NAME]
+            )
         elif (inner := re.fullmatch(r"lora\[([^\]]{1,100})\]", name)) is not None:
             # How the openai client spells a mapping in a form.
             weights[inner[1]] = value

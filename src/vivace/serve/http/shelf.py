@@ -65,7 +65,8 @@ class Shelf:
             raise InputError(f"nothing can be written to {self.folder}; name another folder of videos")
         self._seconds, self._most = seconds, most_bytes
         self._records: dict[str, dict[str, Any]] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held for moments: the event loop waits for it
+        self._sweeping = threading.Lock()
         self._recover()
 
     def put(self, record: dict[str, Any]) -> None:
@@ -104,29 +105,41 @@ class Shelf:
             return True
 
     def sweep(self) -> None:
-        """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds."""
-        now = time.time()
-        with self._lock:
-            for record in self.all():
-                if record.get("expires_at") and record["expires_at"] <= now:
-                    self.delete(record["id"])
-            # The file may have come after its record was deleted.
-            for path in self.folder.glob("video_*.mp4"):
-                if path.stem not in self._records and not self._state(path.stem).exists():
-                    path.unlink(missing_ok=True)
-            finished = [one for one in reversed(self.all()) if one["status"] in ("completed", "failed")]
-            for record in finished:
-                if self.nbytes <= self._most:
-                    break
+        """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds.
+
+        It asks the disk for every file: not for an event loop, and only once at a time.
+        """
+        if not self._sweeping.acquire(blocking=False):
+            return
+        try:
+            self._sweep(time.time())
+        finally:
+            self._sweeping.release()
+
+    def _sweep(self, now: float) -> None:
+        for record in self.all():
+            if record.get("expires_at") and record["expires_at"] <= now:
+                self.delete(record["id"])
+        # The file may have come after its record was deleted.
+        for path in self.folder.glob("video_*.mp4"):
+            if path.stem not in self._records and not self._state(path.stem).exists():
+                path.unlink(missing_ok=True)
+        over = self.nbytes - self._most
+        for record in reversed(self.all()):
+            if over > 0 and record["status"] in ("completed", "failed"):
+                over -= self._nbytes(record["id"])
                 self.delete(record["id"])
 
     @property
     def nbytes(self) -> int:
         """Of the records and videos in the folder."""
         with self._lock:
-            files = [file for name in self._records for file in (self._state(name), self.video(name))]
+            names = list(self._records)
+        return sum(map(self._nbytes, names))
+
+    def _nbytes(self, name: str) -> int:
         sizes = 0
-        for file in files:
+        for file in (self._state(name), self.video(name)):
             with contextlib.suppress(FileNotFoundError):
                 sizes += file.stat().st_size
         return sizes
@@ -144,6 +157,9 @@ class Shelf:
     def whole(self, path: Path) -> Iterator[Path]:
         """A temporary name beside `path`, which takes its place when the block ends. Raises OSError."""
         part = path.with_name(f".{path.stem}.part{path.suffix}")
+        if self._own:
+            # Systems clear temporary folders of what was not used for some days.
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             yield part
             with part.open("rb") as file:

@@ -71,7 +71,6 @@ async def create(request: Request) -> Response:
     }
     if images:
         wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
-    server.shelf.sweep()
     job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     note(request, [job])
     try:
@@ -92,7 +91,6 @@ async def index(
 ) -> Response:
     """The records, page by page."""
     server = server_of(request)
-    server.shelf.sweep()
     records = server.shelf.all()
     if order == "asc":
         records.reverse()
@@ -118,8 +116,10 @@ async def content(request: Request, video_id: VideoId, variant: Literal["video"]
     server = server_of(request)
     record = _record(server, video_id)
     path = server.shelf.video(video_id)
-    if record["status"] != "completed" or not path.is_file():
+    if record["status"] != "completed":
         raise ApiError(409, f"the video is {record['status']}", code="video_not_ready")
+    if not path.is_file():
+        raise ApiError(404, "the video's file is gone; ask for it again", code="video_not_found", param="video_id")
     return FileResponse(path, media_type="video/mp4")
 
 
@@ -170,7 +170,7 @@ async def follow(server: Server, name: str, job: Job) -> None:
         seconds = len(result.pictures) / effective.get("fps", FPS)
         facts = {"size": f"{width}x{height}", "seconds": f"{seconds:g}", "timings": dict(result.timings), **effective}
         _put(server, name, status="completed", progress=100, completed_at=int(time.time()), **facts)
-        server.shelf.sweep()
+        await asyncio.to_thread(server.sweep)
     except Cancelled:
         _put(server, name, status="failed", error={"code": "cancelled", "message": "the job was cancelled"})
     except asyncio.CancelledError:
