@@ -4,8 +4,8 @@
 
 Which steps: by the error of the final latent (power 1), which is nearest to exact in PSNR and saves where details are
 drawn; by the errors as they are made (power 0), which leaves the details and strays early, to other pictures; by less
-still; or every so many. Forms: weights fitted to the outputs of exact runs, and a line
-through the last two outputs. `AMPLIFIED` in `vivace.cache.schedule` is what this showed to be best.
+still; or every so many. Forms: weights fitted to the outputs of exact runs, and a line through the last two outputs.
+`AMPLIFIED` in `vivace.cache.schedule` is what this showed to be best.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from overlap import CACHED, Overlap, trained
 
 import vivace
 from vivace.builtin.reader import FEATURES, Reader, load_reader
+from vivace.config import PRESETS
 from vivace.distill import read_config
 from vivace.evals.accuracy import Accuracy, compare
 from vivace.evals.builtin import Answers, Exam, draw_exam, rendered, take
@@ -132,8 +133,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--captions", type=int, default=4000)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 1, 2, 8])
-    parser.add_argument("--solvers", nargs="*", default=SOLVERS, metavar="NAME", help="of the teacher in four steps")
-    parser.add_argument("--preset", help="accelerate by this preset; else stock diffusers")
+    parser.add_argument("--solvers", nargs="*", default=SOLVERS, choices=SOLVERS, help="of the teacher in four steps")
+    parser.add_argument("--preset", choices=PRESETS, help="accelerate by this preset; else stock diffusers")
     parser.add_argument("--lora", type=Path, help="a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unseen", metavar="CONFIG", help="leave out the captions of this config's training")

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vivace.config import PRESETS
 from vivace.distill import Data, DistillConfig, Records, read_config
 from vivace.distill.plan import teacher_calls
 from vivace.distill.student import beside
@@ -264,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", choices=("sdxl", "sd3"))
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--presets", nargs="+", default=["exact", "fast"], help="of the teacher, beside stock")
+    parser.add_argument(
+        "--presets", nargs="+", default=["exact", "fast"], choices=PRESETS, help="of the teacher, beside stock"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget-s", type=float, default=280, help="seconds from the start within which it ends")
     parser.add_argument("--tiny", action="store_true")

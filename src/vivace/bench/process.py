@@ -30,8 +30,8 @@ class Children:
     """Runs of `python -m module`, one after the other, each in a process of its own with compilers' caches of its own.
 
     With `ahead` the next process starts beside the one that runs, imports what models need, and waits for its
-    arguments: on a machine with a GPU that is a third of a short run. Where models run on the CPU it would be in the
-    way of who is measured. Use as a context manager, which ends the one that waits.
+    arguments: that takes one processor for some seconds. Where models run on the CPU it would be in the way of who is
+    measured. Use as a context manager, which ends the one that waits.
     """
 
     def __init__(self, module: str, *, ahead: bool = False) -> None:
@@ -53,6 +53,7 @@ class Children:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._next is not None:
             self._next.close()
+            self._next = None
 
 
 class _Child:
