@@ -5,25 +5,29 @@
 For each: caption accuracy with the paired interval of its difference from exact on the same captions and noise, FID,
 PSNR mean and worst beside the noise floor, which is stock diffusers at another batch size. The bar is an interval
 within a point of exact. What the device cannot do is said and left out. What is done is kept: run again, it goes on.
+
+fp8 attention leaves calls of few keys to native, which all of this model's are: there it gains nothing. To see what it
+costs, its rows have every call in fp8; `balanced` and `fast` are as users have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from paired import Bench, beside_exact, options
 
+from vivace.attention import cudnn_fp8
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
 
 WAYS: Mapping[str, Config] = {
     "fp8": Config(quant="fp8"),
     "int8": Config(quant="int8"),
-    "fp8 attention": Config(attention="cudnn_fp8", exact_ends=0),
-    "fp8 attention, two steps at both ends in 16 bit": Config(attention="cudnn_fp8", exact_ends=2),
-    "fp8 and fp8 attention, two steps at both ends in 16 bit": Config(quant="fp8", attention="cudnn_fp8", exact_ends=2),
+    "fp8 attention in every call": Config(attention="cudnn_fp8", exact_ends=0),
+    "the same, two steps at both ends in 16 bit": Config(attention="cudnn_fp8", exact_ends=2),
+    "the same, and fp8": Config(quant="fp8", attention="cudnn_fp8", exact_ends=2),
     "balanced": PRESETS["balanced"],
     "fast": PRESETS["fast"],
 }
@@ -31,13 +35,13 @@ BAR = -1.0  # points: the lower end of the paired interval
 
 
 def main() -> None:
-    given = options(__doc__, name="bits")
+    given = options(__doc__, name="bits").parse_args()
     bench = Bench(given)
     rows = [bench.measure("exact", bench.ours(), role="exact")]
     rows.append(bench.measure("noise floor: stock", stock(), role="floor", batch=max(1, given.batch // 2)))
     for name, config in WAYS.items():
         try:
-            rows.append(bench.measure(name, bench.ours(config), role="bits"))
+            rows.append(bench.measure(name, in_bits(bench, config), role="bits"))
         except InputError as error:
             print(f"{name}: {error}")
     table = judged([row for row in rows if row])
@@ -46,6 +50,18 @@ def main() -> None:
     print(file)
     if bench.left:
         print(f"{bench.left} left for the next time, when the same command goes on")
+
+
+@contextmanager
+def in_bits(bench: Bench, config: Config) -> Iterator[Callable[[int], float]]:
+    """Accelerated so; fp8 attention that is asked for by name also where it has nothing to gain."""
+    usual = cudnn_fp8.KEYS
+    cudnn_fp8.KEYS = 1 if config.attention == "cudnn_fp8" else usual
+    try:
+        with bench.ours(config) as computed:
+            yield computed
+    finally:
+        cudnn_fp8.KEYS = usual
 
 
 @contextmanager

@@ -8,14 +8,21 @@ in its time), time, caption accuracy with the paired interval of its difference 
 cache counts where it beats both controls, Euler with fewer steps and the best solver with fewer steps, in PSNR and
 accuracy at its own time. cache-dit's DBCache on stock diffusers is the peer, where it is installed: set it beside ours
 at as many evaluations. What is done is kept: run again, it goes on.
+
+A GPU draws so small a model so quickly that text, decoder and the loop around it are two thirds of a picture's time,
+and evaluations saved save little. `--times` adds the verdict at the times that the same recipe took on another device:
+
+    python recipes/builtin/caches.py --captions 12 --batch 4 --device cpu --out out
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from paired import Bench, beside_exact, options
@@ -25,9 +32,10 @@ from vivace.cache.calibration import SHIPPED
 from vivace.errors import InputError
 from vivace.fingerprint import fingerprint
 
+EVERY_OTHER = "steps:compute=0+2+4+6+8+10+12+14+16+18+20+22+24+26,order=1"
 CACHES = (
     "planned:computed=0.67", "planned:computed=0.5", "planned:computed=0.36", "planned:computed=0.25",
-    "steps:compute=0+2+4+6+8+10+12+14+16+18+20+22+24+26,order=1",
+    EVERY_OTHER,
     "firstblock:threshold=0.1", "firstblock:threshold=0.2", "firstblock:threshold=0.3",
     "firstblock:threshold=0.2,order=1",
     "teacache:threshold=0.02", "teacache:threshold=0.04", "teacache:threshold=0.08",
@@ -36,7 +44,10 @@ CACHES = (
     "meancache:of50=25", "meancache:of50=17", "meancache:of50=10",
     "blockdance:after=4", "pab:warmup=3,cooldown=3", "guidance:every=2", "guidance:every=4", "guidance:end=0.8,every=1",
 )  # fmt: skip
-ON_SOLVER = ("planned:computed=0.67", "planned:computed=0.5", "planned:computed=0.36")  # with the last of SOLVERS
+ON_SOLVER = (
+    "planned:computed=0.67", "planned:computed=0.5", "planned:computed=0.36", EVERY_OTHER, "taylorseer:interval=2",
+    "guidance:every=2",
+)  # fmt: skip  # with the last of SOLVERS
 CALIBRATED = ("planned", "teacache")  # which read the built-in model's calibration
 PEERS = (0.1, 0.2, 0.3, 0.4)  # cache-dit's residual_diff_threshold, with one block computed and two steps of warm-up
 CONTROLS = (20, 16, 14, 12, 10, 8, 7)  # steps
@@ -45,7 +56,10 @@ SOLVERS = ("unipc", "dpmsolvermultistep")
 
 
 def main() -> None:
-    given = options(__doc__, name="caches")
+    asked = options(__doc__, name="caches")
+    asked.add_argument("--times", type=Path, help="this table as another device had it: judged at its times too")
+    given = asked.parse_args()
+    elsewhere = times_of(json.loads(given.times.read_text("utf-8"))) if given.times else {}
     bench = Bench(given)
     exact = bench.measure("exact", bench.ours(), role="exact")
     rows = [exact]
@@ -64,7 +78,7 @@ def main() -> None:
         print("cache-dit is not installed; pip install cache-dit to have it in the table")
     else:
         rows += [bench.measure(f"cache-dit, {one}", peer(bench.pipe, one), role="peer") for one in PEERS]
-    table = judged([row for row in rows if row], complete=not bench.left)
+    table = judged([row for row in rows if row], complete=not bench.left, elsewhere=elsewhere)
     file = bench.write(table, name="caches", out=given.out)
     print(markdown(table))
     print(file)
@@ -86,30 +100,48 @@ def peer(pipe: Any, threshold: float) -> Iterator[Callable[[int], float]]:
         cache_dit.disable_cache(pipe)
 
 
-def judged(rows: Sequence[dict[str, Any]], *, complete: bool = True) -> list[dict[str, Any]]:
-    """The rows beside exact and, for caches, beside what the controls reach in the same time.
+def times_of(table: Mapping[str, Any]) -> dict[str, float]:
+    """Name -> share of exact's time, of a table that this recipe wrote."""
+    return {row["name"]: share_of(row) for row in table["rows"]}
+
+
+def judged(
+    rows: Sequence[dict[str, Any]], *, complete: bool = True, elsewhere: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """The rows beside exact and, for caches, beside what the controls reach in the same time, here and `elsewhere`.
 
     While rows are left that is not judged: nothing has beaten a control that is still to be measured.
     """
+    here = {row["name"]: share_of(row) for row in rows}
+    verdicts = [verdicts_at(rows, shares) if complete else {} for shares in (here, elsewhere or {})]
+    return [
+        {
+            **beside_exact(row, rows[0]),
+            **verdicts[0].get(row["name"], {}),
+            **({"elsewhere": {"speedup": 1 / elsewhere[row["name"]], **verdicts[1].get(row["name"], {})}}
+               if elsewhere and row["name"] in elsewhere else {}),
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def verdicts_at(rows: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Name of a cache -> what the controls reach in its share of exact's time, and whether it beats them all."""
     exact = rows[0]
+    timed = [row for row in rows if row["name"] in shares]
     curves = {
-        kind: [
-            row
-            for row in rows
-            if row["role"] in ("exact", "control") and (row is exact or row["name"].startswith(kind))
-        ]
+        kind: [row for row in timed if row is exact or (row["role"] == "control" and row["name"].startswith(kind))]
         for kind in ("euler", *SOLVERS)
     }
-    found = []
-    for row in rows:
-        beside = {
-            kind: {what: at_time(curve, share_of(row), what) for what in ("psnr", "accuracy")}
-            for kind, curve in curves.items()
-            if row["role"] == "cache" and complete
-        }
-        beats = all(row[what] > control[what] for control in beside.values() for what in control)
-        known = {"controls_at_its_time": beside, "beats_controls": beats} if beside else {}
-        found.append({**beside_exact(row, exact), **known})
+    found = {}
+    for row in timed:
+        if row["role"] == "cache":
+            beside = {
+                kind: {what: at_time(curve, shares, shares[row["name"]], what) for what in ("psnr", "accuracy")}
+                for kind, curve in curves.items()
+            }
+            beats = all(row[what] > control[what] for control in beside.values() for what in control)
+            found[row["name"]] = {"controls_at_its_time": beside, "beats_controls": beats}
     return found
 
 
@@ -118,9 +150,9 @@ def share_of(row: dict[str, Any]) -> float:
     return row["seconds"] / row["exact_seconds"]
 
 
-def at_time(curve: Sequence[dict[str, Any]], share: float, what: str) -> float:
+def at_time(curve: Sequence[dict[str, Any]], shares: Mapping[str, float], share: float, what: str) -> float:
     """`what` of a control in that share of exact's time, between the measured; exact itself bounds it above."""
-    points = sorted((share_of(row), min(row[what], 99.0)) for row in curve)
+    points = sorted((shares[row["name"]], min(row[what], 99.0)) for row in curve)
     place = bisect_left(points, (share, 0.0))
     if place in (0, len(points)):
         return points[min(place, len(points) - 1)][1]
@@ -132,16 +164,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of the notes."""
     lines = [
         "| contestant | whole evaluations | speed | accuracy | difference from exact | FID | PSNR | worst "
-        "| beats controls |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| beats controls | speed elsewhere | beats them there |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["difference_interval"]
         distance = "" if row["fid"] is None else f"{row['fid']:.2f}"
+        other = row.get("elsewhere", {})
+        there = f"{other['speedup']:.2f}" if other else ""
         lines.append(
             f"| {row['name']} | {row['evaluations']:.1f} | {row['speedup']:.2f} | {row['accuracy']:.1f} % "
             f"| {row['difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {distance} | {row['psnr']:.1f} "
-            f"| {row['psnr_worst']:.1f} | {VERDICTS[row.get('beats_controls')]} |"
+            f"| {row['psnr_worst']:.1f} | {VERDICTS[row.get('beats_controls')]} | {there} "
+            f"| {VERDICTS[other.get('beats_controls')]} |"
         )
     return "\n".join(lines)
 

@@ -38,8 +38,8 @@ Way = AbstractContextManager[Callable[[int], float]]
 """The pipeline made ready; gives how many of a call's steps were evaluated."""
 
 
-def options(about: str | None, *, name: str) -> argparse.Namespace:
-    """What such a bench is asked; `name` is of its files."""
+def options(about: str | None, *, name: str) -> argparse.ArgumentParser:
+    """What such a bench can be asked; `name` is of its files."""
     asked = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--captions", type=int, default=4000)
     asked.add_argument("--batch", type=int, default=50)
@@ -48,7 +48,7 @@ def options(about: str | None, *, name: str) -> argparse.Namespace:
     asked.add_argument("--budget-s", type=float, help="seconds after which no row is begun; the rest next time")
     asked.add_argument("--state", type=Path, default=Path(f"out/{name}.jsonl"), help="the rows that are measured")
     asked.add_argument("--out", type=Path, default=Path("benchmarks"))
-    return asked.parse_args()
+    return asked
 
 
 class Rows:
@@ -169,14 +169,17 @@ class Bench:
         captions = self.exam.captions[chosen]
         return sample(self.pipe, captions, steps=steps, seed=self.seed + chosen.start, guidance_scale=3.0).pictures
 
-    def write(self, table: Sequence[Mapping[str, Any]], *, name: str, out: Path, **more: Any) -> Path:
-        """The table with machine and command, and `more`; what is left is said in it."""
+    def write(self, table: Sequence[Mapping[str, Any]], *, name: str, out: Path, asked: str = "", **more: Any) -> Path:
+        """The table with machine and command, and `more`; what is left is said in it.
+
+        `asked` is what else the command was given.
+        """
         device = self.pipe.device
         place = torch.cuda.get_device_name(device).split()[-1].lower() if device.type == "cuda" else "cpu"
         file = out / f"{date.today()}-{place}-builtin-{name}.json"
         about = {
             "command": f"python recipes/builtin/{name}.py --captions {len(self.exam.captions)} "
-            f"--batch {self.batch} --seed {self.seed}",
+            f"--batch {self.batch} --seed {self.seed}{asked}",
             "machine": machine(), "place": place_of(self.pipe), "rows_left": self.left,
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from vivace.accelerate import acceleration_of
+from vivace.attention import cudnn_fp8
 from vivace.config import PRESETS
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -29,8 +30,8 @@ def test_few_bits_are_held_to_a_point(recipe, rows):
 
 def test_a_control_is_read_at_the_share_of_exacts_time(recipe, rows):
     caches = recipe("caches")
-    half = {**rows[0], "seconds": 1.0, "psnr": 30.0}
-    assert caches.at_time([rows[0], half], 0.75, "psnr") == pytest.approx((99 + 30) / 2)
+    exact, half = rows[0], {**rows[0], "name": "half", "psnr": 30.0}
+    assert caches.at_time([exact, half], {"exact": 1.0, "half": 0.5}, 0.75, "psnr") == pytest.approx((99 + 30) / 2)
 
 
 def test_no_cache_is_said_to_beat_controls_that_are_still_to_be_measured(recipe, rows):
@@ -39,6 +40,21 @@ def test_no_cache_is_said_to_beat_controls_that_are_still_to_be_measured(recipe,
     cache = {**rows[0], "name": "steps", "role": "cache", "seconds": 1.0, "psnr": 20.0}
     assert caches.judged([rows[0], cache, half])[1]["beats_controls"] is False
     assert "beats_controls" not in caches.judged([rows[0], cache], complete=False)[1]
+
+
+def test_a_cache_is_judged_at_the_times_of_another_device_too(recipe, rows):
+    """Where the model is most of a picture's time the cache is as quick as a control that it is better than."""
+    caches = recipe("caches")
+    exact = {**rows[0], "accuracy": 95.0}
+    poor = {**rows[0], "role": "control", "seconds": 1.0, "psnr": 30.0, "accuracy": 40.0}
+    controls = [{**poor, "name": f"{kind}, 14 steps"} for kind in ("euler", *caches.SOLVERS)]
+    cache = {**rows[0], "name": "planned", "role": "cache", "seconds": 1.8, "psnr": 35.0, "accuracy": 50.0}
+    there = caches.times_of({"rows": [exact, {**cache, "seconds": 1.0}, *controls]})
+    judged = caches.judged([exact, cache, *controls], elsewhere=there)[1]
+    assert judged["beats_controls"] is False
+    assert judged["elsewhere"]["beats_controls"] is True
+    assert judged["elsewhere"]["speedup"] == 2.0
+    assert judged["elsewhere"]["controls_at_its_time"]["euler"] == {"psnr": 30.0, "accuracy": 40.0}
 
 
 def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
@@ -61,13 +77,14 @@ def test_every_way_is_a_configuration_that_is_made_or_refused_for_this_device(re
     made, refused = {}, {}
     for name, config in bits.WAYS.items():
         try:
-            with bench.ours(config) as computed:
+            with bits.in_bits(bench, config) as computed:
                 bench.pipe("a circle", num_inference_steps=5, height=64, width=64, output_type="latent")
                 assert computed(5) == 5
                 made[name] = acceleration_of(bench.pipe).target.config
         except InputError as error:
             refused[name] = str(error)
         assert acceleration_of(bench.pipe) is None
+        assert cudnn_fp8.KEYS == 1024
     assert {"int8", "balanced", "fast"} <= made.keys()
     assert made == {name: bits.WAYS[name] for name in made}
     assert (made["balanced"], made["fast"]) == (PRESETS["balanced"], PRESETS["fast"])
