@@ -36,6 +36,7 @@ class FirstBlock(Windowed):
 
     name: ClassVar[str] = "firstblock"
     blocks: ClassVar[bool] = True
+    probes: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
     holds: ClassVar[Holds] = Holds(hiddens=4)
 
