@@ -56,3 +56,26 @@ def test_values_changed_in_place_are_no_change():
     with torch.no_grad():
         model.weight.mul_(2)
     assert not watch.changed()
+
+
+def test_what_is_spared_may_change_and_the_rest_may_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    watch = Watch(model)
+    near = watch.sparing([model[1]])
+    assert watch.sparing([model[1]]) is near
+    stock = model[1][0]
+    model[1][0].weight = torch.nn.Parameter(torch.zeros(3, 3))
+    model[1][0] = torch.nn.Linear(3, 3)
+    assert watch.changed()
+    assert not near.changed()
+    model[1][0] = stock
+    model[0].weight = torch.nn.Parameter(torch.zeros(3, 3))
+    assert near.changed()
+
+
+def test_a_spared_module_itself_may_not_be_replaced():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    near = Watch(model).sparing([model[1]])
+    assert not near.changed()
+    model[1] = torch.nn.Linear(3, 3)
+    assert near.changed()

@@ -23,7 +23,8 @@ class State:
     `x` is the image (or video) stream, `text` the text stream where the model updates one, `skips` the residuals a
     UNet's down path leaves for its up path. `context` holds what every block reads and none changes (modulation
     embedding, rotary tables, cross-attention text, masks, control residuals, ...). `ahead` is what a fused block has
-    computed for the next one, which uses it only where the streams are still the very tensors it was made of.
+    computed for the next one, which uses it only where the streams are still the very tensors it was made of. Where the
+    next block may be skipped, `text` may be what it is still to be made of by that one (`vivace.fused.joint.Late`).
     """
 
     x: torch.Tensor

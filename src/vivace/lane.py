@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -215,7 +215,7 @@ class Lane:
         with self.route or nullcontext(), told, narrow() if self.narrow else nullcontext():
             yield
 
-    def _serve(self, kwargs: dict[str, Any], run: Run | None = None, check: Callable[[], None] | None = None) -> Any:
+    def _serve(self, kwargs: dict[str, Any], run: Run | None = None, check: Callable[..., None] | None = None) -> Any:
         split, served_by = self._way(kwargs)
         self._count(served_by, warn=split is None and self._fused is not None)
         if split is not None and split.once is not None and run is None:
@@ -224,7 +224,7 @@ class Lane:
         forward = split or functools.partial(self._stock, self.denoiser)
         if self.cache is None:
             return run("forward", forward, **kwargs)
-        check = check or (lambda: None)
+        check = check or (lambda spared=(): None)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
 
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
@@ -261,13 +261,13 @@ class Lane:
                 # What was settled has let go of it.
                 self._build()
 
-    def _check(self) -> None:
-        """Raises Changed where the denoiser is not what it was.
+    def _check(self, spared: Sequence[torch.nn.Module] = ()) -> None:
+        """Raises Changed where the denoiser is not what it was; what lies inside `spared` modules may be.
 
         Looking at every weight takes longer than a step that a cache skips, so that a cache decides when.
         """
         with self._lock:
-            if self._watch is None or self._watch.changed():
+            if self._watch is None or self._watch.sparing(spared).changed():
                 raise Changed
 
     def _build(self) -> None:

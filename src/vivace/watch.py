@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,42 +23,56 @@ class Watch:
     """
 
     def __init__(self, module: torch.nn.Module, *, storages: bool = True, vectors: bool = False) -> None:
-        own = [p for p in module.parameters() if vectors and p.ndim == 1 and not p.is_inference()]
-        self._versions: list[tuple[torch.Tensor, int]] = [(vector, vector._version) for vector in own]
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._storages: list[tuple[Callable[[], int], int]] = []
-        self._hooked: list[tuple[dict[str, Any], Any, Any, int]] = []
-        self._strengths: list[tuple[list[Any], list[Any]]] = []  # of IP-Adapters, which change in place
+        # The first of each is the module that it belongs to.
+        self._versions: list[tuple[Any, torch.Tensor, int]] = []
+        self._places: list[tuple[Any, dict[str, Any], str, Any]] = []
+        self._storages: list[tuple[Any, Callable[[], int], int]] = []
+        self._hooked: list[tuple[Any, dict[str, Any], Any, Any, int]] = []
+        self._strengths: list[tuple[Any, list[Any], list[Any]]] = []  # of IP-Adapters, which change in place
+        self._sparing: dict[tuple[int, ...], Watch] = {}
         for child in module.modules():
-            self._places += [(child._modules, name, inner) for name, inner in child._modules.items()]
-            self._places += [(child._parameters, name, weight) for name, weight in child._parameters.items()]
+            own = [p for p in child._parameters.values() if p is not None]
+            self._places += [(child, child._modules, name, inner) for name, inner in child._modules.items()]
+            self._places += [(child, child._parameters, name, weight) for name, weight in child._parameters.items()]
             if "processor" in vars(child):
-                self._places.append((vars(child), "processor", vars(child)["processor"]))
+                self._places.append((child, vars(child), "processor", vars(child)["processor"]))
             if storages:
-                self._storages += [(p.data_ptr, p.data_ptr()) for p in child._parameters.values() if p is not None]
+                self._storages += [(child, p.data_ptr, p.data_ptr()) for p in own]
+            if vectors:
+                self._versions += [(child, p, p._version) for p in own if p.ndim == 1 and not p.is_inference()]
             if isinstance(strengths := vars(child).get("scale"), list):
-                self._strengths.append((strengths, list(strengths)))
+                self._strengths.append((child, strengths, list(strengths)))
             if child is not module:
                 state = vars(child)
                 hooks = (state["_forward_hooks"], state["_forward_pre_hooks"])
-                self._hooked.append((state, *hooks, len(hooks[0]) + len(hooks[1]) + ("forward" in state)))
+                self._hooked.append((child, state, *hooks, len(hooks[0]) + len(hooks[1]) + ("forward" in state)))
+
+    def sparing(self, modules: Sequence[torch.nn.Module]) -> Watch:
+        """The same without what lies inside `modules`; made once for each choice of them."""
+        key = tuple(map(id, modules))
+        if key not in self._sparing:
+            inside = {id(child) for module in modules for child in module.modules()}
+            rest = self._sparing[key] = copy.copy(self)
+            for kind in ("_versions", "_places", "_storages", "_hooked", "_strengths"):
+                setattr(rest, kind, [one for one in getattr(self, kind) if id(one[0]) not in inside])
+        return self._sparing[key]
 
     def changed(self) -> bool:
         """Whether anything was replaced, moved, cast, hooked or unhooked since."""
         # Plain loops: generators would double the time of what runs at every call.
-        for place, name, value in self._places:
+        for _, place, name, value in self._places:
             if place.get(name) is not value:
                 return True
-        for pointer, before in self._storages:
+        for _, pointer, before in self._storages:
             if pointer() != before:
                 return True
-        for vector, version in self._versions:
+        for _, vector, version in self._versions:
             if vector._version != version:
                 return True
-        for strengths, before in self._strengths:
+        for _, strengths, before in self._strengths:
             if strengths != before:
                 return True
-        for state, after, first, before in self._hooked:
+        for _, state, after, first, before in self._hooked:
             if len(after) + len(first) + ("forward" in state) != before:
                 return True
         return False

@@ -367,3 +367,28 @@ def test_a_policy_that_asks_the_first_block_computes_anew_what_was_replaced_in_m
     first.weight = stock
     assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
     vivace.restore(denoiser)
+
+
+def test_a_skipped_step_looks_only_at_what_it_computes_with_and_the_next_computed_one_at_all(pipe, last, monkeypatch):
+    denoiser = vivace.accelerate(pipe.transformer, cache="firstblock:threshold=1000,max_skips=3")
+    plain = sample(denoiser, seed=1, steps=8)
+    assert last(denoiser)["skipped_steps"] == [1, 2, 3, 5, 6, 7]
+    far = denoiser.transformer_blocks[-1].attn.to_q
+    stock = far.weight
+    found = []
+    for before in (2, 4):
+        found.append(sample(denoiser, seed=1, steps=8, turn=Replaced(far, before=before)))
+        # What was remembered is of other weights: the step that sees it begins anew.
+        assert last(denoiser)["skipped_steps"] == [1, 2, 3, 5, 6, 7]
+        far.weight = stock
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], plain)
+    assert torch.equal(sample(denoiser, seed=1, steps=8), plain)
+    seen, changed = [], Watch.changed
+    monkeypatch.setattr(Watch, "changed", lambda watch: seen.append(len(watch._storages)) or changed(watch))
+    sample(denoiser, seed=1, steps=4)
+    whole = sum(1 for _ in denoiser.parameters())
+    near = whole - sum(1 for _ in denoiser.transformer_blocks[1:].parameters())
+    # The first step: before it, so that nothing stale is replayed, and what it computes, while it does.
+    assert seen == [whole, near, whole, near, near, near]
+    vivace.restore(denoiser)

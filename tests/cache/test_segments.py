@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import vivace
 from vivace import request
 from vivace.accelerate import acceleration_of
+from vivace.families import FAMILIES
+from vivace.fused.elementwise import KERNELS
 from vivace.fused.stack import Stack
 from vivace.graph import Graphs, Recording
 
@@ -93,3 +96,60 @@ def test_a_skipped_step_reads_little_modulation_and_a_computed_one_reads_it_once
     whole = sum(linear.out_features for linear in norms)
     always = sum(linear.out_features for linear in modulation.stack.linears[:3])  # the output's and the first block's
     assert rows == [whole, always]
+
+
+NO_KERNEL = {"aten::new_empty", "aten::empty", "aten::_unsafe_view", "aten::_local_scalar_dense"}
+
+
+class Launches(TorchDispatchMode):
+    """The operators for which a GPU would launch something; one of ours is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name not in NO_KERNEL:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("spelled", "most"), [("firstblock:", 36), ("teacache:coefficients=1+0,", 23)])
+def test_a_skipped_step_of_flux_launches_little(monkeypatch, last, spelled, most):
+    monkeypatch.setattr("vivace.fused.contract.elementwise_for", lambda device: KERNELS)
+    denoiser = FAMILIES["flux"].tiny().transformer
+    given = FAMILIES["flux"].inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=9, seed=0)
+    vivace.accelerate(denoiser, cache=f"{spelled}threshold=1000")
+    found = []
+    with request.open_request(times=(1.0, 0.9, 0.8)) as now, torch.no_grad():
+        for now.step, time in enumerate((1.0, 0.9, 0.8)):
+            at = {**given, "timestep": torch.full_like(given["timestep"], time)}
+            with Launches() as launches:
+                denoiser(**at)
+            found.append(launches.found)
+    assert last(denoiser)["skipped_steps"] == [1, 2]
+    computed, *skipped = map(len, found)
+    assert max(skipped) <= most < computed, found[-1]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image"])
+def test_a_skipped_step_ends_no_text_and_a_computed_one_does_so_once(family, monkeypatch, last):
+    denoiser = FAMILIES[family].tiny().transformer
+    given = FAMILIES[family].inputs(denoiser, size=(64, 64), batch=1, frames=1, text_tokens=9, seed=0)
+    given = {name: value for name, value in given.items() if value is not None}
+    with torch.no_grad():
+        exact = denoiser(**given)[0]
+    vivace.accelerate(denoiser, cache="firstblock:threshold=1000")
+    (lane,) = acceleration_of(denoiser).target.lanes.values()
+    streams, first = [], lane.split.blocks[0].forward
+    first = getattr(first, "args", (first,))[0]  # SD3's may be skipped by the call
+    stream = first._stream
+    monkeypatch.setattr(first, "_stream", lambda one, *rest: (streams.append(one), stream(one, *rest))[1])
+    with request.open_request(times=(1.0, 0.9)) as now, torch.no_grad():
+        now.step = 0
+        torch.testing.assert_close(denoiser(**given)[0], exact, rtol=1e-4, atol=1e-4)
+        assert streams == [first.image, first.text]
+        now.step = 1
+        denoiser(**given)
+    assert streams == [first.image, first.text, first.image]
+    assert last(denoiser)["skipped_steps"] == [1]

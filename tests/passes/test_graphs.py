@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from vivace.config import Config
 from vivace.families import FAMILIES
-from vivace.passes.graphs import wins
+from vivace.passes.graphs import recorded, wins
+from vivace.passes.target import Target
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,26 @@ def test_small_denoisers_and_unets(family, expected):
 
 def test_tiny_ones_of_every_kind():
     assert wins(FAMILIES["sd3"].tiny().transformer, media=None, sm=(7, 5), quantised=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        ("flux", {}, None),
+        ("flux", {"cache": "firstblock"}, "front"),
+        ("flux", {"cache": "dicache"}, "front"),
+        ("flux", {"cache": "teacache"}, None),
+        ("flux", {"cache": "firstblock", "graphs": "off"}, None),
+        ("flux", {"cache": "firstblock", "graphs": "on"}, ""),
+        ("sdxl", {}, ""),
+        ("wan", {"cache": "firstblock"}, None),
+    ],
+)
+def test_the_blocks_that_a_cache_decides_with_are_recorded_though_the_others_need_it_not(family, fields, expected):
+    one = FAMILIES[family]
+    denoiser = one.full(device="meta")
+    target = Target(subject=denoiser, family=one, config=Config(**fields), denoisers={one.denoisers[0]: denoiser})
+    assert recorded(target) == expected
 
 
 TURNS = """

@@ -47,9 +47,11 @@ class Call:
     batch: int | None = None  # samples that the scheduler steps; None before its first step
     shared: dict[str, Any] = field(default_factory=dict)  # what the branches of this request tell each other
     skipped: bool = False
-    check: Callable[[], None] = lambda: None
-    """Raises `Changed` where the denoiser is not what `split` and recordings were made of. Before anything long is
-    computed; a policy that only adds up what it remembers never looks."""
+    first: bool = False  # nothing is remembered of this branch
+    check: Callable[..., None] = lambda spared=(): None
+    """Raises `Changed` where the denoiser is not what `split` and recordings were made of; `spared` modules may be. A
+    segment looks at what it computes with while the device computes, and is thrown away where that has changed. A
+    policy that only adds up what it remembers never looks."""
 
     @property
     def time(self) -> float:
@@ -83,13 +85,20 @@ class Call:
         """Everything up to the first `depth` blocks that change the stream, and TeaCache's signal if that is wanted."""
         assert self.split is not None
         name = f"front of {depth}{' and its signal' if signal else ''}"
+        if self.first:
+            # Since the last request more may have changed than a recording survives.
+            self.check()
         try:
-            return Front(**self.run(name, partial(_front, self.split, depth, signal), **self.kwargs))
-        finally:
-            self.check()  # while the device computes: the front of a denoiser that has changed is thrown away
+            front = Front(**self.run(name, partial(_front, self.split, depth, signal), **self.kwargs))
+        except Exception:
+            self.check()
+            raise
+        # All that a skipped step computes with: looking at every weight would take longer than the step.
+        self.check([block.module for block in self.split.blocks[front.at :]])
+        return front
 
     def through(self, front: Front, *, to: int) -> Front:
-        """The blocks from where `front` stands up to block `to`, not included."""
+        """The blocks from where `front` stands up to block `to`, not included; what follows looks at them too."""
         assert self.split is not None
         segment = partial(_through, self.split, front.at, to)
         return Front(**self.run(f"blocks {front.at} to {to}", segment, start=front.start, **vars(front.state)))
@@ -97,7 +106,10 @@ class Call:
     def back(self, front: Front) -> Any:
         """The output, by the blocks after `front`."""
         assert self.split is not None
-        return self.run(f"back from {front.at}", partial(_back, self.split, front.at), **vars(front.state))
+        try:
+            return self.run(f"back from {front.at}", partial(_back, self.split, front.at), **vars(front.state))
+        finally:
+            self.check()
 
     def apart(self, forward: Callable[..., Any]) -> Any:
         """The output by `forward`, which reads more than the arguments: never recorded."""
@@ -107,7 +119,10 @@ class Call:
     def rest(self, front: Front) -> tuple[Any, torch.Tensor]:
         """The output, by the blocks after `front`, and what these blocks added to the stream."""
         assert self.split is not None
-        return self.run(f"rest from {front.at}", partial(_rest, self.split, front.at), **vars(front.state))
+        try:
+            return self.run(f"rest from {front.at}", partial(_rest, self.split, front.at), **vars(front.state))
+        finally:
+            self.check()
 
     def end(self, state: State) -> Any:
         """The output from a stream as it stands after the last block."""
@@ -147,7 +162,9 @@ def _front(split: Split, depth: int, signal: bool, **kwargs: Any) -> dict[str, A
 
 
 def _through(split: Split, at: int, to: int, *, start: torch.Tensor, **state: Any) -> dict[str, Any]:
-    return {"start": start, "state": vars(split.through(State(**state), at, to)), "at": to}
+    # Ready for one block more, which follows: what is kept of such a state is complete.
+    ready = split.ready(State(**state), at, to + 1)
+    return {"start": start, "state": vars(split.through(ready, at, to)), "at": to}
 
 
 def _back(split: Split, at: int, **state: Any) -> Any:

@@ -35,6 +35,7 @@ class DiCache(Windowed):
 
     name: ClassVar[str] = "dicache"
     blocks: ClassVar[bool] = True
+    probes: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
     holds: ClassVar[Holds] = Holds(hiddens=5)
 

@@ -36,6 +36,7 @@ class FirstBlock(Windowed):
 
     name: ClassVar[str] = "firstblock"
     blocks: ClassVar[bool] = True
+    probes: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
     holds: ClassVar[Holds] = Holds(hiddens=4)
 
@@ -95,5 +96,6 @@ class FirstBlock(Windowed):
             return out
         call.skipped = True
         memory.skips += 1
-        front.state.x = front.state.x + memory.rest.at(call.time, order=self.order)
+        rest = memory.rest.at(call.time, order=self.order) if self.order else memory.rest.newest
+        front.state.x = front.state.x + rest
         return call.end(front.state)

@@ -57,7 +57,7 @@ class Cache:
         run: Run,
         split: Split | None,
         served_by: str,
-        check: Callable[[], None],
+        check: Callable[..., None],
     ) -> Any:
         """One call of the denoiser: its arguments, its result. `split` is the fused blocks', where these serve."""
         place = _place(kwargs)
@@ -97,7 +97,7 @@ class Cache:
             return call.whole()
         # A branch that was left out for some steps starts anew: what it remembers is from too long ago.
         if branch is None or branch.step != call.step - 1:
-            branch = Branch(memory=self.policy.fresh(), conditions=_conditions(call.kwargs), step=call.step)
+            branch, call.first = Branch(self.policy.fresh(), _conditions(call.kwargs), step=call.step), True
         device = device_of(self.denoiser)
         begin = mark(device)
         out = self.policy.serve(branch.memory, call)

@@ -50,6 +50,8 @@ class Policy:
     """Field -> its largest value; else there is none."""
     blocks: ClassVar[bool] = False
     """Whether it works between the denoiser's blocks, so that it needs the family's Split."""
+    probes: ClassVar[bool] = False
+    """Whether it computes blocks at every step to decide with."""
     stacked: ClassVar[bool] = False
     """Whether the stream must keep its shape from block to block, which a UNet's does not."""
     modules: ClassVar[bool] = False

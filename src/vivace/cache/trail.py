@@ -35,6 +35,11 @@ class Trail:
             self._entries.pop()
         self._entries.append((time, leaves))
 
+    @property
+    def newest(self) -> Any:
+        """The newest value itself, to be read only. Raises IndexError when empty."""
+        return tree_unflatten(self._entries[-1][1], self._spec)
+
     def at(self, time: float, *, order: int) -> Any:
         """The value at `time` by the polynomial of at most `order` through the newest values: Lagrange's form, fp32.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from math import log
 from typing import Any
 
 import torch
@@ -100,7 +101,15 @@ def _once(
         "text": denoiser.context_embedder(encoder_hidden_states),
         "pooled": denoiser.time_text_embed.text_embedder(pooled_projections),
         "tokens": positions(denoiser, txt_ids, img_ids),
+        "frequencies": _frequencies(denoiser.time_text_embed.time_proj, device=pooled_projections.device),
     }
+
+
+def _frequencies(projection: Any, *, device: torch.device) -> torch.Tensor:
+    """Those of the waves that times become, by diffusers' formula."""
+    half = projection.num_channels // 2
+    exponent = -log(10000) * torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp(exponent / (half - projection.downscale_freq_shift))
 
 
 def _prologue(
@@ -123,9 +132,10 @@ def _prologue(
             f"this model {'takes no' if guidance is not None else 'needs a'} guidance, got guidance={guidance}; "
             "the pipeline's guidance_scale sets it where its config has guidance_embeds"
         )
-    # The waves of both in one go: each is a dozen launches.
-    numbers = [number.to(x.dtype) * 1000 for number in (timestep, guidance) if number is not None]
-    waves = embed.time_proj(torch.cat(numbers)).to(pooled.dtype).split([len(number) for number in numbers])
+    # The waves of both in one go: until the first product of a block the device waits for every launch.
+    numbers = [number for number in (timestep, guidance) if number is not None]
+    angles = (torch.cat(numbers).to(x.dtype) * 1000)[:, None].float() * once["frequencies"]
+    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(pooled.dtype).split([len(one) for one in numbers])
     embedding = embed.timestep_embedder(waves[0])
     if guidance is not None:
         embedding = embedding + embed.guidance_embedder(waves[1])

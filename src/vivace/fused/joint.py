@@ -25,10 +25,19 @@ class Ahead(NamedTuple):
     """What a block computed for the one after it, out of the streams `x` and `text`."""
 
     x: torch.Tensor
-    text: torch.Tensor | None
+    text: torch.Tensor | Late | None
     reader: int  # index of the block it is for
     joint: torch.Tensor | None  # [B, T + S, D], of which x and text are views
     normed: tuple[Any, ...]  # the streams, or the joint one, normalised and modulated for that block
+
+
+class Late(NamedTuple):
+    """A text stream that a block leaves to the next one, which a cache may skip: then nobody reads it."""
+
+    block: JointBlock
+    text: torch.Tensor  # [B, T, D], as it came into the block
+    y: torch.Tensor | HeadScaled  # attention's share of it
+    vectors: tuple[torch.Tensor, ...]  # its modulation there
 
 
 def ahead_for(state: State, reader: int) -> Ahead | None:
@@ -157,22 +166,31 @@ class JointBlock:
     def __call__(self, state: State) -> State:
         context, modulation = state.context, state.context["modulation"]
         residual = None if context["control"] is None else context["control"][self.index]
+        if isinstance(late := state.text, Late):
+            state = replace(state, text=late.block.text_after(late))
         streams, xs = self._divided(state)
         ahead = ahead_for(state, self.index)
         normed = self._normed(xs, streams, modulation) if ahead is None else ahead.normed
         ys = self._attention(streams, normed, context["tokens"])
         norms: list[Any] = [None] * len(streams)
-        # Where a cache may skip the next block, nothing is made for it.
-        if residual is None and self.following is not None and reaches(modulation, self.following.text.span):
+        goes_on = self.following is None or reaches(modulation, self.following.text.span)
+        if residual is None and self.following is not None and goes_on:
             following, _ = self.following._divided(state)
             norms = [stream.norm(modulation) for stream in following]
-        made = [self._stream(*one, modulation) for one in zip(streams, xs, ys, norms, strict=True)]
+        vectors = [tuple(modulation[stream.span]) for stream in streams]
+        *of_images, of_text = zip(streams, xs, ys, norms, vectors, strict=True)
+        made = [self._stream(*one) for one in of_images]
+        # Where a cache may skip the next block, nothing is made for it.
+        text, normed = self._stream(*of_text) if goes_on else (Late(self, xs[-1], ys[-1], vectors[-1]), None)
 
-        *images, text = [x for x, _ in made]
-        x = images[0] if len(images) == 1 else torch.cat(images, dim=1)
+        x = made[0][0] if len(made) == 1 else torch.cat([x for x, _ in made], dim=1)
         x = x if residual is None else x + residual
-        normed = tuple(normed for _, normed in made)
-        return replace(state, x=x, text=text, ahead=norms[0] and Ahead(x, text, self.index + 1, None, normed))
+        ahead = norms[0] and Ahead(x, text, self.index + 1, None, (*(normed for _, normed in made), normed))
+        return replace(state, x=x, text=text, ahead=ahead)
+
+    def text_after(self, late: Late) -> torch.Tensor:
+        """The text after this block, which left it to the next one that runs."""
+        return self._stream(self.text, late.text, late.y, None, late.vectors)[0]
 
     def _divided(self, state: State) -> tuple[list[Stream], list[torch.Tensor]]:
         """The streams of this call, text last, and their tokens."""
@@ -202,14 +220,14 @@ class JointBlock:
         x: torch.Tensor,
         y: torch.Tensor | HeadScaled,
         ahead: dict[str, Any] | None,
-        modulation: Any,
+        vectors: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, Any]:
         """One stream after attention's share `y`: residuals and MLP, and with `ahead` the next block's norm of it."""
         if stream.out is None:
             return x, None
         assert stream.mlp is not None
         elementwise, y = self.elementwise, projected(stream.out, y, dtype=x.dtype)
-        _, _, gate, shift, scale, mlp_gate, *more = modulation[stream.span]
+        _, _, gate, shift, scale, mlp_gate, *more = vectors
         if stream.second is not None:
             second = self._second(stream.second, x, *more[:2])
             x, y, gate = elementwise.residual(x, y, gate=gate), second, more[2]

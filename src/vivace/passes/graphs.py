@@ -55,9 +55,20 @@ def _check(target: Target) -> str | None:
         return "check_nan waits for the device at every attention, which a recording cannot"
     if target.placement is not None and target.placement.moves:
         return f"{target.placement.moves}, and a recording would keep their first place"
-    if not wanted(target):
+    if recorded(target) is None:
         return "kernels take longer than launching them here; graphs='on' asks for it"
     return None
+
+
+def recorded(target: Target) -> str | None:
+    """How the names of the segments begin that are recorded: "" for all of them; None where none is."""
+    if wanted(target):
+        return ""
+    # A step waits for the blocks that a cache decides with: of so few even long kernels do not hide the launches. Those
+    # of a video do, and take much memory.
+    auto, cache, family = target.config.graphs == "auto", target.config.cache, target.family
+    probes = cache is not None and cache.probes and family is not None and family.media == "image"
+    return "front" if auto and probes else None
 
 
 def wanted(target: Target) -> bool:
@@ -74,13 +85,15 @@ def _apply(target: Target) -> None:
     from vivace.graph import Graphs
 
     for lane in target.lanes.values():
-        lane.run = Graphs(budget=int(target.config.graph_gib * GIB / len(target.lanes)))
+        budget = int(target.config.graph_gib * GIB / len(target.lanes))
+        lane.run = Graphs(budget=budget, only=recorded(target) or "")
         target.undo.callback(lane.run.clear)
     target.done("graphs", _forecast(target))
 
 
 def _forecast(target: Target) -> str:
-    return f"one per input signature, at most {target.config.graph_gib:g} GiB"
+    fronts = "of the blocks that the cache decides with alone; " if recorded(target) else ""
+    return f"{fronts}one per input signature, at most {target.config.graph_gib:g} GiB"
 
 
 GRAPHS = Pass(

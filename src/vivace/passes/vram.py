@@ -98,7 +98,7 @@ def _move(target: Target, module: Any) -> None:
 
 def parts_of(target: Target) -> list[Part]:
     """The bytes of a pipeline's components: weights as they will be, and the work of a request of the model's size."""
-    parts, saved, graphed = [], savings(target), graphs.wanted(target) and not target.config.check_nan
+    parts, saved, graphed = [], savings(target), graphs.recorded(target) is not None and not target.config.check_nan
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
         blocks = tuple(_nbytes(block, saved) for block in blocks_of(module, saved))

@@ -342,7 +342,7 @@ def _graphed(module: torch.nn.Module) -> bool:
     from vivace.graph import Graphs
 
     lane = lane_of(module)
-    return lane is not None and isinstance(lane.run, Graphs)
+    return lane is not None and isinstance(lane.run, Graphs) and not lane.run.only
 
 
 def _named(error: InputError, request: Request) -> InputError:
