@@ -6,6 +6,9 @@ import json
 import logging
 import time
 
+from diffusers.utils import logging as diffusers_log
+from transformers.utils import logging as transformers_log
+
 
 class Lines(logging.Formatter):
     """A record as a line of JSON: time, level, logger, message, the facts given as `extra={"facts": ...}`."""
@@ -30,6 +33,11 @@ def configure(level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    for library in (diffusers_log, transformers_log):  # they bring a handler of their own, and progress bars
+        library.disable_progress_bar()
+        library.disable_default_handler()
+        library.enable_propagation()
     for name in ("vivace", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
