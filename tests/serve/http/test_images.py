@@ -30,12 +30,12 @@ def test_a_picture(client):
     assert answer.size == "64x64"
     assert answer.created <= time.time()
     extra = answer.model_extra
-    assert {name: extra[name] for name in ("model", "steps", "seed", "preset", "guidance")} == {
+    assert {name: extra[name] for name in ("model", "steps", "seed", "preset", "guidance_scale")} == {
         "model": "tiny",
         "steps": 2,
         "seed": 7,
         "preset": "exact",
-        "guidance": 7.0,
+        "guidance_scale": 7.0,
     }
     assert extra["timings"]["total_s"] > 0
     assert extra["calls"]["denoiser"] == 2
@@ -107,6 +107,21 @@ def test_a_stream_of_an_edit_has_as_many_partial_images(client):
     assert [event.type for event in stream] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
 
 
+def test_a_stream_that_waits_says_that_it_is_there(launch, pipe, gated, wanted, monkeypatch):
+    """Proxies cut an answer in which nothing moves, and hold back what does."""
+    monkeypatch.setattr("vivace.serve.http.images.SILENCE", 0.1)
+    server, gate = launch({"tiny": pipe}), gated(pipe.transformer)
+    gate.shut()
+    with server.http.stream("POST", "/v1/images/generations", json=wanted | {"stream": True}) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        said = []
+        for line in answer.iter_lines():
+            said.append(line)
+            if said.count(": waiting") == 3:
+                gate.open.set()
+    assert "event: image_generation.completed" in said
+
+
 def test_null_is_not_given(client):
     nothing = {"steps": 1, "seed": None, "lora": None, "negative_prompt": None, "output_compression": None}
     answer = client.images.generate(prompt="a", size="64x64", n=None, quality=None, user=None, extra_body=nothing)
@@ -154,6 +169,12 @@ def test_large_pictures_are_brought_to_size_once_and_hold_nobody_up(client, http
     )
     assert len(several.json()["data"]) == 3
     assert where == ["RGB"]
+
+
+def test_a_model_may_go_by_a_hubs_name(launch, pipe):
+    server = launch({"some/model": pipe})
+    assert server.client.models.retrieve("some/model").id == "some/model"
+    assert server.client.images.generate(model="some/model", prompt="a", size="64x64", extra_body=EXTRA).data
 
 
 def test_models(client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from collections.abc import Mapping
@@ -87,6 +88,17 @@ def api_error(error: BaseException, **facts: object) -> ApiError:
         return ApiError(STATUS[error.code], str(error), code=error.code, headers=headers)
     logger.error("unexpected", exc_info=error, extra={"facts": facts})
     return ApiError(500, "an error inside the server; its log says more", code="internal_error")
+
+
+def in_its_words(effective: Mapping[str, Any]) -> dict[str, Any]:
+    """What was used, under the names that a request gives it by."""
+    return {FIELDS.get(name, name): value for name, value in effective.items()}
+
+
+def disk_error(error: OSError) -> ApiError:
+    """The answer where something could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ApiError(507, "the disk is full" if full else "the disk cannot be written", code="disk_full")
 
 
 def wrong_fields(problems: list[Any]) -> ApiError:

@@ -206,8 +206,13 @@ def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tup
     weights: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
+            if name in kind.model_fields:
+                raise ApiError(400, f"{name} is a file; send it as text", code="invalid_value", param=name)
             if name not in files:
                 raise ApiError(400, f"unknown field {name!r:.100}", code="unknown_field", param=name[:MOST_NAME])
+        elif name in files:
+            # Not an address either: nothing is ever fetched.
+            raise ApiError(400, f"{name} is text; send the picture itself, as a file", code="invalid_value", param=name)
         elif name in fields:
             raise ApiError(
                 400, f"the field {name!r:.100} was given twice", code="invalid_value", param=name[:MOST_NAME]

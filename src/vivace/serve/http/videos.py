@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import secrets
 import time
@@ -17,7 +16,7 @@ from vivace.generation import video
 from vivace.generation.generate import FPS
 from vivace.generation.job import nearest_frames
 from vivace.serve.failures import Cancelled
-from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.envelope import ApiError, api_error, disk_error, in_its_words
 from vivace.serve.http.images import BINARY
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
 from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
@@ -77,7 +76,7 @@ async def create(request: Request) -> Response:
         server.shelf.put(record)
     except OSError as error:
         job.cancel()
-        raise _disk(error) from None
+        raise disk_error(error) from None
     server.follow(record["id"], job, follow(server, record["id"], job))
     return JSONResponse(record)
 
@@ -166,7 +165,9 @@ async def follow(server: Server, name: str, job: Job) -> None:
         result = await job
         await asyncio.to_thread(_write, server, name, result)
         width, height = result.pictures[0].size
-        effective = {key: value for key, value in result.effective.items() if key not in ("size", "model")}
+        effective = in_its_words(
+            {key: value for key, value in result.effective.items() if key not in ("size", "model")}
+        )
         seconds = len(result.pictures) / effective.get("fps", FPS)
         facts = {"size": f"{width}x{height}", "seconds": f"{seconds:g}", "timings": dict(result.timings), **effective}
         _put(server, name, status="completed", progress=100, completed_at=int(time.time()), **facts)
@@ -177,7 +178,7 @@ async def follow(server: Server, name: str, job: Job) -> None:
         job.cancel()
         raise
     except Exception as error:
-        known = _disk(error) if isinstance(error, OSError) else api_error(error)
+        known = disk_error(error) if isinstance(error, OSError) else api_error(error)
         _put(server, name, status="failed", error={"code": known.code or "failed", "message": known.message})
 
 
@@ -208,9 +209,6 @@ def _put(server: Server, name: str, **facts: Any) -> None:
         server.shelf.put(record)
     except OSError as error:
         logger.error("the record of %s cannot be written", name)
-        server.shelf.note(record | {"status": "failed", "error": {"code": "disk_full", "message": str(_disk(error))}})
-
-
-def _disk(error: OSError) -> ApiError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return ApiError(507, "the disk is full" if full else "the disk cannot be written", code="disk_full")
+        server.shelf.note(
+            record | {"status": "failed", "error": {"code": "disk_full", "message": str(disk_error(error))}}
+        )
