@@ -215,7 +215,10 @@ def test_models(client):
         ({"n": True}, "n", "has to be a number"),
         ({"extra_body": {"guidance_scale": False}}, "guidance_scale", "has to be a number"),
         ({"extra_body": {"lora": {"style": True}}}, "lora.style", "has to be a number"),
-        ({"extra_body": {"lora": {"{style}": "a"}}}, "lora.{style}", "lora.{style}: "),
+        ({"extra_body": {"lora": {"{style}": "a"}}}, "lora.{style}", "lora.{style} is 'a'; it has to be a number"),
+        ({"background": "transparent"}, "background", "is 'transparent'; it has to be 'auto' or 'opaque'"),
+        ({"extra_body": {"deterministic": "maybe"}}, "deterministic", "it has to be true or false"),
+        ({"prompt": ["a"]}, "prompt", "prompt is ['a']; it has to be text"),
     ],
 )
 def test_wrong_requests_are_400_and_named(client, fields, param, said):

@@ -234,5 +234,5 @@ def test_an_input_picture_needs_a_model_that_takes_one(http):
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     answer = http.post("/v1/videos", files={"input_reference": ("x.png", buffer.getvalue())}, data={"prompt": "a"})
     # This one's denoiser has no channels for a picture.
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
     assert "WanPipeline cannot take image" in answer.json()["error"]["message"]

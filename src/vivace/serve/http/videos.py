@@ -16,7 +16,7 @@ from vivace.generation import video
 from vivace.generation.generate import FPS
 from vivace.generation.job import nearest_frames
 from vivace.serve.failures import Cancelled
-from vivace.serve.http.envelope import ApiError, api_error, disk_error, in_its_words
+from vivace.serve.http.envelope import ApiError, api_error, disk_error, in_its_words, renamed
 from vivace.serve.http.images import BINARY
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
 from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
@@ -68,9 +68,10 @@ async def create(request: Request) -> Response:
         "size": order.size or "auto",
         "remixed_from_video_id": None,
     }
-    if images:
-        wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
-    job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
+    with renamed({"image": "input_reference"}):
+        if images:
+            wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
+        job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     note(request, [job])
     try:
         server.shelf.put(record)
