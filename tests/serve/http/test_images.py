@@ -58,6 +58,7 @@ def test_the_same_seed_is_the_same_picture(client):
 def test_several_pictures_have_following_seeds(client):
     answer = client.images.generate(prompt="a red circle", n=3, size="64x64", extra_body=EXTRA)
     assert [one.model_extra["seed"] for one in answer.data] == [7, 8, 9]
+    assert answer.model_extra["calls"]["denoiser"] == 6
     alone = client.images.generate(prompt="a red circle", size="64x64", extra_body={"steps": 2, "seed": 9})
     mine, theirs = picture(answer.data[2].b64_json), picture(alone.data[0].b64_json)
     assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1

@@ -190,8 +190,14 @@ def _envelope(order: ImageOrder, results: Sequence[Result]) -> dict[str, Any]:
         "size": f"{width}x{height}",
         **effective,
         "timings": {name: max(one.timings[name] for one in results) for name in results[0].timings},
-        "calls": dict(results[0].calls),
+        "calls": _calls(results),
     }
+
+
+def _calls(results: Sequence[Result]) -> dict[str, float]:
+    """The calls of all pictures together; how many requests shared one, on average."""
+    found = {name: sum(one.calls.get(name, 0) for one in results) for name in results[0].calls}
+    return found | {"requests_per_call": round(found["requests_per_call"] / len(results), 2)}
 
 
 async def _events(job: Job, order: ImageOrder, *, name: str) -> AsyncIterator[str]:
