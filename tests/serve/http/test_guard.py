@@ -96,6 +96,12 @@ def test_pages_of_other_sites_are_refused(http, headers, code):
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_names_of_hosts_have_no_capitals(launch, pipe):
+    with launch({"tiny": pipe}, allowed_hosts=("Draw.Example.com",)).http as http:
+        for name, status in (("draw.example.com", 200), ("DRAW.example.COM:443", 200), ("example.com", 421)):
+            assert http.get("/v1/models", headers={"host": name}).status_code == status, name
+
+
 def test_health_is_told_under_any_name(http):
     """A container's health check asks by address, whatever name the server goes by."""
     assert http.get("/readyz", headers={"Host": "other.example"}).status_code == 200

@@ -145,7 +145,7 @@ class Guard:
     def _check_origin(self, headers: Headers) -> None:
         """Refuse requests that a page of another site makes through a browser, DNS rebinding included."""
         host = _name(headers.get("host", ""))
-        known = {self.settings.host, *self.settings.allowed_hosts}
+        known = {name.lower() for name in (self.settings.host, *self.settings.allowed_hosts)}
         local = loopback(self.settings.host)
         if (local or self.settings.allowed_hosts) and not (host in known or (local and loopback(host))):
             raise ApiError(421, "this server does not go by that name", code="wrong_host")
