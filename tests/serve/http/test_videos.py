@@ -103,6 +103,21 @@ def test_wrong_videos_are_400(client, fields, param):
     assert error.value.param == param
 
 
+def test_parts_of_a_video(client, http):
+    """As players ask for them."""
+    name = client.videos.create(prompt="a", size="64x64", extra_body=BODY).id
+    wait(client, name)
+    path = f"/v1/videos/{name}/content"
+    whole = http.get(path).content
+    part = http.get(path, headers={"range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, whole[4:8])
+    for wrong, status in (("bytes=99999999-", 416), ("bytes=x", 400), ("parts=0-1", 400)):
+        answer = http.get(path, headers={"range": wrong})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "invalid_range"), wrong
+        assert ("content-range" in answer.headers) == (status == 416)
+    client.videos.delete(name)
+
+
 def test_content_before_it_is_there(client):
     begun = client.videos.create(prompt="a", size="64x64", extra_body={**BODY, "steps": 100})
     with pytest.raises(openai.ConflictError) as error:

@@ -9,7 +9,9 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from vivace.errors import InputError
 from vivace.generation import video
@@ -31,6 +33,30 @@ VideoId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{24}$")]
 _SCHEMA = VideoOrder.model_json_schema()
 _FORM = {**_SCHEMA, "properties": {**_SCHEMA["properties"], "input_reference": BINARY}}
 _CONTENT = {"application/json": {"schema": _SCHEMA}, "multipart/form-data": {"schema": _FORM}}
+
+
+class Clip(FileResponse):
+    """A video or the parts of it that are asked for, in the API's envelope where it has no such parts."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = False
+
+        async def worded(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = True
+                size = Headers(raw=message["headers"]).get("content-range")
+                error = ApiError(
+                    message["status"],
+                    "the video has no such range of bytes",
+                    code="invalid_range",
+                    headers={"Content-Range": size} if size else None,
+                )
+                await error.response()(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, worded)
 
 
 @router.post("/v1/videos", openapi_extra={"requestBody": {"required": True, "content": _CONTENT}})
@@ -120,7 +146,7 @@ async def content(request: Request, video_id: VideoId, variant: Literal["video"]
         raise ApiError(409, f"the video is {record['status']}", code="video_not_ready")
     if not path.is_file():
         raise ApiError(404, "the video's file is gone; ask for it again", code="video_not_found", param="video_id")
-    return FileResponse(path, media_type="video/mp4")
+    return Clip(path, media_type="video/mp4")
 
 
 @router.delete("/v1/videos/{video_id}")
