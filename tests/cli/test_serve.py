@@ -63,6 +63,14 @@ def test_what_is_missing_is_named():
     assert "pip install -c constraints.txt -e '.[serve]'" in done.stderr
 
 
+def test_code_that_comes_with_models_is_off_before_diffusers_is_there():
+    """It reads the switch once, when it is imported."""
+    said = "from diffusers.utils import constants; print(constants.DIFFUSERS_DISABLE_REMOTE_CODE)"
+    code = f"from vivace.cli.serve import planned; planned(None, None, ui=False); {said}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_port_that_is_taken_is_said_in_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

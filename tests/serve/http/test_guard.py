@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from vivace.errors import InputError
+from vivace.serve import Engine
+from vivace.serve.failures import Unavailable
 from vivace.serve.http.settings import Settings
 
 KEY = "a-key-of-the-tests-alone"
@@ -212,6 +214,20 @@ def test_errors_say_nothing_of_the_inside(launch, pipe, gated, wanted):
     assert "secret" not in answer.text
     assert str(Path("/root")) not in answer.text
     assert answer.json()["error"]["code"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "index", [{"_class_name": ["evil", "Evil"]}, {"transformer": ["evil", "Evil"]}], ids=["pipeline", "part"]
+)
+def test_no_model_brings_code_of_its_own(pipe, order, tmp_path, index):
+    pipe.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | index), "utf-8")
+    for file in (path.parent / "evil.py", path.parent / "transformer" / "evil.py"):
+        file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n", "utf-8")
+    with pytest.raises((InputError, Unavailable)), Engine(models={"x": str(path.parent)}) as engine:
+        engine.submit(order()).result(60)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_safetensors(tmp_path, pipe):

@@ -6,9 +6,6 @@ import json
 import logging
 import time
 
-from diffusers.utils import logging as diffusers_log
-from transformers.utils import logging as transformers_log
-
 
 class Lines(logging.Formatter):
     """A record as a line of JSON: time, level, logger, message, the facts given as `extra={"facts": ...}`."""
@@ -28,6 +25,10 @@ class Lines(logging.Formatter):
 
 def configure(level: str = "info") -> None:
     """Send the process's log to stderr as lines of JSON; uvicorn's own lines about requests are ours already."""
+    # Not above: whoever starts a server first says that diffusers shall run no code of models.
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     root = logging.getLogger()
