@@ -43,6 +43,8 @@ def gate(module, args, kwargs):
             raise RuntimeError("a secret of the inside")
 
 def loaded(*args, **kwargs):
+    while (folder / "loading").exists():
+        time.sleep(0.01)
     pipe = load(*args, **kwargs)
     pipe.transformer.register_forward_pre_hook(gate, with_kwargs=True)
     return pipe
@@ -172,11 +174,18 @@ def launch(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Starts `vivace serve` with some of the models; whatever is left at the end is killed."""
     started: list[Process] = []
 
-    def start(*aliases: str, options: tuple[str, ...] = ()) -> Process:
+    def start(*aliases: str, options: tuple[str, ...] = (), loading: bool = False) -> Process:
+        """With `loading` it is given back while it loads, which it then does until it is killed."""
         models = (f"{alias}={folders[alias]}" for alias in aliases)
-        process = Process(*models, *options, gate=tmp_path_factory.mktemp("gate"))
+        gate = tmp_path_factory.mktemp("gate")
+        if loading:
+            (gate / "loading").touch()
+        process = Process(*models, *options, gate=gate)
         started.append(process)
-        process.wait_ready()
+        if loading:
+            process.until(lambda: process.ready() == 503)
+        else:
+            process.wait_ready()
         return process
 
     yield start

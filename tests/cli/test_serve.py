@@ -36,7 +36,10 @@ def code_of(*arguments: str) -> object:
         (("--device", "gpu"), "no device 'gpu'"),
         (("--dtype", "float99"), "no dtype 'float99'"),
         (("--preset", "fsat"), "unknown preset 'fsat'"),
-        (("--memory", "0"), "memory"),
+        (("--memory", "0"), "memory: Input should be greater than 0, got 0.0"),
+        (("--parked", "inf"), "parked: Input should be a finite number, got inf"),
+        (("--allowed-host", "https://draw.example.com/"), "is no name of a host"),
+        (("--allowed-host", "draw.example.com:443"), "is no name of a host"),
         (("--folder", "/dev/null"), "/dev/null cannot be a folder of videos"),
         (("--host", "no such host", "--api-key", "0123456789abcdef"), "no such host is no address"),
         (("--api-key", "a key with some spaces in it"), "no header carries"),
@@ -58,6 +61,14 @@ def test_what_is_missing_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "pip install -c constraints.txt -e '.[serve]'" in done.stderr
+
+
+def test_code_that_comes_with_models_is_off_before_diffusers_is_there():
+    """It reads the switch once, when it is imported."""
+    said = "from diffusers.utils import constants; print(constants.DIFFUSERS_DISABLE_REMOTE_CODE)"
+    code = f"from vivace.cli.serve import planned; planned(None, None, ui=False); {said}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(capsys):
@@ -88,7 +99,7 @@ def test_it_draws_and_ends_after_what_runs(launch):
     server.open()
     assert asking.result().json()["data"][0]["b64_json"]
     assert server.wait() == 0
-    records = [json.loads(line) for line in server.lines if line.startswith("{")]
+    records = [json.loads(line) for line in server.lines]  # what the libraries say included
     asked = [one for one in records if one["logger"] == "vivace.serve.access" and "images" in one["route"]]
     assert sorted(one["status"] for one in asked) == [200, 200, 503]
     assert all(len(one["request_id"]) == 16 for one in asked)

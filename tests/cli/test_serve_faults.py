@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -134,6 +135,30 @@ def test_a_device_that_does_not_answer_does_not_keep_it(launch):
     answer = asking.result()
     assert answer is not None
     assert answer.status_code == 503
+
+
+def test_who_is_cut_off_at_the_end_is_told_so(launch):
+    server = launch("tiny", options=("--drain", "0.2"))
+    (server.gate / "slow").write_text("10")
+    asking = server.ask()
+    server.until(lambda: any('"done"' in line for line in server.http.get("/metrics").text.splitlines()))
+    server.process.send_signal(signal.SIGTERM)
+    answer = asking.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert server.wait() == 0
+
+
+def test_a_load_does_not_keep_it(launch):
+    """Nor those who wait for the model: of a large one on a slow disk that would be minutes."""
+    server = launch("tiny", options=("--drain", "0.2"), loading=True)
+    asked = running(server, {}, {"stream": True})
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 60
+    plain, streamed = (one.result() for one in asked)
+    assert (plain.status_code, plain.json()["error"]["code"]) == (503, "unavailable")
+    assert '"code": "unavailable"' in streamed.text
 
 
 def test_without_its_device_it_ends_for_a_supervisor(launch):

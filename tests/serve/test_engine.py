@@ -80,6 +80,12 @@ def test_a_seed_is_drawn_and_told(engine, order):
     assert 0 <= one < 2**32
 
 
+def test_what_decided_the_pixels_is_told(start, order):
+    asked = order(negative="a star", true_cfg=3.0)
+    told = start(FAMILIES["qwen_image"].tiny()).submit(asked).result(60).effective
+    assert (told["negative"], told["true_cfg"], told["steps"]) == ("a star", 3.0, 3)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

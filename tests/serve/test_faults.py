@@ -200,6 +200,19 @@ def test_a_lost_device_fails_what_waits_and_stays_unready(engine, pipe, order, g
         engine.submit(order()).result(60)
 
 
+def test_a_device_that_is_lost_outside_of_a_call_is_lost_too(engine, pipe, order, monkeypatch):
+    """What a GPU computes is waited for by whoever needs it, and there its errors come out."""
+
+    def lost(self, *args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", lost)
+    with pytest.raises(Unavailable, match="the device is lost"):
+        engine.submit(order()).result(60)
+    assert engine.lost
+    assert engine.health().reason == "the device is lost"
+
+
 def test_a_lora_that_does_not_fit(pipe, start, order, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"transformer.no.such.lora_A.weight": torch.zeros(4, 8)}, other)

@@ -2,10 +2,11 @@
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 
-from vivace.serve.load import against, pooled, put, requests, rotated
+from vivace.serve.load import Turns, against, pooled, put, requests, rotated
 
 
 def test_requests_are_mixed_and_the_same_for_everyone():
@@ -61,3 +62,25 @@ def test_a_ratio_is_of_all_rounds_and_its_error_from_how_far_these_are_apart():
     assert ratio == pytest.approx(1.6)
     assert error == pytest.approx(0.25)
     assert against(mine[:1], theirs[:1]) == (2.0, None)
+
+
+def test_behind_a_lock_nobody_is_passed_by_who_came_later():
+    """With Python's own lock one client is answered again and again while the others wait for its end."""
+    lock, order = Turns(), []
+
+    def ask(request):
+        with lock:
+            order.append(threading.get_ident())
+            time.sleep(0.005)
+
+    put(ask, requests(24, prompt="a", size=(64, 64), steps=(1, 1), seed=0), concurrency=4, server="x")
+    # Six each, where none of them is kept from the processor.
+    assert sorted(Counter(order).values())[0] >= 4
+
+
+def test_a_lock_is_free_again_after_a_failure():
+    lock = Turns()
+    with pytest.raises(RuntimeError), lock:
+        raise RuntimeError
+    with lock:
+        pass

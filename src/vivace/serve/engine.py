@@ -30,7 +30,7 @@ from vivace.serve.request import Request
 from vivace.serve.room import Room
 from vivace.serve.run import Run
 from vivace.serve.studio import Health
-from vivace.serve.worker import Batch, Worker, out_of_memory
+from vivace.serve.worker import Batch, Worker, fatal, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,8 @@ class Engine:
             job.finish(error=Unavailable("the engine is closing"))
 
     def close(self, *, grace: float = 0.0, timeout: float = 10.0) -> None:
-        """Drain, give running requests `grace` seconds, cancel the rest, end the threads."""
+        """Drain, give running requests `grace` seconds, cancel the rest, end the threads, for which it waits `timeout`
+        seconds at most: what is in the middle of a load cannot be ended, and is given up."""
         self.drain()
         end = time.monotonic() + grace
         while self._running and time.monotonic() < end:
@@ -211,10 +212,13 @@ class Engine:
         for job in list(self._running):
             job.cancel(Unavailable("the engine is closing"))
         self._closed.set()
+        end = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, end - time.monotonic()))
+        for job in list(self._running):
+            job.finish(error=Unavailable("the engine is closing"))
         for worker in self.workers.values():
-            worker.close(timeout)
+            worker.close(max(0.0, end - time.monotonic()))
         for model in self.models.values():
             model.close()
 
@@ -240,7 +244,8 @@ class Engine:
         try:
             result = self._draw(entry)
         except BaseException as caught:
-            error = _public(caught, {"job": job.id})
+            # A GPU says in whoever waits for it next what went wrong in a call.
+            error = self._worker(model).lose(caught) if fatal(caught) else _public(caught, {"job": job.id})
         finally:
             model.leave()
             for worker in list(self.workers.values()):

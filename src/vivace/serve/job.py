@@ -114,6 +114,12 @@ class Job:
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Its events as they come, from the first one; ends when the job is over, also when it failed."""
+        async for event in self.follow():
+            if event is not None:
+                yield event
+
+    async def follow(self, *, silence: float | None = None) -> AsyncIterator[Event | None]:
+        """The same, with None in between whenever nothing came for `silence` seconds."""
         seen = 0
         with self._alarm() as ring:
             while True:
@@ -126,7 +132,10 @@ class Job:
                 if over and not new:
                     return
                 if not over:
-                    await ring.wait()
+                    try:
+                        await asyncio.wait_for(ring.wait(), silence)
+                    except TimeoutError:
+                        yield None
 
     async def _wait(self) -> Result:
         with self._alarm() as ring:

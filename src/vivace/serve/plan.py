@@ -22,7 +22,7 @@ class Plan(BaseModel):
     because Ray shows them on its dashboard: that is VIVACE_API_KEY in the environment.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     models: dict[str, str] = Field(
         default={"builtin": "builtin"}, min_length=1
@@ -98,4 +98,5 @@ def read_plan(fields: dict[str, object]) -> Plan:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the plan"
         known = f"; there are {', '.join(Plan.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise InputError(f"{where}: {first['msg']}{known}") from error
+        got = "" if known or isinstance(first["input"], dict) else f", got {first['input']!r:.60}"
+        raise InputError(f"{where}: {first['msg']}{got}{known}") from error

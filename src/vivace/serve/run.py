@@ -185,6 +185,7 @@ class Run:
             "steps": self._total or call.get(CALL["steps"]),
             "size": list(pictures[0].size),
             "guidance": guidance if isinstance(guidance, int | float) else None,
+            "true_cfg": call.get(CALL["true_cfg"]),
             "scheduler": type(pipe.components["scheduler"]).__name__ if "scheduler" in pipe.components else None,
             "lora": dict(request.lora) or None,
             "negative": request.negative,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vivace import request
+from vivace.errors import InputError
 from vivace.serve.call import Axes, Call, Digest, Form, Unsplittable
 from vivace.serve.cohort import Cohorts
 from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
@@ -135,6 +136,12 @@ class Worker:
         for call in mine:
             call.finish(error=reason or job.stop)
 
+    def lose(self, error: BaseException) -> Unavailable:
+        """The device is gone for good; what to tell those who wait for it."""
+        self.dead = error
+        logger.critical("the device is lost: %s", error)
+        return Unavailable("the device is lost")
+
     def leave(self, job: Job) -> None:
         """The job is over: nobody waits for its next call."""
         with self._wake:
@@ -198,9 +205,7 @@ class Worker:
         if error is None:
             self._record(calls, time.monotonic() - started)
         elif fatal(error):
-            self.dead = error
-            logger.critical("the device is lost: %s", error)
-            self._fail(calls, Unavailable("the device is lost"))
+            self._fail(calls, self.lose(error))
         elif len(calls) > 1:
             if out_of_memory(error):
                 self._too_many[calls[0].key] = (len(calls), time.monotonic())
@@ -295,6 +300,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 def fatal(error: BaseException) -> bool:
     """Whether a CUDA error leaves the process without its device."""
-    if isinstance(error, Failure) or out_of_memory(error):
+    if isinstance(error, Failure | InputError) or out_of_memory(error):
         return False
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

@@ -59,6 +59,7 @@ def test_what_is_refused(server, fields, param):
     answer = server.http.post("/sdapi/v1/txt2img", json=ORDER | fields)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+    assert "after validation" not in answer.text
 
 
 @pytest.mark.parametrize("image", ["http://127.0.0.1/x.png", "/etc/passwd", "data:image/png;base64,%%", "AAAA"])

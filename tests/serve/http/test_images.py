@@ -30,12 +30,12 @@ def test_a_picture(client):
     assert answer.size == "64x64"
     assert answer.created <= time.time()
     extra = answer.model_extra
-    assert {name: extra[name] for name in ("model", "steps", "seed", "preset", "guidance")} == {
+    assert {name: extra[name] for name in ("model", "steps", "seed", "preset", "guidance_scale")} == {
         "model": "tiny",
         "steps": 2,
         "seed": 7,
         "preset": "exact",
-        "guidance": 7.0,
+        "guidance_scale": 7.0,
     }
     assert extra["timings"]["total_s"] > 0
     assert extra["calls"]["denoiser"] == 2
@@ -58,6 +58,7 @@ def test_the_same_seed_is_the_same_picture(client):
 def test_several_pictures_have_following_seeds(client):
     answer = client.images.generate(prompt="a red circle", n=3, size="64x64", extra_body=EXTRA)
     assert [one.model_extra["seed"] for one in answer.data] == [7, 8, 9]
+    assert answer.model_extra["calls"]["denoiser"] == 6
     alone = client.images.generate(prompt="a red circle", size="64x64", extra_body={"steps": 2, "seed": 9})
     mine, theirs = picture(answer.data[2].b64_json), picture(alone.data[0].b64_json)
     assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1
@@ -105,6 +106,21 @@ def test_a_stream_of_an_edit_has_as_many_partial_images(client):
         image=("in.png", png()), prompt="a ring", size="64x64", stream=True, partial_images=2, extra_body=asked
     )
     assert [event.type for event in stream] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+
+
+def test_a_stream_that_waits_says_that_it_is_there(launch, pipe, gated, wanted, monkeypatch):
+    """Proxies cut an answer in which nothing moves, and hold back what does."""
+    monkeypatch.setattr("vivace.serve.http.images.SILENCE", 0.1)
+    server, gate = launch({"tiny": pipe}), gated(pipe.transformer)
+    gate.shut()
+    with server.http.stream("POST", "/v1/images/generations", json=wanted | {"stream": True}) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        said = []
+        for line in answer.iter_lines():
+            said.append(line)
+            if said.count(": waiting") == 3:
+                gate.open.set()
+    assert "event: image_generation.completed" in said
 
 
 def test_null_is_not_given(client):
@@ -156,6 +172,12 @@ def test_large_pictures_are_brought_to_size_once_and_hold_nobody_up(client, http
     assert where == ["RGB"]
 
 
+def test_a_model_may_go_by_a_hubs_name(launch, pipe):
+    server = launch({"some/model": pipe})
+    assert server.client.models.retrieve("some/model").id == "some/model"
+    assert server.client.images.generate(model="some/model", prompt="a", size="64x64", extra_body=EXTRA).data
+
+
 def test_models(client):
     assert [(model.id, model.model_extra["media"]) for model in client.models.list()] == [
         ("tiny", "image"),
@@ -194,7 +216,10 @@ def test_models(client):
         ({"n": True}, "n", "has to be a number"),
         ({"extra_body": {"guidance_scale": False}}, "guidance_scale", "has to be a number"),
         ({"extra_body": {"lora": {"style": True}}}, "lora.style", "has to be a number"),
-        ({"extra_body": {"lora": {"{style}": "a"}}}, "lora.{style}", "lora.{style}: "),
+        ({"extra_body": {"lora": {"{style}": "a"}}}, "lora.{style}", "lora.{style} is 'a'; it has to be a number"),
+        ({"background": "transparent"}, "background", "is 'transparent'; it has to be 'auto' or 'opaque'"),
+        ({"extra_body": {"deterministic": "maybe"}}, "deterministic", "it has to be true or false"),
+        ({"prompt": ["a"]}, "prompt", "prompt is ['a']; it has to be text"),
     ],
 )
 def test_wrong_requests_are_400_and_named(client, fields, param, said):

@@ -58,3 +58,9 @@ def test_the_description_names_every_route(http):
     body = described["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["additionalProperties"] is False
     assert {"seed", "steps", "guidance_scale", "negative_prompt", "lora"} <= set(body["properties"])
+
+
+def test_the_description_has_the_bounds_as_json_schema_spells_them(http):
+    described = http.get("/openapi.json").text
+    assert not [word for word in ('"ge":', '"le":', '"gt":', '"lt":') if word in described]
+    assert '"minimum":' in described

@@ -103,6 +103,21 @@ def test_wrong_videos_are_400(client, fields, param):
     assert error.value.param == param
 
 
+def test_parts_of_a_video(client, http):
+    """As players ask for them."""
+    name = client.videos.create(prompt="a", size="64x64", extra_body=BODY).id
+    wait(client, name)
+    path = f"/v1/videos/{name}/content"
+    whole = http.get(path).content
+    part = http.get(path, headers={"range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, whole[4:8])
+    for wrong, status in (("bytes=99999999-", 416), ("bytes=x", 400), ("parts=0-1", 400)):
+        answer = http.get(path, headers={"range": wrong})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "invalid_range"), wrong
+        assert ("content-range" in answer.headers) == (status == 416)
+    client.videos.delete(name)
+
+
 def test_content_before_it_is_there(client):
     begun = client.videos.create(prompt="a", size="64x64", extra_body={**BODY, "steps": 100})
     with pytest.raises(openai.ConflictError) as error:
@@ -234,5 +249,5 @@ def test_an_input_picture_needs_a_model_that_takes_one(http):
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     answer = http.post("/v1/videos", files={"input_reference": ("x.png", buffer.getvalue())}, data={"prompt": "a"})
     # This one's denoiser has no channels for a picture.
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
     assert "WanPipeline cannot take image" in answer.json()["error"]["message"]

@@ -9,20 +9,17 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from PIL import Image
 from pydantic import Field, ValidationInfo, model_validator
 from starlette.responses import JSONResponse, Response
 
-from vivace.errors import InputError
 from vivace.serve.failures import FieldError
-from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.envelope import ApiError, renamed
 from vivace.serve.http.images import json_body, make
-from vivace.serve.http.schema import Fields, ImageOrder, Number, Whole, read, settings_of
+from vivace.serve.http.schema import PLAIN, Fields, ImageOrder, Number, Whole, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
 from vivace.serve.job import Progress
@@ -50,10 +47,10 @@ class Txt2Img(Fields):
     prompt: str = Field(min_length=1, max_length=100_000)
     negative_prompt: str = Field("", max_length=100_000)
     seed: Whole = Field(-1, ge=-1, lt=2**63)
-    steps: Whole | None = Field(None, ge=1, le=10_000)
-    cfg_scale: Number | None = Field(None, ge=0, le=100)
-    width: Whole | None = Field(None, ge=1, le=99_999)
-    height: Whole | None = Field(None, ge=1, le=99_999)
+    steps: Annotated[int, Field(ge=1, le=10_000), PLAIN] | None = None
+    cfg_scale: Annotated[float, Field(ge=0, le=100), PLAIN] | None = None
+    width: Annotated[int, Field(ge=1, le=99_999), PLAIN] | None = None
+    height: Annotated[int, Field(ge=1, le=99_999), PLAIN] | None = None
     batch_size: Whole = Field(1, ge=1, le=100)
     n_iter: Literal[1] = 1
     sampler_name: str | None = Field(None, max_length=100)
@@ -69,7 +66,7 @@ class Txt2Img(Fields):
         if self.sampler_name is not None and self.sampler_name not in SAMPLERS:
             raise FieldError("sampler_name", f"no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
         # The limits are those of the OpenAI route.
-        with _in_its_words():
+        with renamed(FIELDS):
             read(ImageOrder, self.order(), settings_of(info))
         return self
 
@@ -147,21 +144,10 @@ async def samplers() -> Response:
     return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in SAMPLERS])
 
 
-@contextmanager
-def _in_its_words() -> Iterator[None]:
-    """An error names the field as A1111 does."""
-    try:
-        yield
-    except (ApiError, InputError) as error:
-        found = api_error(error)
-        found.param = FIELDS.get(found.param or "", found.param)
-        raise found from None
-
-
 async def _answer(request: Request, asked: Txt2Img, **fields: Any) -> Response:
     server = server_of(request)
     order: ImageOrder = read(ImageOrder, asked.order(), server.settings)
-    with _in_its_words():
+    with renamed(FIELDS):
         results, entries = await make(request, order, watch=server.interruptible, **fields)
     facts = dict(results[0].effective) | {"all_seeds": [one.effective["seed"] for one in results]}
     parameters = asked.model_dump(exclude={"init_images", "mask"})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -129,9 +131,24 @@ async def _revive(engine: Studio) -> None:
 async def _load(engine: Studio) -> None:
     # Those that can be are served.
     try:
-        await asyncio.to_thread(engine.load)
+        await _aside(engine.load)
     except (InputError, Failure) as error:
         logger.error("not all models are loaded: %s", error)
+
+
+def _aside(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Have `work` done in a thread whose end the process does not wait for: a load may take minutes."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=do, name="vivace-load", daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 async def _sweep(server: Server) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -34,15 +36,28 @@ FIELDS = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative"
 
 # What a value fails at, by pydantic's name, or its field -> what is told of it.
 _WHOLE = "{param} is {got}; it has to be a whole number"
+_NUMBER = "{param} is {got}; it has to be a number"
 WORDS = {
     "string_too_short": "the {param} is empty; say what to draw",  # of a prompt alone
     "int_parsing": _WHOLE,
     "int_from_float": _WHOLE,
+    "int_type": _WHOLE,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": _NUMBER,
+    "bool_parsing": "{param} is {got}; it has to be true or false",
+    "bool_type": "{param} is {got}; it has to be true or false",
+    "string_type": "{param} is {got}; it has to be text",
+    "dict_type": "{param} is {got}; it has to be an object",
+    "literal_error": "{param} is {got}; it has to be {expected}",
     "greater_than_equal": "{param} is {got}, the least is {ge}",
     "less_than_equal": "{param} is {got}, the most is {le}",
     "less_than": "{param} is {got}; it has to be less than {lt}",
     "size": "size is {got}; give WIDTHxHEIGHT in pixels, as in 1024x768",
     "seconds": "seconds is {got}; give whole seconds, as in '4'",
+    "override_settings": "a request cannot change the server: leave {param} out, or empty",
+    "alwayson_scripts": "a request cannot run scripts: leave {param} out, or empty",
+    "init_images": "{param} has to be a list of one picture, in base64",
 }
 
 
@@ -89,6 +104,28 @@ def api_error(error: BaseException, **facts: object) -> ApiError:
     return ApiError(500, "an error inside the server; its log says more", code="internal_error")
 
 
+def in_its_words(effective: Mapping[str, Any]) -> dict[str, Any]:
+    """What was used, under the names that a request gives it by."""
+    return {FIELDS.get(name, name): value for name, value in effective.items()}
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """What goes wrong inside names its field as the route's clients do."""
+    try:
+        yield
+    except (ApiError, InputError) as error:
+        found = api_error(error)
+        found.param = names.get(found.param or "", found.param)
+        raise found from None
+
+
+def disk_error(error: OSError) -> ApiError:
+    """The answer where something could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ApiError(507, "the disk is full" if full else "the disk cannot be written", code="disk_full")
+
+
 def wrong_fields(problems: list[Any]) -> ApiError:
     """The answer for values that a schema refuses: the first one, named."""
     first = problems[0]
@@ -102,7 +139,7 @@ def wrong_fields(problems: list[Any]) -> ApiError:
         return ApiError(400, f"the field {param!r} is missing", code="missing_field", param=param)
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    words = WORDS.get(first["type"]) or WORDS.get(param or "") or "{param}: {msg}"
+    words = WORDS.get(param or "") or WORDS.get(first["type"]) or "{param}: {msg}"
     told = {"param": param or "the request", "got": f"{first['input']!r:.60}", "msg": first["msg"]}
     return ApiError(400, words.format(**first.get("ctx", {}) | told), code="invalid_value", param=param)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import secrets
@@ -84,6 +85,10 @@ class Guard:
             await self.app(scope, self._counted(scope, receive), answer)
         except ClientDisconnect:
             pass  # in the middle of its body
+        except asyncio.CancelledError:  # the server ends, and this has had its time
+            if not begun:
+                await ApiError(503, "the server is closing", code="unavailable").response()(scope, receive, answer)
+            raise
         except Exception as error:
             # Answered here, so that it is counted as what it is, and both know its name.
             told = api_error(error, request_id=request_id)
@@ -140,7 +145,7 @@ class Guard:
     def _check_origin(self, headers: Headers) -> None:
         """Refuse requests that a page of another site makes through a browser, DNS rebinding included."""
         host = _name(headers.get("host", ""))
-        known = {self.settings.host, *self.settings.allowed_hosts}
+        known = {name.lower() for name in (self.settings.host, *self.settings.allowed_hosts)}
         local = loopback(self.settings.host)
         if (local or self.settings.allowed_hosts) and not (host in known or (local and loopback(host))):
             raise ApiError(421, "this server does not go by that name", code="wrong_host")

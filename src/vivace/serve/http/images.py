@@ -16,7 +16,7 @@ from PIL import Image
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from vivace.serve.failures import FieldError
-from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.envelope import ApiError, api_error, in_its_words
 from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
 from vivace.serve.http.server import Server, note, read_form, read_json, server_of, while_connected
 from vivace.serve.http.uploads import pictures
@@ -28,6 +28,7 @@ router = APIRouter()
 
 FILES = ("image", "image[]", "mask")
 SEED_SPACE = 2**63
+SILENCE = 15.0  # seconds after which a stream says that it is still there: proxies cut what says nothing for a minute
 
 
 def _body(kind: type[Any], media_type: str, files: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -92,7 +93,9 @@ def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
 async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
     if order.stream:
         (job,) = _submit(request, order, await _first(request, order, **fields))
-        return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream")
+        # Some proxies keep an answer back until much of it is there, unless they are told.
+        headers = {"X-Accel-Buffering": "no"}
+        return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream", headers=headers)
     results, data = await make(request, order, **fields)
     return JSONResponse(_envelope(order, results) | {"data": data})
 
@@ -177,7 +180,7 @@ def encode(picture: Image.Image, order: ImageOrder) -> bytes:
 
 def _envelope(order: ImageOrder, results: Sequence[Result]) -> dict[str, Any]:
     """What was done, for all pictures of an answer."""
-    effective = dict(results[0].effective)
+    effective = in_its_words(results[0].effective)
     width, height = effective.pop("size")
     return {
         "created": int(time.time()),
@@ -187,15 +190,23 @@ def _envelope(order: ImageOrder, results: Sequence[Result]) -> dict[str, Any]:
         "size": f"{width}x{height}",
         **effective,
         "timings": {name: max(one.timings[name] for one in results) for name in results[0].timings},
-        "calls": dict(results[0].calls),
+        "calls": _calls(results),
     }
+
+
+def _calls(results: Sequence[Result]) -> dict[str, float]:
+    """The calls of all pictures together; how many requests shared one, on average."""
+    found = {name: sum(one.calls.get(name, 0) for one in results) for name in results[0].calls}
+    return found | {"requests_per_call": round(found["requests_per_call"] / len(results), 2)}
 
 
 async def _events(job: Job, order: ImageOrder, *, name: str) -> AsyncIterator[str]:
     """The server-sent events of one picture."""
     index = 0
     try:
-        async for event in job:
+        async for event in job.follow(silence=SILENCE):
+            if event is None:
+                yield ": waiting\n\n"
             if isinstance(event, Progress):
                 yield f": step {event.step} of {event.total}\n\n"
             if isinstance(event, Preview) and index < order.partial_images:

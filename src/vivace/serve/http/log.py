@@ -25,11 +25,20 @@ class Lines(logging.Formatter):
 
 def configure(level: str = "info") -> None:
     """Send the process's log to stderr as lines of JSON; uvicorn's own lines about requests are ours already."""
+    # Not above: whoever starts a server first says that diffusers shall run no code of models.
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    for library in (diffusers_log, transformers_log):  # they bring a handler of their own, and progress bars
+        library.disable_progress_bar()
+        library.disable_default_handler()
+        library.enable_propagation()
     for name in ("vivace", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

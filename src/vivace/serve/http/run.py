@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vivace.errors import InputError
 from vivace.serve.engine import Engine
 from vivace.serve.http.app import create_app
+from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.log import configure
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
@@ -49,6 +51,15 @@ class Impatient(H11Protocol):
         if self.late is not None:
             self.late.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets the API's envelope too; an answer that has begun is cut off."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = ApiError(400, "that is no HTTP request that can be read", code="invalid_http").response()
+            head = h11.Response(status_code=400, headers=[*answer.raw_headers, (b"connection", b"close")])
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _look(self) -> None:
         over = self.cycle is None or self.cycle.response_complete

@@ -45,8 +45,11 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_switch)]
-Number = Annotated[float, BeforeValidator(_no_switch)]
+PLAIN = BeforeValidator(_no_switch)
+"""Behind a type's bounds: in front of them these would not be among what /openapi.json says of it."""
+
+Whole = Annotated[int, PLAIN]
+Number = Annotated[float, PLAIN]
 
 
 class Fields(BaseModel):
@@ -68,10 +71,10 @@ class Order(Fields):
     prompt: str = Field(min_length=1, max_length=100_000)
     model: str | None = Field(None, max_length=200)
     size: str | None = Field(None, pattern=SIZE)
-    seed: Whole | None = Field(None, ge=0, lt=2**63)
-    steps: Whole | None = Field(None, ge=1, le=10_000)
-    guidance_scale: Number | None = Field(None, ge=0, le=100)
-    true_cfg_scale: Number | None = Field(None, ge=0, le=100)
+    seed: Annotated[int, Field(ge=0, lt=2**63), PLAIN] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000), PLAIN] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100), PLAIN] | None = None
+    true_cfg_scale: Annotated[float, Field(ge=0, le=100), PLAIN] | None = None
     negative_prompt: str | None = Field(None, max_length=100_000)
     scheduler: str | None = Field(None, max_length=100)
     cache: str | None = Field(None, max_length=200)
@@ -159,15 +162,15 @@ class ImageOrder(Order):
 class EditOrder(ImageOrder):
     """The fields of POST /v1/images/edits, besides its files."""
 
-    strength: Number | None = Field(None, gt=0, le=1)
+    strength: Annotated[float, Field(gt=0, le=1), PLAIN] | None = None
 
 
 class VideoOrder(Order):
     """POST /v1/videos, besides its file."""
 
     seconds: str | None = Field(None, pattern=r"^[1-9][0-9]{0,2}$")
-    frames: Whole | None = Field(None, ge=1, le=100_000)
-    fps: Whole | None = Field(None, ge=1, le=120)
+    frames: Annotated[int, Field(ge=1, le=100_000), PLAIN] | None = None
+    fps: Annotated[int, Field(ge=1, le=120), PLAIN] | None = None
     quality: str = Field("auto", max_length=100)
 
     @model_validator(mode="after")
@@ -206,8 +209,13 @@ def from_form(kind: type[Any], form: FormData, settings: Settings, *, files: tup
     weights: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
+            if name in kind.model_fields:
+                raise ApiError(400, f"{name} is a file; send it as text", code="invalid_value", param=name)
             if name not in files:
                 raise ApiError(400, f"unknown field {name!r:.100}", code="unknown_field", param=name[:MOST_NAME])
+        elif name in files:
+            # Not an address either: nothing is ever fetched.
+            raise ApiError(400, f"{name} is text; send the picture itself, as a file", code="invalid_value", param=name)
         elif name in fields:
             raise ApiError(
                 400, f"the field {name!r:.100} was given twice", code="invalid_value", param=name[:MOST_NAME]

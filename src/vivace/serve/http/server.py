@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 
 from vivace.serve.failures import UnknownModelError
-from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.envelope import ApiError, api_error, disk_error
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.links import Links
 from vivace.serve.http.settings import Settings
@@ -127,6 +128,10 @@ async def read_form(request: Request, *, most_files: int, most_fields: int = 64)
         form = await request.form(max_files=most_files, max_fields=most_fields, max_part_size=most_body)
     except UnicodeError:  # of a charset that is none for text, which the client chose
         raise ApiError(400, "the form cannot be read in the charset that it names", code="invalid_form") from None
+    except HTTPException as error:  # its words are of the form's parts and their limits alone
+        raise ApiError(400, f"the form cannot be read: {error.detail}", code="invalid_form") from None
+    except OSError as error:  # larger pictures lie in a temporary file while they come in
+        raise disk_error(error) from None
     try:
         yield form
     finally:

@@ -47,6 +47,12 @@ class Settings:
                 f"--host {self.host} can be reached from elsewhere, and no --api-key is set; "
                 "set one (or VIVACE_API_KEY), or listen on 127.0.0.1"
             )
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"[\w.-]+|[0-9a-fA-F:]+", name, re.ASCII):
+                raise InputError(
+                    f"--allowed-host {name!r:.100} is no name of a host; leave out what is around it, "
+                    "as in draw.example.com"
+                )
         if self.api_key is not None and len(self.api_key) < 16:
             raise InputError("--api-key is shorter than 16 characters; take a random one")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):

@@ -44,7 +44,7 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_model(engine, one) for one in engine.models.values()]})
 
 
-@router.get("/v1/models/{alias}")
+@router.get("/v1/models/{alias:path}")  # it may be named as on a hub
 async def model(request: Request, alias: Annotated[str, Path(max_length=200)]) -> Response:
     """One alias."""
     engine = server_of(request).engine

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import secrets
 import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from vivace.errors import InputError
 from vivace.generation import video
 from vivace.generation.generate import FPS
 from vivace.generation.job import nearest_frames
 from vivace.serve.failures import Cancelled
-from vivace.serve.http.envelope import ApiError, api_error
+from vivace.serve.http.envelope import ApiError, api_error, disk_error, in_its_words, renamed
 from vivace.serve.http.images import BINARY
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
 from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
@@ -32,6 +33,30 @@ VideoId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{24}$")]
 _SCHEMA = VideoOrder.model_json_schema()
 _FORM = {**_SCHEMA, "properties": {**_SCHEMA["properties"], "input_reference": BINARY}}
 _CONTENT = {"application/json": {"schema": _SCHEMA}, "multipart/form-data": {"schema": _FORM}}
+
+
+class Clip(FileResponse):
+    """A video or the parts of it that are asked for, in the API's envelope where it has no such parts."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = False
+
+        async def worded(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = True
+                size = Headers(raw=message["headers"]).get("content-range")
+                error = ApiError(
+                    message["status"],
+                    "the video has no such range of bytes",
+                    code="invalid_range",
+                    headers={"Content-Range": size} if size else None,
+                )
+                await error.response()(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, worded)
 
 
 @router.post("/v1/videos", openapi_extra={"requestBody": {"required": True, "content": _CONTENT}})
@@ -69,15 +94,16 @@ async def create(request: Request) -> Response:
         "size": order.size or "auto",
         "remixed_from_video_id": None,
     }
-    if images:
-        wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
-    job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
+    with renamed({"image": "input_reference"}):
+        if images:
+            wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
+        job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
     note(request, [job])
     try:
         server.shelf.put(record)
     except OSError as error:
         job.cancel()
-        raise _disk(error) from None
+        raise disk_error(error) from None
     server.follow(record["id"], job, follow(server, record["id"], job))
     return JSONResponse(record)
 
@@ -120,7 +146,7 @@ async def content(request: Request, video_id: VideoId, variant: Literal["video"]
         raise ApiError(409, f"the video is {record['status']}", code="video_not_ready")
     if not path.is_file():
         raise ApiError(404, "the video's file is gone; ask for it again", code="video_not_found", param="video_id")
-    return FileResponse(path, media_type="video/mp4")
+    return Clip(path, media_type="video/mp4")
 
 
 @router.delete("/v1/videos/{video_id}")
@@ -166,7 +192,9 @@ async def follow(server: Server, name: str, job: Job) -> None:
         result = await job
         await asyncio.to_thread(_write, server, name, result)
         width, height = result.pictures[0].size
-        effective = {key: value for key, value in result.effective.items() if key not in ("size", "model")}
+        effective = in_its_words(
+            {key: value for key, value in result.effective.items() if key not in ("size", "model")}
+        )
         seconds = len(result.pictures) / effective.get("fps", FPS)
         facts = {"size": f"{width}x{height}", "seconds": f"{seconds:g}", "timings": dict(result.timings), **effective}
         _put(server, name, status="completed", progress=100, completed_at=int(time.time()), **facts)
@@ -177,7 +205,7 @@ async def follow(server: Server, name: str, job: Job) -> None:
         job.cancel()
         raise
     except Exception as error:
-        known = _disk(error) if isinstance(error, OSError) else api_error(error)
+        known = disk_error(error) if isinstance(error, OSError) else api_error(error)
         _put(server, name, status="failed", error={"code": known.code or "failed", "message": known.message})
 
 
@@ -208,9 +236,6 @@ def _put(server: Server, name: str, **facts: Any) -> None:
         server.shelf.put(record)
     except OSError as error:
         logger.error("the record of %s cannot be written", name)
-        server.shelf.note(record | {"status": "failed", "error": {"code": "disk_full", "message": str(_disk(error))}})
-
-
-def _disk(error: OSError) -> ApiError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return ApiError(507, "the disk is full" if full else "the disk cannot be written", code="disk_full")
+        server.shelf.note(
+            record | {"status": "failed", "error": {"code": "disk_full", "message": str(disk_error(error))}}
+        )
