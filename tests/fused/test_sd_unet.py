@@ -1,10 +1,12 @@
 """The fused UNet computes what the stock one computes, in torch operations and in kernels, in both orders of pixels."""
 
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vivace.attention.native import NATIVE
 from vivace.families import sd, sdxl
@@ -59,6 +61,38 @@ def test_kernels_equal_stock(order):
     model = unet(order=order)
     fused, stock = both(model, small(model, (24, 16)), form=KERNELS)
     torch.testing.assert_close(fused, stock, **CLOSE)
+
+
+def test_kernels_equal_stock_in_deeper_transformers():
+    fields = {"use_linear_projection": True, "transformer_layers_per_block": 2}
+    model = unet(order=torch.channels_last, **fields)
+    fused, stock = both(model, small(model, (16, 8)), form=KERNELS)
+    torch.testing.assert_close(fused, stock, **CLOSE)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.counts[function.name().split("::")[1].split(".")[0]] += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_sums_skips_and_biases_take_no_launches_of_their_own():
+    model = unet(order=torch.channels_last)
+    with ExitStack() as undo, torch.no_grad():
+        fused = SD_UNET.fuse(model, attend=NATIVE.attend, undo=undo, elementwise=KERNELS)
+        with Operations() as operations:
+            fused(**small(model, (16, 8)))
+    counts, transformers = operations.counts, 4  # one down, one in the middle, two up
+    assert counts["residual_norm"] == counts["addmm_"] == 2 * transformers
+    # Residual blocks that no transformer follows: one down, the last in the middle, two up.
+    assert counts["gate_residual"] == 4
+    assert counts["cat"] == 2  # both of the embedding of the step
 
 
 @ORDERS

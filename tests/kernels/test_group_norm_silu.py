@@ -36,3 +36,15 @@ def test_what_does_not_fit():
         group_norm_silu.group_norm_silu(x, groups=8, weight=weight, bias=weight)
     with pytest.raises(ValueError, match=r"add must be \[1, 30\]"):
         group_norm_silu.group_norm_silu(x, groups=5, weight=weight, bias=weight, add=torch.ones(1, 30, 1, 1))
+
+
+def test_parts_that_do_not_join():
+    x, weight = torch.randn(1, 30, 4, 4), torch.ones(30)
+    norm = {"groups": 5, "weight": weight, "bias": weight}
+    for parts in ({}, {"y": x, "skip": x}, {"y": x[:, :, :2]}, {"y": x.double()}, {"skip": x[..., :3]}):
+        with pytest.raises(ValueError, match="either y as x, or skip as x but for its channels"):
+            group_norm_silu.join_norm_silu(x, **parts, **norm)
+    with pytest.raises(ValueError, match=r"y_bias must be \[30\]"):
+        group_norm_silu.join_norm_silu(x, y=x, y_bias=torch.ones(1), **norm)
+    with pytest.raises(ValueError, match=r"weight must be \[31\]"):
+        group_norm_silu.join_norm_silu(x, skip=x[:, :1], **norm | {"groups": 1})

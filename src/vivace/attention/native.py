@@ -24,6 +24,17 @@ class Rule:
 # matches, the choice stays torch's.
 RULES: tuple[Rule, ...] = (Rule(sm=(9, 0), sequence=1024, kernel=SDPBackend.CUDNN_ATTENTION),)
 
+
+def settle_order(device: torch.device) -> None:
+    """Lets torch put its kernels in its own order, with cuDNN first where it trusts it.
+
+    It does so when it first chooses one. Were that inside a context with an order, the one from before would be put
+    back at its end, and every later call of the process without a rule would take another kernel than torch means to.
+    """
+    q = torch.empty(1, 1, 16, 16, device=device, dtype=torch.float16)
+    torch._fused_sdp_choice(q, q, q)
+
+
 _16BIT = frozenset({torch.float16, torch.bfloat16})
 
 

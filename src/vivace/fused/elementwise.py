@@ -19,7 +19,7 @@ from vivace.kernels.blend import blend
 from vivace.kernels.channel_norm_silu import channel_norm_silu
 from vivace.kernels.gate_residual import gate_residual
 from vivace.kernels.glu import glu
-from vivace.kernels.group_norm_silu import group_norm_silu
+from vivace.kernels.group_norm_silu import group_norm_silu, join_norm_silu
 from vivace.kernels.join_activate import join_activate
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
@@ -42,8 +42,8 @@ class Elementwise:
     """`(x, y, *, gate)`: `x + gate * y`."""
 
     residual_norm: Callable[..., Any]
-    """`(x, y, *, gate, add, y_weight, **norm)`: h = `x + gate * y + add` with `add` [B, D] (of y's RMSNorm, with
-    `y_weight`), and the norm of h."""
+    """`(x, y, *, y_bias, gate, add, y_weight, after, **norm)`: h = `x + gate * (y + y_bias) + add` with `add` [B, D]
+    (of y's RMSNorm, with `y_weight`), and the norm of h; h comes back in memory of its own, with `after` [D] added."""
 
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, v_scale, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`."""
@@ -60,6 +60,10 @@ class Elementwise:
     picture_norm: Callable[..., torch.Tensor]
     """`(x, *, groups, weight, bias, eps=1e-5, silu=True, add)`: GroupNorm of `x + add` with `add` [B, C], then SiLU."""
 
+    join_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """`(x, *, y, y_bias, after, skip, groups, weight, bias, eps=1e-5, silu=True)`: `picture_norm` of h = `x + y +
+    y_bias`, or of the channels of `x` and `skip`; and h in memory of its own, with `after` [C] added."""
+
     channel_norm: Callable[..., torch.Tensor]
     """`(x, *, weight, silu=True)`: RMSNorm of `x` [B, C, ...] over C with `weight` [C], then SiLU."""
 
@@ -70,7 +74,7 @@ class Elementwise:
     """`(x, y, z, *, alpha, add)`: `alpha * (x - add) + (1 - alpha) * (y + z)` with `alpha` [1] and `add` [B, D]."""
 
     late_bias: bool
-    """A convolution's bias is a pass of its own, so that the sum which follows should add it."""
+    """A convolution's bias is a pass of its own, and slows a linear product's: the sum that follows should add it."""
 
 
 def _vector(vector: torch.Tensor | Sum) -> torch.Tensor:
@@ -94,11 +98,12 @@ def _residual(x, y, *, gate=None):
     return x + y if gate is None else torch.addcmul(x, _vector(gate), y).to(x.dtype)
 
 
-def _residual_norm(x, y, *, gate=None, add=None, y_weight=None, eps=1e-6, **norm):
+def _residual_norm(x, y, *, y_bias=None, gate=None, add=None, y_weight=None, after=None, eps=1e-6, **norm):
+    y = y if y_bias is None else y + y_bias
     y = y if y_weight is None else F.rms_norm(y, y.shape[-1:], y_weight, eps)
     h = _residual(x, y, gate=gate)
     h = h if add is None else h.add_(add.unsqueeze(1))
-    return h, _norm(h, eps=eps, **norm)
+    return h if after is None else h + after, _norm(h, eps=eps, **norm)
 
 
 def _heads(qkv, *, q, k, v=None, v_scale=None, offset=0, **options):
@@ -149,6 +154,11 @@ def _picture_norm(x, *, groups, weight, bias, eps=1e-5, silu=True, add=None):
     return F.silu(y, inplace=True) if silu else y
 
 
+def _join_norm(x, *, y=None, y_bias=None, after=None, skip=None, **norm):
+    h = _picture_sum(x, y, bias=y_bias) if skip is None else torch.cat((x, skip), dim=1)
+    return _picture_norm(h, **norm), h if after is None else h + after[:, None, None]
+
+
 def _channel_norm(x, *, weight, silu=True):
     # In the order of the stock norms, and of their roundings.
     y = F.normalize(_wide(x), dim=1).to(x.dtype)
@@ -174,6 +184,7 @@ TORCH = Elementwise(
     glu=_glu,
     join=_join,
     picture_norm=_picture_norm,
+    join_norm=_join_norm,
     channel_norm=_channel_norm,
     picture_sum=_picture_sum,
     blend=_blend,
@@ -210,6 +221,7 @@ KERNELS = Elementwise(
     glu=glu,
     join=join_activate,
     picture_norm=group_norm_silu,
+    join_norm=join_norm_silu,
     channel_norm=channel_norm_silu,
     picture_sum=_picture_sum_rows,
     blend=blend,

@@ -41,6 +41,7 @@ from vivace.fused.unet_blocks import (
     ResidualBlock,
     TransformerBlock,
     TransformerBlocks,
+    Unsummed,
     odd_attention,
 )
 from vivace.quant.linear import QuantLinear
@@ -173,7 +174,10 @@ def _text_linears(denoiser: Any) -> Iterator[Any]:
     yield from (module for name, module in denoiser.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v")))
 
 
-Level = list[tuple[Callable[..., torch.Tensor], PixelTransformer | None]]
+Residual = Callable[..., torch.Tensor | Unsummed]
+"""`(x, time, skip)`: a residual block."""
+
+Level = list[tuple[Residual, PixelTransformer | None]]
 """A UNet block: residual blocks, each with the transformer that follows it."""
 
 
@@ -190,10 +194,13 @@ class Builder:
     def level(self, block: Any) -> Level:
         attentions = [self.transformer(inner) for inner in _attentions(block)]
         attentions += [None] * (len(block.resnets) - len(attentions))
-        return [(self.residual(inner), after) for inner, after in zip(block.resnets, attentions, strict=True)]
+        pairs = zip(block.resnets, attentions, strict=True)
+        return [(self.residual(inner, summed=after is None), after) for inner, after in pairs]
 
-    def residual(self, block: Any) -> Callable[..., torch.Tensor]:
-        return self.embedded(block)
+    def residual(self, block: Any, *, summed: bool) -> Residual:
+        """A residual block; what follows one that is not `summed` does that itself."""
+        embedded = self.embedded(block)
+        return embedded if summed or block.output_scale_factor != 1 else embedded.unsummed
 
     def embedded(self, block: Any) -> ResidualBlock:
         """A residual block with a place for its time embedding."""
@@ -248,11 +255,14 @@ def step_of(name: str, module: Any, level: Level, denoiser: Any) -> Block:
 
 
 def _run(
-    pair: tuple[Callable[..., torch.Tensor], PixelTransformer | None], x: torch.Tensor, context: Mapping[str, Any]
-):
+    pair: tuple[Residual, PixelTransformer | None],
+    x: torch.Tensor,
+    context: Mapping[str, Any],
+    skip: torch.Tensor | None = None,
+) -> Any:
     residual, transformer = pair
-    x = residual(x, context["time"])
-    return x if transformer is None else transformer(x, context["text"])
+    made = residual(x, context["time"], skip)
+    return made if transformer is None else transformer(made, context["text"])
 
 
 def _down(block: Any, level: Level, index: int, state: State) -> State:
@@ -289,7 +299,7 @@ def _up(block: Any, level: Level, index: int, last: int, state: State) -> State:
     for pair, skip in zip(level, reversed(own), strict=True):
         if all(strengths.values()):
             x, skip = apply_freeu(block.resolution_idx, x, skip, **strengths)
-        x = _run(pair, torch.cat([x, skip], dim=1), context)
+        x = _run(pair, x, context, skip)
     size = skips[-1].shape[2:] if context["odd_size"] and index != last else None
     for upsampler in block.upsamplers or ():
         x = upsampler(x, size)

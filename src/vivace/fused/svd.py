@@ -27,7 +27,7 @@ from vivace.families.svd import split
 from vivace.family import Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.parts import Parts
-from vivace.fused.sd_unet import Builder, layout_of, levels_of, step_of
+from vivace.fused.sd_unet import Builder, Residual, layout_of, levels_of, step_of
 from vivace.fused.stack import join
 from vivace.fused.unet_blocks import (
     PictureParts,
@@ -118,7 +118,7 @@ class VideoBuilder(Builder):
         self._places: list[Any] = []  # transformers, each with an embedding of a frame's place
         self._mixes: list[torch.nn.Parameter] = []
 
-    def residual(self, block: Any) -> Callable[..., torch.Tensor]:
+    def residual(self, block: Any, *, summed: bool) -> Residual:
         frame, video = (self.embedded(inner) for inner in (block.spatial_res_block, block.temporal_res_block))
         return VideoResidualBlock(frame, video, mixer=self._mixer(block), parts=self.parts)
 
@@ -153,9 +153,9 @@ class VideoResidualBlock:
     def __init__(self, frame: ResidualBlock, video: ResidualBlock, *, mixer: int, parts: PictureParts) -> None:
         self.frame, self.video, self.mixer, self.parts = frame, video, mixer, parts
 
-    def __call__(self, x: torch.Tensor, times: Times) -> torch.Tensor:
-        """`x` [B F, C, H, W]."""
-        x = self.frame(x, times.frames)
+    def __call__(self, x: torch.Tensor, times: Times, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [B F, C, H, W], and a `skip` as `ResidualBlock` takes it."""
+        x = self.frame(x, times.frames, skip)
         size, layout = x.shape, self.parts.layout
         tall = x.unflatten(0, (len(times.videos), -1)).flatten(3).transpose(1, 2)  # [B, C, F, H W]
         tall = tall.contiguous(memory_format=layout)

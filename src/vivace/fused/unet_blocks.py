@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import attended, projected
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
+from vivace.kernels.row import HeadScaled
 
 ATTENTION: Mapping[str, Any] = {
     "spatial_norm": None,
@@ -45,9 +46,23 @@ class PictureParts(Parts):
 
     def norm(self, norm: Any, x: torch.Tensor, *, silu: bool, add: torch.Tensor | None = None) -> torch.Tensor:
         """A GroupNorm module's work on `x` [B, C, H, W] (plus `add` [B, C])."""
-        return self.elementwise.picture_norm(
-            x, groups=norm.num_groups, weight=norm.weight, bias=norm.bias, eps=norm.eps, silu=silu, add=add
-        )
+        return self.elementwise.picture_norm(x, **_group_norm(norm), silu=silu, add=add)
+
+    def join_norm(self, norm: Any, x: torch.Tensor, *, silu: bool, **parts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A GroupNorm module's work on `x` and the `parts` that join it, and what they join to."""
+        return self.elementwise.join_norm(x, **_group_norm(norm), silu=silu, **parts)
+
+
+def _group_norm(norm: Any) -> dict[str, Any]:
+    return {"groups": norm.num_groups, "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+
+
+class Unsummed(NamedTuple):
+    """A picture that the norm which reads it will sum: `x + y + bias`."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class ResidualBlock:
@@ -61,20 +76,39 @@ class ResidualBlock:
     def __init__(self, block: Any, *, span: slice | None = None, parts: PictureParts) -> None:
         self.block, self.span, self.parts = block, span, parts
 
-    def __call__(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        block = self.block
-        # Something from outside (a ControlNet, an adapter) may have joined in another order.
-        x = x.contiguous(memory_format=self.parts.layout)
-        y, bias = self.branch(x, time)
-        x = x if block.conv_shortcut is None else _mixed(block.conv_shortcut, x)
+    def __call__(
+        self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x` [B, C, H, W], with a `skip` whose channels come after its own."""
+        x, y, bias = self.unsummed(x, time, skip)
         y = self.parts.elementwise.picture_sum(x, y, bias=bias)
-        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
+        factor = self.block.output_scale_factor
+        return y if factor == 1 else y / factor
+
+    def unsummed(self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None) -> Unsummed:
+        """The same, but for the sum."""
+        block, parts = self.block, self.parts
+        if skip is not None and skip.dtype != x.dtype:
+            x, skip = torch.cat((x, skip), dim=1), None
+        # Something from outside (a ControlNet, an adapter) may have joined in another order.
+        x = x.contiguous(memory_format=parts.layout)
+        if skip is None:
+            normed = parts.norm(block.norm1, x, silu=True)
+        else:
+            normed, x = parts.join_norm(block.norm1, x, skip=skip.contiguous(memory_format=parts.layout), silu=True)
+        y, bias = self._convolutions(normed, time)
+        return Unsummed(x if block.conv_shortcut is None else _mixed(block.conv_shortcut, x), y, bias)
 
     def branch(self, x: torch.Tensor, time: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is to be added to the input, and the bias [C] that is still missing from it."""
+        return self._convolutions(self.parts.norm(self.block.norm1, x, silu=True), time)
+
+    def _convolutions(
+        self, normed: torch.Tensor, time: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         block, parts = self.block, self.parts
         late = parts.elementwise.late_bias
-        y, bias = _convolved(block.conv1, parts.norm(block.norm1, x, silu=True), parts, late=late or time is not None)
+        y, bias = _convolved(block.conv1, normed, parts, late=late or time is not None)
         if time is not None and self.span is not None:
             add = time[:, self.span]
             add = add if bias is not None else add - block.conv1.bias
@@ -118,10 +152,21 @@ class PixelTransformer:
     def __init__(self, block: Any, *, layers: Callable[[torch.Tensor, Any], torch.Tensor], parts: PictureParts) -> None:
         self.block, self.layers, self.parts = block, layers, parts
 
-    def __call__(self, x: torch.Tensor, text: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Unsummed, text: Any) -> torch.Tensor:
         """`x` [B, C, H, W]; `text` is for the layers."""
         block, parts = self.block, self.parts
-        tokens = self.layers(self._inward(parts.norm(block.norm, x, silu=False)), text)
+        joins = False
+        if isinstance(x, Unsummed):
+            joins = parts.layout is torch.channels_last
+            joins = joins and adds_in_place(block.proj_out, x.x.dtype, parts.elementwise)
+            after = block.proj_out.bias if joins else None
+            normed, x = parts.join_norm(block.norm, x.x, y=x.y, y_bias=x.bias, after=after, silu=False)
+        else:
+            normed = parts.norm(block.norm, x, silu=False)
+        tokens = self.layers(self._inward(normed), text)
+        if joins:
+            add_product(x.permute(0, 2, 3, 1), tokens, block.proj_out)
+            return x
         y = self._outward(tokens, x.shape[2:])
         return parts.elementwise.picture_sum(x, y.contiguous(memory_format=parts.layout))
 
@@ -167,14 +212,22 @@ class TransformerBlock:
     ) -> tuple[torch.Tensor, Any]:
         """`x` [B, S, D] and its first norm; the next block's comes back with the new x, None after the last."""
         block, elementwise = self.block, self.parts.elementwise
-        y = self.attention(normed)
-        x, normed = elementwise.residual_norm(x, y, **norm_of(block.norm2, block.attn2.to_q))
-        y = self._cross_attention(normed, text)
-        x, normed = elementwise.residual_norm(x, y, **norm_of(block.norm3, block.ff.net[0].proj))
-        y = gated_mlp(block.ff, normed, elementwise)
+        y, bias = self.attention.unbiased(normed, elementwise)
+        x, normed = elementwise.residual_norm(x, y, y_bias=bias, **norm_of(block.norm2, block.attn2.to_q))
+        y, bias = unbiased(block.attn2.to_out[0], self._cross_attention(normed, text), elementwise)
+        down = block.ff.net[2]
+        joins = following is None and adds_in_place(down, x.dtype, elementwise)
+        after = down.bias if joins else None
+        norm = norm_of(block.norm3, block.ff.net[0].proj)
+        x, normed = elementwise.residual_norm(x, y, y_bias=bias, after=after, **norm)
+        hidden = gated(block.ff, normed, elementwise)
+        if joins:
+            add_product(x, hidden, down)
+            return x, None
         if following is None:
-            return elementwise.residual(x, y), None
-        return elementwise.residual_norm(x, y, **following.first_norm)
+            return elementwise.residual(x, down(hidden)), None
+        y, bias = unbiased(down, hidden, elementwise)
+        return elementwise.residual_norm(x, y, y_bias=bias, **following.first_norm)
 
     @property
     def first_norm(self) -> dict[str, Any]:
@@ -189,7 +242,7 @@ class TransformerBlock:
         for strength, picture in zip(getattr(attention.processor, "scale", ()), text[1:], strict=True):
             if strength:
                 y = y + strength * self._attended(q, picture)
-        return attention.to_out[0](y)
+        return y
 
     def _attended(self, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """q [B, S, H, D] over the keys and values of this block in [B, T, sum] -> [B, S, H D]."""
@@ -205,14 +258,52 @@ class SelfAttention:
         self.reader = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
 
     def __call__(self, normed: Any) -> torch.Tensor:
+        y, dtype = self._attended(normed)
+        return projected(self.attention.to_out[0], y, dtype=dtype)
+
+    def unbiased(self, normed: Any, elementwise: Elementwise) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same, and the bias that is left to be added."""
+        (y, dtype), out = self._attended(normed), self.attention.to_out[0]
+        if isinstance(y, HeadScaled):
+            return projected(out, y, dtype=dtype), None
+        return unbiased(out, y, elementwise)
+
+    def _attended(self, normed: Any) -> tuple[torch.Tensor | HeadScaled, torch.dtype]:
         q, k, v = self.reader(normed).unflatten(-1, (3, self.attention.heads, -1)).unbind(2)
-        return projected(self.attention.to_out[0], attended(self.attend, q, k, v), dtype=q.dtype)
+        return attended(self.attend, q, k, v), q.dtype
 
 
 def gated_mlp(mlp: Any, normed: Any, elementwise: Elementwise) -> torch.Tensor:
     """A feed-forward module with a GEGLU."""
+    return mlp.net[2](gated(mlp, normed, elementwise))
+
+
+def gated(mlp: Any, normed: Any, elementwise: Elementwise) -> Any:
+    """What the second linear of a feed-forward module with a GEGLU reads."""
     up, _, down = mlp.net
-    return down(elementwise.glu(*up.proj(normed).chunk(2, dim=-1), kind="gelu", quantize=takes(down)))
+    return elementwise.glu(*up.proj(normed).chunk(2, dim=-1), kind="gelu", quantize=takes(down))
+
+
+def unbiased(linear: Any, x: Any, elementwise: Elementwise) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The product of `x` and a linear, and its bias where what follows had better add it."""
+    if elementwise.late_bias and type(linear) is torch.nn.Linear:
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None
+
+
+def adds_in_place(linear: Any, dtype: torch.dtype, elementwise: Elementwise) -> bool:
+    """Whether the product of a linear, or a convolution of one pixel, is to be added to a stream where that lies.
+
+    cuBLAS does so in its epilogue, but then adds no bias: the stream has to have it already.
+    """
+    plain = type(linear) in (torch.nn.Linear, torch.nn.Conv2d) and linear.weight.dtype == dtype
+    return elementwise.late_bias and plain and not torch.is_grad_enabled()
+
+
+def add_product(stream: torch.Tensor, x: torch.Tensor, linear: Any) -> None:
+    """Adds to `stream` [..., D], which is contiguous, the product of `x` and the weight of `linear`."""
+    rows = stream.view(-1, stream.shape[-1])
+    rows.addmm_(x.reshape(len(rows), -1), linear.weight.flatten(1).t())
 
 
 def norm_of(norm: Any, reader: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.activate import activation
-from vivace.kernels.group_norm_silu import layout_of, place
 from vivace.kernels.kernel import Case, Draw, Kernel, register
 from vivace.kernels.language import ceil_div, jit, power_of_two, tl
+from vivace.kernels.picture import layout_of, place
 
 SCHEMA = "channel_norm_silu(Tensor x, Tensor weight, float eps, bool silu) -> Tensor[]"
 _ELEMENTS = 8192  # of a tile

@@ -1,7 +1,8 @@
 """`h = x + gate * y` and the norm (and modulation) of h that the next branch reads, in one pass that writes both.
 
 With gate, scale and shift it is the middle of an adaLN transformer block; with weight and bias alone, the residual add
-and LayerNorm of a UNet's transformer block.
+and LayerNorm of a UNet's transformer block. It can add the bias of the product that made y, and into h, behind the
+norm's back, that of the product which will be added to h in place: epilogues with a bias are slower ones.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ from vivace.kernels.row import (
 )
 
 SCHEMA = (
-    "residual_norm(Tensor x, Tensor y, Tensor? y_weight, Tensor? add, Tensor? gate, Tensor? scale, Tensor? shift, "
-    "Tensor? gate_base, Tensor? scale_base, Tensor? shift_base, Tensor? weight, Tensor? bias, float eps, str kind, "
-    "str? quantize) -> Tensor[]"
+    "residual_norm(Tensor x, Tensor y, Tensor? y_bias, Tensor? y_weight, Tensor? add, Tensor? after, Tensor? gate, "
+    "Tensor? scale, Tensor? shift, Tensor? gate_base, Tensor? scale_base, Tensor? shift_base, Tensor? weight, "
+    "Tensor? bias, float eps, str kind, str? quantize) -> Tensor[]"
 )
 
 
 def residual_norm_ref(
     x: torch.Tensor,
     y: torch.Tensor,
+    y_bias: torch.Tensor | None,
     y_weight: torch.Tensor | None,
     add: torch.Tensor | None,
+    after: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -59,15 +62,18 @@ def residual_norm_ref(
     quantize: str | None,
 ) -> list[torch.Tensor]:
     """The operation in torch: h is normalised in fp32, before it is rounded to x's type."""
+    y = y if y_bias is None else y.float() + y_bias.float()
     y = y if y_weight is None else norm_ref(y.float(), eps, "rms") * y_weight.float()
     (h,) = gate_residual_ref(x.float() if add is None else x.float() + add.float()[:, None], y, gate, gate_base)
     normed = norm_modulate_ref(h, scale, shift, scale_base, shift_base, weight, bias, eps, kind, quantize)
+    h = h if after is None else h + after.float()
     return [h.to(x.dtype), *(normed if quantize else [normed[0].to(x.dtype)])]
 
 
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
-    x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias, h, out, row_scale,
+    x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
+    h, out, row_scale,
     tokens, x_batch, x_token, y_batch, y_token, add_batch,
     gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token, eps,
     WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
@@ -82,6 +88,8 @@ def _residual_norm_kernel(
 
     branch = tl.load(y + batch * y_batch + far * y_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(x + batch * x_batch + far * x_token + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if y_bias is not None:
+        branch = branch + load_columns(y_bias, columns, inside)
     if y_weight is not None:
         branch = normalize(branch, mask, WIDTH, eps, "rms") * load_columns(y_weight, columns, inside)
     if gate is not None:
@@ -91,7 +99,10 @@ def _residual_norm_kernel(
     if add is not None:
         stream = stream + load_columns(add + batch * add_batch, columns, inside)
     first = batch * tokens
-    store_rows(h, h, first, rows, columns, stream, mask, tokens, WIDTH, 0.0)
+    kept = stream
+    if after is not None:
+        kept = stream + load_columns(after, columns, inside)
+    store_rows(h, h, first, rows, columns, kept, mask, tokens, WIDTH, 0.0)
 
     normed = normalize(stream, mask, WIDTH, eps, KIND)
     if weight is not None:
@@ -110,8 +121,10 @@ def _residual_norm_kernel(
 def _launch(
     x: torch.Tensor,
     y: torch.Tensor,
+    y_bias: torch.Tensor | None,
     y_weight: torch.Tensor | None,
     add: torch.Tensor | None,
+    after: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -128,7 +141,7 @@ def _launch(
     made = [*rows_like(x, None), *rows_like(x, quantize)]
     rows, block, warps = tile(width)
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
-        x, y, y_weight, add, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
+        x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
         made[0], made[1], made[-1], tokens, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
         0 if add is None else add.stride(0), *strides_of(gate, scale, shift), eps,
         WIDTH=width, KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
@@ -144,8 +157,10 @@ def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor,
     *,
+    y_bias: torch.Tensor | None = None,
     y_weight: torch.Tensor | None = None,
     add: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
     gate: Vector = None,
     scale: Vector = None,
     shift: Vector = None,
@@ -155,22 +170,23 @@ def residual_norm(
     kind: Literal["layer", "rms"] = "layer",
     quantize: Quantize | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
-    """`h = x + gate * y + add` and `(norm(h) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
+    """`h = x + gate * (y + y_bias) + add` and `(norm(h) * weight + bias) * (1 + scale) + shift`; None is left out.
 
     `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D] or all of them [B, S, D] (or a
-    `Sum` of such and [D]), `add` [B, D], `weight` and `bias` [D]. With `y_weight` [D] it is the RMSNorm of y, times
-    that weight, that joins h.
-    Returns h in x's type, and the second in x's type too or as `RowScaled` when `quantize` names a format. Raises
-    ValueError when a shape does not fit, or a last dimension is not contiguous.
+    `Sum` of such and [D]), `add` [B, D], `weight`, `bias` and `y_bias` [D]. With `y_weight` [D] it is the RMSNorm
+    of y, times that weight, that joins h.
+    Returns h in x's type, plus `after` [D] that the norm does not see, and the second in x's type too or as `RowScaled`
+    when `quantize` names a format. Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
     rows, branch = pair_of(x, y)
     check_vectors(
         rows,
         modulation={"gate": gate, "scale": scale, "shift": shift},
-        shared={"y_weight": y_weight, "weight": weight, "bias": bias},
+        shared={"y_bias": y_bias, "y_weight": y_weight, "after": after, "weight": weight, "bias": bias},
     )
     check_vectors(rows, modulation={"add": add})
-    h, *normed = _op(rows, branch, y_weight, add, *terms(gate, scale, shift), weight, bias, eps, kind, quantize)
+    vectors = (y_bias, y_weight, add, after, *terms(gate, scale, shift), weight, bias)
+    h, *normed = _op(rows, branch, *vectors, eps, kind, quantize)
     return h.view(x.shape), shaped(normed, x)
 
 
@@ -184,20 +200,23 @@ def _make(
     sandwich: bool = False,
     each: bool = False,
     added: bool = False,
+    biased: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
     pad: int = 0,
 ) -> dict[str, Any]:
     """Gate, scale and shift with `modulate`, in two terms for `each` token; weight and bias without; all but shift and
-    bias with `sandwich`."""
+    bias with `sandwich`. `biased`: the branch still lacks its bias, and so will what joins h next."""
     vector = (batch, tokens, width) if each else (batch, width)
     gate, scale, shift = (draw(*vector, pad=pad) if modulate else None for _ in range(3))
     bases = [draw(width, dtype=torch.float32) if each else None for _ in range(3)]
     return {
         "x": draw(batch, tokens, width, pad=pad),
         "y": draw(batch, tokens, width, pad=2 * pad),
+        "y_bias": draw(width) if biased else None,
         "y_weight": draw(width) if sandwich else None,
         "add": draw(batch, width, pad=pad) if added else None,
+        "after": draw(width) if biased else None,
         "gate": gate,
         "scale": scale,
         "shift": None if sandwich else shift,
@@ -227,6 +246,8 @@ KERNEL = Kernel(
         Case("add and LayerNorm", {"batch": 2, "tokens": 9, "width": 640, "modulate": False}),
         Case("add and RMSNorm", {"batch": 2, "tokens": 9, "width": 320, "modulate": False, "kind": "rms"}),
         Case("both normalised", {"batch": 2, "tokens": 5, "width": 240, "sandwich": True, "kind": "rms", "pad": 16}),
+        Case("late biases", {"batch": 2, "tokens": 9, "width": 328, "modulate": False, "biased": True}),
+        Case("late biases, both normalised", {"tokens": 5, "width": 240, "sandwich": True, "biased": True}),
         Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
         Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
     ),
@@ -240,6 +261,9 @@ KERNEL = Kernel(
         Case("SDXL 640 b2", {"batch": 2, "tokens": 4096, "width": 640, "modulate": False}),
         Case("SDXL 1280 b2", {"batch": 2, "tokens": 1024, "width": 1280, "modulate": False}),
         Case("SD1.5 320 b2", {"batch": 2, "tokens": 4096, "width": 320, "modulate": False}),
+        Case(
+            "SD1.5 320 b2, late biases", {"batch": 2, "tokens": 4096, "width": 320, "modulate": False, "biased": True}
+        ),
         Case("built-in b2", {"batch": 2, "tokens": 256, "width": 192}),
     ),
 )

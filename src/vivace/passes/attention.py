@@ -13,7 +13,7 @@ from vivace.attention.backend import Backend, within_bounds
 from vivace.attention.cudnn_fp8 import CUDNN_FP8, where_it_wins
 from vivace.attention.ends import Ends, with_exact_ends
 from vivace.attention.guard import guarded
-from vivace.attention.native import RULES
+from vivace.attention.native import RULES, settle_order
 from vivace.attention.route import Route
 from vivace.config import Config, Switch
 from vivace.passes.target import Pass, Target
@@ -72,6 +72,8 @@ def _apply(target: Target) -> None:
         chosen = replace(chosen, attend=with_exact_ends(chosen))
     attend = guarded(chosen) if config.check_nan else chosen.attend
     rules = tuple(rule for rule in RULES if _sm(target.device) == rule.sm)
+    if rules:
+        settle_order(target.device)
     for lane in target.lanes.values():
         lane.attend = attend
         lane.grid = target.family.grid if chosen.asks_where and target.family else None
