@@ -36,6 +36,7 @@ def write_cache(
     config = dataclasses.replace(config, accelerate=None, records=Records(trackers=()))
     accelerator = make_accelerator(config, folder)
     training = make_training(config, accelerator, pipe=pipe)
+    made = made_of(config, device=accelerator.device.type)
     rank, world = accelerator.process_index, accelerator.num_processes
     for number in range(rank, batches, world):
         path = folder / f"{number:08d}.safetensors"
@@ -43,9 +44,9 @@ def write_cache(
         item = training.draw()[1]
         training.done += 1
         if path.exists():
-            check_made(path, made_of(config))
+            check_made(path, made)
         else:
-            _write(item, path, made_of(config))
+            _write(item, path, made)
         if on_batch is not None:
             on_batch(number + 1)
     accelerator.wait_for_everyone()
