@@ -290,11 +290,25 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"data.path is missing; data of kind {config.data.kind} is read from there")
     if any(ratio <= 0 for ratio in config.data.ratios):
         raise InputError(f"data.ratios is {list(config.data.ratios)}; it takes width / height, such as [0.75, 1.0]")
+    if config.data.ratios and config.data.kind == "builtin":
+        raise InputError(
+            "data.ratios is for pictures that lie somewhere; those of kind builtin are squares, leave it out"
+        )
+    if config.method == "consistency":
+        _check_consistency(config)
     if config.conditioners and records.sample_every and records.prompts:
         raise InputError("with conditioners sample grids show the data's first pictures; leave records.prompts out")
     for index, one in enumerate(config.conditioners):
         if (one.join == "argument") != (one.argument is not None):
             raise InputError(f"conditioners[{index}]: join: argument and argument go together")
+
+
+def _check_consistency(config: DistillConfig) -> None:
+    """Refuse what belongs to a rollout, of which consistency distillation has one step."""
+    if config.solver == "multistep":
+        raise InputError("method: consistency takes one solver step, and multistep needs two; leave solver out")
+    if config.discriminator.real == "teacher" and any(stage.adversarial for stage in config.stages):
+        raise InputError("with method: consistency the teacher reaches no picture; set discriminator.real: data")
 
 
 def _check_stage(stage: Stage, *, where: str, modes: bool) -> None:
