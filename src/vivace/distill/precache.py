@@ -40,13 +40,13 @@ def write_cache(
     rank, world = accelerator.process_index, accelerator.num_processes
     for number in range(rank, batches, world):
         path = folder / f"{number:08d}.safetensors"
-        # Drawn also where it is there, so that the others come out as they would have.
-        item = training.draw()[1]
-        training.done += 1
         if path.exists():
             check_made(path, made)
+            # Passed over, so that the others come out as they would have.
+            next(training.supply)
         else:
-            _write(item, path, made)
+            _write(training.draw()[1], path, made)
+        training.done += 1
         if on_batch is not None:
             on_batch(number + 1)
     accelerator.wait_for_everyone()

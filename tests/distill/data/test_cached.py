@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from vivace.distill import Data, Records, train
+from vivace.distill.actors import Actors
 from vivace.distill.data.cached import Cached, made_of, read_item, write_item
 from vivace.distill.precache import write_cache
 from vivace.errors import InputError
@@ -73,6 +75,21 @@ def test_a_cache_of_another_config_is_refused_with_what_differs(config, tmp_path
     # A folder that was moved is the same teacher.
     elsewhere = made_of(config(teacher="/here/sdxl"))
     assert elsewhere == made_of(config(teacher="/there/sdxl"))
+
+
+def test_a_cache_that_was_begun_goes_on_and_computes_nothing_again(config, tmp_path, monkeypatch):
+    write_cache(config(), tmp_path / "whole", batches=3, pipe=FAMILIES["sd3"].tiny())
+    write_cache(config(), tmp_path / "begun", batches=2, pipe=FAMILIES["sd3"].tiny())
+    prepare, prepared = Actors.prepare, []
+    monkeypatch.setattr(
+        Actors, "prepare", lambda self, batch, **kw: prepared.append(batch.captions) or prepare(self, batch, **kw)
+    )
+    assert write_cache(config(), tmp_path / "begun", batches=3, pipe=FAMILIES["sd3"].tiny()) == 3
+    assert len([captions for captions in prepared if captions != ("",)]) == 1  # beside the grey picture that is tried
+    for name in (f"{number:08d}.safetensors" for number in range(3)):
+        begun, whole = (load_file(tmp_path / folder / name) for folder in ("begun", "whole"))
+        assert begun.keys() == whole.keys()
+        assert all(torch.equal(begun[key], whole[key]) for key in whole)
 
 
 def test_buckets_come_out_of_a_cache(config, tmp_path):
