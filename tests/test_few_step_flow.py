@@ -4,7 +4,14 @@ import inspect
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from vivace.families import FAMILIES
 from vivace.few_step_flow import FewStepFlow, few_step_scheduler
@@ -72,6 +79,26 @@ def test_variance_preserving_models_get_lcm():
         for steps, times in ((1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])):
             found.set_timesteps(steps)
             assert found.timesteps.tolist() == times
+
+
+def test_the_noise_is_the_teachers_also_where_its_own_class_has_it_by_default():
+    """PixArt's linear betas are DPM-Solver's defaults, and not LCM's."""
+    for scheduler in (DPMSolverMultistepScheduler(), DDIMScheduler(beta_schedule="squaredcos_cap_v2")):
+        assert torch.equal(few_step_scheduler(scheduler).alphas_cumprod, scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_flow_model_is_one_under_any_solver(solver):
+    found = few_step_scheduler(solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0))
+    assert isinstance(found, FewStepFlow)
+    found.set_timesteps(4)
+    assert found.sigmas.tolist() == pytest.approx([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25, 0)])
+
+
+def test_the_grid_is_the_one_that_students_are_trained_on():
+    found = few_step_scheduler(FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True))
+    found.set_timesteps(4)
+    assert found.sigmas.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
 def test_a_generator_of_the_callers_is_used():

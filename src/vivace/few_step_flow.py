@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # than students are trained on
 
 
 class FewStepFlow(FlowMatchEulerDiscreteScheduler):
@@ -55,11 +59,23 @@ def _generator_of(noise: torch.Tensor) -> torch.Generator:
 def few_step_scheduler(scheduler: Any) -> Any:
     """The few-step scheduler for the noise schedule of `scheduler`: LCM's, or `FewStepFlow` for a flow model."""
     config = scheduler.config
-    if type(scheduler).__name__.startswith("FlowMatch") or isinstance(scheduler, FewStepFlow):
-        return FewStepFlow.from_config(config, stochastic_sampling=True)
+    known = isinstance(scheduler, FewStepFlow) or type(scheduler).__name__.startswith("FlowMatch")
+    if known or config.get("prediction_type") == "flow_prediction":
+        own = {"stochastic_sampling": True, **dict.fromkeys(OTHER_GRIDS, False)}
+        # A solver of another name, run on flow sigmas, calls the shift otherwise.
+        shift = {} if "shift" in config else {"shift": config.get("flow_shift", 1.0)}
+        return FewStepFlow(**{**_shared(config, FewStepFlow), **own, **shift})
     # With every training step as an original step, N steps begin at the same times that a K-step teacher's modes have.
     own = {"original_inference_steps": config["num_train_timesteps"], "clip_sample": False, "thresholding": False}
-    return LCMScheduler.from_config(config, **own)
+    return LCMScheduler(**{**_shared(config, LCMScheduler), **own})
+
+
+def _shared(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
+    """What of a configuration another scheduler takes, by name.
+
+    Stock's `from_config` has the new class's defaults, its noise included, for all that the old one had by default.
+    """
+    return {name: config[name] for name in inspect.signature(scheduler).parameters if name in config}
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:

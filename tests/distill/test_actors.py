@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from vivace import accelerate
 from vivace.config import PRESETS, Config
@@ -86,6 +87,30 @@ def test_a_teacher_that_was_loaded_in_eight_bits_is_refused(config, eight_bits):
     accelerate(pipe, "balanced")
     with pytest.raises(InputError, match=r"no gradient comes to a student; give the model in 16 bit"):
         make_actors(config(accelerate=None), pipe)
+
+
+def test_a_teacher_with_a_lora_beside_its_weights_is_refused(config):
+    """Its student would begin without it, and its result mix the two."""
+    pipe = FAMILIES["sdxl"].tiny()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(InputError, match=r"has a LoRA beside its weights.*pipe\.fuse_lora\(\), pipe\.unload_lora"):
+        make_actors(config(), pipe)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "said"),
+    [
+        (
+            "flux",
+            {"negative": "blurry"},
+            "negative is the prompt of the unguided half, and this teacher's call has none",
+        ),
+        ("sdxl", {"guidance": 3.5}, "guidance is for a student that is told it, and this teacher embeds none"),
+    ],
+)
+def test_what_a_teacher_would_not_hear_is_refused(config, family, fields, said):
+    with pytest.raises(InputError, match=said):
+        make_actors(config(**fields), FAMILIES[family].tiny())
 
 
 def test_sizes_are_the_familys(config):

@@ -32,6 +32,16 @@ def test_old_ones_go_after(tmp_path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+def test_a_later_one_that_is_broken_takes_no_place(tmp_path):
+    """Training went back to the one before it: what it then saves must not count as the older."""
+    write(tmp_path, 5, keep=1)
+    broken = write(tmp_path, 10)
+    (broken / checkpoint.MANIFEST).unlink()
+    assert write(tmp_path, 7, keep=1) == checkpoint.latest(tmp_path)
+    assert write(tmp_path, 10, keep=1) == checkpoint.latest(tmp_path)
+    assert checkpoint.checkpoints(tmp_path) == [broken]
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "missing", "no manifest"])
 def test_a_broken_one_is_left_aside_and_named(tmp_path, caplog, harm):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)

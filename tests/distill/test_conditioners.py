@@ -127,6 +127,7 @@ def test_cross_attended_masks_and_places_grow_too(config, batch, monkeypatch):
         ),
         ({"join": "vector", "source": "pixels"}, "no pooled text of shape"),
         ({"join": "vector", "source": "embedding"}, "has no image encoder"),
+        ({"join": "argument", "argument": "imgae", "source": "pixels"}, "call has no argument imgae; the nearest are"),
     ],
 )
 def test_what_cannot_join_is_said(config, conditioner, said):

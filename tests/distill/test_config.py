@@ -66,6 +66,16 @@ def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
         ({"size": (0, 64)}, "size is"),
         ({"distance": "lpips"}, "lpips_weights go together"),
         ({"data": Data(kind="shards")}, r"data\.path is missing"),
+        ({"data": Data(kind="builtin", ratios=(0.5, 1.0))}, r"data\.ratios is for pictures that lie somewhere"),
+        ({"method": "consistency", "solver": "multistep"}, "method: consistency takes one solver step"),
+        (
+            {
+                "method": "consistency",
+                "stages": (Stage(batches=1, adversarial=0.1),),
+                "discriminator": Discriminator(real="teacher"),
+            },
+            r"the teacher reaches no picture; set discriminator\.real: data",
+        ),
         ({"data": Data(kind="builtin", ratios=(0.0,))}, r"data\.ratios is \[0\.0\]"),
     ],
 )

@@ -3,10 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 from PIL import Image
 
 from vivace.distill import Conditioner, Records, train
-from vivace.distill.grid import draw_conditioned, draw_grid, first_item
+from vivace.distill.call import pack, quiet_of, unpack
+from vivace.distill.grid import draw_conditioned, draw_grid, first_item, sampling
+from vivace.distill.objective import Start
 from vivace.families import FAMILIES
 
 RECORDS = Records(trackers=(), prompts=("a red ring", "a blue star"), steps=(4, 1))
@@ -26,6 +29,22 @@ def test_a_row_for_each_number_of_steps(actors_of, backbone):
     assert len(calls) == 4 + 1
     assert len(set(sheet.tobytes())) > 10  # neither black nor NaN
     assert all(pipe.components[name] is part for name, part in before.items())
+
+
+@pytest.mark.parametrize("backbone", ["builtin", "sd15", "sdxl", "pixart", "sd3", "flux"])
+def test_one_step_of_the_stock_pipeline_is_what_training_predicts(actors_of, batch, backbone):
+    actors = actors_of(backbone)
+    item, view = actors.prepare(batch), actors.objective.view
+    noise = torch.randn(item.z.shape, generator=torch.Generator().manual_seed(5))
+    levels = view.levels.grid(1, tokens=actors.objective.tokens(item.z))
+    packed, guidance = item.call.packed, 1.0 if item.call.halves else 3.0
+    call = {"num_inference_steps": 1, "guidance_scale": guidance, "height": 64, "width": 64, "output_type": "latent"}
+    quiet, slot = quiet_of(actors.pipe), actors.family.denoisers[0]
+    with torch.no_grad(), sampling(actors.pipe, actors.student, slot=slot) as pipe:
+        expected = actors.objective.predict(actors.student, Start(noise, levels, guidance), item)
+        found = pipe(list(batch.captions), latents=pack(noise) if packed else noise, **call, **quiet).images
+    found = unpack(found, height=8, width=8) if packed else found
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("backbone", ["sd15-inpaint", "sdxl-adapter", "sdxl-upscale", "sd3"])

@@ -7,7 +7,8 @@ import pytest
 from vivace.config import PRESETS, Config
 from vivace.distill import Stage, Student
 from vivace.distill import plan as plans
-from vivace.distill.plan import make_plan, teacher_calls
+from vivace.distill.objective import Objective
+from vivace.distill.plan import make_plan, student_calls, teacher_calls
 from vivace.families import FAMILIES
 
 
@@ -18,6 +19,26 @@ def test_teacher_calls(config):
     assert teacher_calls(config(timesteps="uniform"), stage) == pytest.approx(2.5)
     assert teacher_calls(config(method="consistency"), stage) == 1
     assert teacher_calls(config(), replace(stage, distillation=0.0, matching=1.0)) == 0
+
+
+def test_student_calls(config):
+    stage = Stage(batches=1, steps=4, simulated=0.5)
+    # no call before index 0, then 1, 2 and 3
+    assert student_calls(config(), stage) == pytest.approx(0.5 * 1.5)
+    assert student_calls(config(), replace(stage, modes=(0, 0, 0, 1.0))) == pytest.approx(0.5 * 2.88, abs=0.01)
+    assert student_calls(config(), replace(stage, simulated=0.0)) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_plan_takes_the_same_share_of_simulated_starts_whatever_is_drawn(config, tmp_path, monkeypatch, seed):
+    """One batch would have none of the student's calls, or all that can be."""
+    seen, simulated = [], Objective.simulated
+    monkeypatch.setattr(
+        Objective, "simulated", lambda self, *a, **kw: seen.append(len(a[1])) or simulated(self, *a, **kw)
+    )
+    stage = Stage(batches=1, steps=4, guidance=(2.0, 4.0), simulated=0.5)
+    make_plan(config(tmp_path / "out", stages=(stage,), seed=seed), pipe=FAMILIES["sd3"].tiny())
+    assert seen == [3, 3]  # levels of one step: while warming up, and measured
 
 
 def test_a_plan_measures_every_stage_and_writes_nothing(config, tmp_path):

@@ -129,6 +129,16 @@ def test_what_no_weight_depends_on_may_differ(config):
     assert differences(one.to_dict(), wider.to_dict()) == ["student.rank: 4 -> 8"]
 
 
+def test_of_stages_only_what_differs_is_said(config):
+    one = config()
+    first, last = one.stages
+    other = config(stages=(first, dataclasses.replace(last, matching=0.25, guidance=(2.0, 5.0))))
+    said = ["stages[1].guidance: [2.0, 4.0] -> [2.0, 5.0]", "stages[1].matching: 0.5 -> 0.25"]
+    assert differences(one.to_dict(), other.to_dict()) == said
+    (whole,) = differences(one.to_dict(), config(stages=(first,)).to_dict())
+    assert whole == "stages: 2 of them -> 1"
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(config, tmp_path, monkeypatch):
     from vivace.distill import losses
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vivace.accelerate import accelerate
@@ -83,7 +84,7 @@ def make_actors(config: DistillConfig, pipe: Any) -> Actors:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    _check_precision(teacher)
+    _check_weights(teacher)
     quantises = config.accelerate is not None and resolve(config.accelerate).quant != "off"
     # Before the teacher is accelerated: the modules that gradients go through stay stock.
     make = partial(make_student, teacher, seed=config.seed, apart=quantises)
@@ -180,6 +181,10 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
     asked = [stage.guidance for stage in config.stages if max(stage.guidance) > 1]
     if asked and not guided:
         raise InputError(f"the teacher has no guidance in its call, and stages ask for {list(asked[0])}; give [1, 1]")
+    if config.negative is not None and not call.halves:
+        raise InputError("negative is the prompt of the unguided half, and this teacher's call has none; leave it out")
+    if config.guidance is not None and call.kwargs.get("guidance") is None:
+        raise InputError("guidance is for a student that is told it, and this teacher embeds none; leave it out")
     given = item.z.shape[1] * (4 if call.packed else 1)
     given += 0 if call.beside is None else call.beside.shape[2 if call.packed else 1]
     if given != teacher.config.in_channels:
@@ -188,8 +193,15 @@ def _check_item(config: DistillConfig, item: Item, teacher: Any) -> None:
         )
 
 
-def _check_precision(teacher: nn.Module) -> None:
-    """Raise InputError for a denoiser in few bits: its student would be too, and rounding has no gradient."""
+def _check_weights(teacher: nn.Module) -> None:
+    """Raise InputError for a denoiser in few bits: its student would be too, and rounding has no gradient; and for one
+    with LoRA beside its weights: a student's own would take its place.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in teacher.modules()):
+        raise InputError(
+            "the teacher has a LoRA beside its weights, which its student would lose; merge it first: "
+            "pipe.fuse_lora(), pipe.unload_lora_weights()"
+        )
     if any(isinstance(module, QuantLinear) for module in teacher.modules()):
         raise InputError(
             "the teacher was loaded in few bits, through which no gradient comes to a student; "

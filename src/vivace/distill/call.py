@@ -5,6 +5,7 @@ So nothing here knows how a family embeds text, sizes or guidance: its own pipel
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,11 @@ class Recorder:
 
         Raises InputError where the pipeline refuses.
         """
+        for name in inputs:
+            # Some calls have **kwargs, in which a wrong name would be lost.
+            if name not in self.accepts:
+                near = ", ".join(difflib.get_close_matches(name, self.accepts, n=3, cutoff=0.0))
+                raise InputError(f"a {type(self.pipe).__name__}'s call has no argument {name}; the nearest are {near}")
         wanted = {
             "prompt": list(prompts),
             "width": size[0],

@@ -60,7 +60,8 @@ def save(
         raise InputError(
             f"checkpoint {number} cannot be written ({error}); {left}; make room and start again"
         ) from error
-    for old in checkpoints(folder)[:-keep]:
+    # A later one is there only where it is broken, and stands for none that is to be kept.
+    for old in [path for path in checkpoints(folder) if path.name <= target.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

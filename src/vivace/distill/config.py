@@ -286,15 +286,33 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"records.steps is {list(records.steps)}; it takes numbers of steps, such as [4]")
     if (config.distance == "lpips") != (config.lpips_weights is not None):
         raise InputError("distance: lpips and lpips_weights go together; without a file use distance: features")
-    if config.data.kind != "builtin" and not config.data.path:
-        raise InputError(f"data.path is missing; data of kind {config.data.kind} is read from there")
-    if any(ratio <= 0 for ratio in config.data.ratios):
-        raise InputError(f"data.ratios is {list(config.data.ratios)}; it takes width / height, such as [0.75, 1.0]")
+    _check_data(config.data)
+    if config.method == "consistency":
+        _check_consistency(config)
     if config.conditioners and records.sample_every and records.prompts:
         raise InputError("with conditioners sample grids show the data's first pictures; leave records.prompts out")
     for index, one in enumerate(config.conditioners):
         if (one.join == "argument") != (one.argument is not None):
             raise InputError(f"conditioners[{index}]: join: argument and argument go together")
+
+
+def _check_data(data: Data) -> None:
+    if data.kind != "builtin" and not data.path:
+        raise InputError(f"data.path is missing; data of kind {data.kind} is read from there")
+    if any(ratio <= 0 for ratio in data.ratios):
+        raise InputError(f"data.ratios is {list(data.ratios)}; it takes width / height, such as [0.75, 1.0]")
+    if data.ratios and data.kind == "builtin":
+        raise InputError(
+            "data.ratios is for pictures that lie somewhere; those of kind builtin are squares, leave it out"
+        )
+
+
+def _check_consistency(config: DistillConfig) -> None:
+    """Refuse what belongs to a rollout, of which consistency distillation has one step."""
+    if config.solver == "multistep":
+        raise InputError("method: consistency takes one solver step, and multistep needs two; leave solver out")
+    if config.discriminator.real == "teacher" and any(stage.adversarial for stage in config.stages):
+        raise InputError("with method: consistency the teacher reaches no picture; set discriminator.real: data")
 
 
 def _check_stage(stage: Stage, *, where: str, modes: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from vivace.distill.config import DistillConfig, Stage
 from vivace.distill.objective import Start
-from vivace.distill.stages import mixture
+from vivace.distill.stages import mixture, steps_before
 from vivace.distill.student import trainable
 from vivace.distill.trainer import make_accelerator, make_training
 from vivace.distill.training import Training
@@ -87,14 +87,21 @@ def teacher_calls(config: DistillConfig, stage: Stage) -> float:
     return float((odds * (stage.steps - torch.arange(stage.steps))).sum())
 
 
+def student_calls(config: DistillConfig, stage: Stage) -> float:
+    """How often the student is expected to be called for one batch's simulated start."""
+    odds = mixture(stage, kind=config.timesteps).tolist()
+    return stage.simulated * sum(share * len(steps_before(stage, index)) for index, share in enumerate(odds))
+
+
 def _measure(training: Training, stage: Stage, *, repeats: int, parts: float) -> StagePlan:
     """A stage with batches `parts` times as large as the training's own."""
     warm_up = WARM_UP if training.config.student.compile and training.accelerator.device.type == "cuda" else 1
     for _ in range(warm_up):
         _batch(training, stage)
     runs = [_batch(training, stage) for _ in range(repeats)]
-    rollout, rest, step = (sum(seconds) / repeats for seconds in zip(*runs, strict=True))
+    rollout, simulating, rest, step = (sum(seconds) / repeats for seconds in zip(*runs, strict=True))
     accumulate, expected = training.config.optimizer.accumulate, teacher_calls(training.config, stage)
+    rest += student_calls(training.config, stage) * simulating
     total = accumulate * parts * (expected * rollout + rest) + step
     pictures = training.config.batch * parts * accumulate * training.accelerator.num_processes
     return StagePlan(
@@ -107,12 +114,21 @@ def _measure(training: Training, stage: Stage, *, repeats: int, parts: float) ->
     )
 
 
-def _batch(training: Training, stage: Stage) -> tuple[float, float, float]:
-    """Seconds of one teacher call of the rollout, of all else in a batch, and of the optimizers' step."""
+def _batch(training: Training, stage: Stage) -> tuple[float, float, float, float]:
+    """Seconds of one teacher call of the rollout, of one student call of a simulated start, of all else in a batch, and
+    of the optimizers' step.
+    """
     drawing, (generator, item) = _timed(training, training.draw)
     student = training.cast(training.plain)
     begin = partial(training.objective.start, choices=training.choices())
-    starting, start = _timed(training, lambda: begin(item, stage, student, generator))
+    plain = replace(stage, simulated=0.0)
+    starting, start = _timed(training, lambda: begin(item, plain, student, generator))
+    simulating = 0.0
+    if stage.simulated:
+        # One step, from the start's level to itself.
+        levels = start.grid[[0, 0, -1]]
+        simulate = partial(training.objective.simulated, item, levels, start.guidance, student)
+        simulating, _ = _timed(training, lambda: simulate(generator))
     # Every step of the solver takes as long as the next: two of them tell, as those between the exact ends are.
     start = replace(start, grid=start.grid[: MEASURED + 1], ends=Start.ends)
     rollout, target = _timed(training, lambda: training.target(item, start, stage))
@@ -121,7 +137,7 @@ def _batch(training: Training, stage: Stage) -> tuple[float, float, float]:
     # The first step makes AdamW's moments, which the most that is allocated has to hold.
     stepping, _ = _timed(training, lambda: training.step(stage))
     training.forget()
-    return rollout / calls, drawing + starting + updating, stepping
+    return rollout / calls, simulating, drawing + starting + updating, stepping
 
 
 def _timed(training: Training, work: Callable[[], Any]) -> tuple[float, Any]:

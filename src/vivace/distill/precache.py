@@ -36,16 +36,17 @@ def write_cache(
     config = dataclasses.replace(config, accelerate=None, records=Records(trackers=()))
     accelerator = make_accelerator(config, folder)
     training = make_training(config, accelerator, pipe=pipe)
+    made = made_of(config, device=accelerator.device.type)
     rank, world = accelerator.process_index, accelerator.num_processes
     for number in range(rank, batches, world):
         path = folder / f"{number:08d}.safetensors"
-        # Drawn also where it is there, so that the others come out as they would have.
-        item = training.draw()[1]
-        training.done += 1
         if path.exists():
-            check_made(path, made_of(config))
+            check_made(path, made)
+            # Passed over, so that the others come out as they would have.
+            next(training.supply)
         else:
-            _write(item, path, made_of(config))
+            _write(training.draw()[1], path, made)
+        training.done += 1
         if on_batch is not None:
             on_batch(number + 1)
     accelerator.wait_for_everyone()

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 # What may change between a run and its resumption, because no weight depends on it.
 FREE = {
     "": frozenset({"output", "records"}),
-    "data.": frozenset({"workers", "cache"}),
-    "student.": frozenset({"gradient_checkpointing"}),
+    "data": frozenset({"workers", "cache"}),
+    "student": frozenset({"gradient_checkpointing"}),
 }
 
 
@@ -254,17 +254,19 @@ def _resume(training: Training, path: Path) -> None:
     logger.info("resumed from %s", path)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str = "") -> list[str]:
+def differences(before: Any, now: Any, *, where: str = "") -> list[str]:
     """What of two configs differs, as `key: before -> now`, less what may change."""
-    free = FREE.get(where, frozenset())
-    found = []
-    for name in sorted({*before, *now} - free):
-        one, other = before.get(name), now.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += differences(one, other, where=f"{where}{name}.")
-        elif one != other:
-            found.append(f"{where}{name}: {one} -> {other}")
-    return found
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        dot, free = where and f"{where}.", FREE.get(where, frozenset())
+        names = sorted({*before, *now} - free)
+        return [said for name in names for said in differences(before.get(name), now.get(name), where=f"{dot}{name}")]
+    lists = isinstance(before, list) and isinstance(now, list)
+    if lists and any(isinstance(one, Mapping) for one in (*before, *now)):
+        if len(before) != len(now):
+            return [f"{where}: {len(before)} of them -> {len(now)}"]
+        pairs = enumerate(zip(before, now, strict=True))
+        return [said for index, pair in pairs for said in differences(*pair, where=f"{where}[{index}]")]
+    return [] if before == now else [f"{where}: {before} -> {now}"]
 
 
 def _draw(training: Training, path: Path) -> None:

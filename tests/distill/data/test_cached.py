@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from vivace.distill import Data, Records, train
+from vivace.distill.actors import Actors
 from vivace.distill.data.cached import Cached, made_of, read_item, write_item
 from vivace.distill.precache import write_cache
 from vivace.errors import InputError
@@ -63,6 +66,7 @@ def test_a_cache_of_another_config_is_refused_with_what_differs(config, tmp_path
         ({"size": (128, 128)}, r"size: \[64, 64\] -> \[128, 128\]; put it back, or write it again elsewhere"),
         ({"teacher": "models/sdxl"}, "teacher: builtin -> sdxl"),
         ({"negative": "blurry"}, "negative: None -> blurry"),
+        ({"precision": "bfloat16"}, "precision: float32 -> bfloat16"),
     ):
         with pytest.raises(InputError, match=f"00000000.safetensors was written with another config: {said}"):
             train(config(tmp_path / "run", data=data, **fields), pipe=FAMILIES["sd3"].tiny())
@@ -71,6 +75,36 @@ def test_a_cache_of_another_config_is_refused_with_what_differs(config, tmp_path
     # A folder that was moved is the same teacher.
     elsewhere = made_of(config(teacher="/here/sdxl"))
     assert elsewhere == made_of(config(teacher="/there/sdxl"))
+
+
+def test_a_cache_that_was_begun_goes_on_and_computes_nothing_again(config, tmp_path, monkeypatch):
+    write_cache(config(), tmp_path / "whole", batches=3, pipe=FAMILIES["sd3"].tiny())
+    write_cache(config(), tmp_path / "begun", batches=2, pipe=FAMILIES["sd3"].tiny())
+    prepare, prepared = Actors.prepare, []
+    monkeypatch.setattr(
+        Actors, "prepare", lambda self, batch, **kw: prepared.append(batch.captions) or prepare(self, batch, **kw)
+    )
+    assert write_cache(config(), tmp_path / "begun", batches=3, pipe=FAMILIES["sd3"].tiny()) == 3
+    assert len([captions for captions in prepared if captions != ("",)]) == 1  # beside the grey picture that is tried
+    for name in (f"{number:08d}.safetensors" for number in range(3)):
+        begun, whole = (load_file(tmp_path / folder / name) for folder in ("begun", "whole"))
+        assert begun.keys() == whole.keys()
+        assert all(torch.equal(begun[key], whole[key]) for key in whole)
+
+
+def test_buckets_come_out_of_a_cache(config, tmp_path):
+    """The discriminator is as deep as the smallest of them allows, which is not `size`."""
+    for index in range(4):
+        Image.new("RGB", (256, 64), "red").save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("red")
+    folder = Data(kind="folder", path=str(tmp_path), ratios=(1.0, 4.0))
+    own = config(tmp_path / "run", data=folder, size=(256, 256))
+    write_cache(own, tmp_path / "cache", batches=2, pipe=FAMILIES["sdxl"].tiny())
+    cached = dataclasses.replace(folder, kind="cached", path=str(tmp_path / "cache"))
+    assert train(dataclasses.replace(own, data=cached), pipe=FAMILIES["sdxl"].tiny()).losses["discriminator"] > 0
+    squares = dataclasses.replace(cached, ratios=())
+    with pytest.raises(InputError, match=r"data\.ratios: \[1\.0, 4\.0\] -> \[\]; put it back"):
+        train(dataclasses.replace(own, data=squares, output="other"), pipe=FAMILIES["sdxl"].tiny())
 
 
 def test_what_cannot_be_written_is_said_and_the_rest_stays(config, tmp_path):

@@ -145,6 +145,33 @@ def test_a_shard_that_is_cut_gives_what_it_has(tmp_path, blocks, whole):
     assert source.problem(str(path)) == (None if blocks == 4 else "a shard that is cut short")
 
 
+@pytest.mark.parametrize("size", [-512, -1, 8 << 40])
+def test_a_size_that_cannot_be_is_not_believed(tmp_path, size):
+    path = write(tmp_path / "a.tar", ["x.txt"])
+    header = bytearray(tarfile.TarInfo("y.txt").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (
+        b"\xff" + size.to_bytes(11, "big", signed=True) if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    )
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(path.read_bytes()[:1024] + header + b"abc".ljust(512, b"\0"))
+    source = Shards(str(path), cache=tmp_path)
+    first, *rest = source.places(str(path))
+    assert source.problem(str(path)) == "a shard that is cut short"
+    assert source.read(first) == {"txt": b"abc"}
+    assert len(rest) == (size > 0)
+    for place in rest:
+        with pytest.raises(Refused, match="a file that is cut short"):
+            source.read(place)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    source = Shards("http://127.0.0.1:1/0.tar", cache=tmp_path / "file")
+    with pytest.raises(InputError, match=r"file cannot be made a folder for shards \(File exists\); set data\.cache"):
+        source.places("http://127.0.0.1:1/0.tar")
+
+
 def test_a_header_that_is_broken_is_not_taken_for_the_end(tmp_path):
     path = write(tmp_path / "a.tar", ["x.txt", "y.txt", "z.txt"])
     raw = bytearray(path.read_bytes())

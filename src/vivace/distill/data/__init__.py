@@ -69,7 +69,7 @@ def supply_of(
     if data.kind == "cached":
         from vivace.distill.data.cached import Cached, made_of
 
-        made = made_of(config)
+        made = made_of(config, device=device.partition(":")[0])
         return Cached(
             data.path or "", batch=config.batch, seed=config.seed, rank=rank, world=world, device=device, made=made
         )
@@ -86,6 +86,6 @@ def sizes_of(config: DistillConfig, *, multiple: int) -> list[tuple[int, int]]:
     """Every width and height in pixels that batches of the config's data can have."""
     from vivace.distill.data.sample import bucket_sizes
 
-    if config.data.kind in ("shards", "folder") and config.data.ratios:
+    if config.data.ratios:
         return bucket_sizes(config.size, config.data.ratios, multiple=multiple)
     return [config.size]

@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from vivace.distill.config import DistillConfig
 
 FIELDS = ("sample", "halves", "time_scale", "packed")
-
-
 MADE_OF = ("teacher", "pipeline", "control", "conditioners", "size", "negative")
 
 
-def made_of(config: DistillConfig) -> dict[str, Any]:
-    """What of a config an item depends on, beside the data; of folders their names, which may lie elsewhere later."""
-    values = {name: value for name, value in config.to_dict().items() if name in MADE_OF}
-    return {
-        name: Path(value).name if name in ("teacher", "control") and value else value for name, value in values.items()
-    }
+def made_of(config: DistillConfig, *, device: str = "cpu") -> dict[str, Any]:
+    """What of a config, on a kind of device, an item depends on, beside the pictures themselves.
+
+    Of folders their names, which may lie elsewhere later.
+    """
+    values = config.to_dict()
+    found = {name: values[name] for name in MADE_OF}
+    found |= {name: Path(found[name]).name for name in ("teacher", "control") if found[name]}
+    return {**found, "data.ratios": values["data"]["ratios"], "precision": config.computes_in(device)}
 
 
 def write_item(item: Item, path: Path, *, made: Mapping[str, Any] | None = None) -> None:

@@ -60,11 +60,13 @@ class Shards:
         members = self._index(place.shard).get(place.name, {})
         try:
             with self.path(place.shard).open("rb") as file:
+                # What a header says is believed only as far as there is a file.
+                end = os.fstat(file.fileno()).st_size
+                if any(offset + length > end for offset, length in members.values()):
+                    raise Refused("a file that is cut short", broken=True)
                 found = {extension: _slice(file.fileno(), *span) for extension, span in members.items()}
         except OSError as error:
             raise Refused("a shard that cannot be read", broken=True) from error
-        if any(len(found[extension]) < length for extension, (_, length) in members.items()):
-            raise Refused("a file that is cut short", broken=True)
         return found
 
     def path(self, shard: str) -> Path:
@@ -73,7 +75,12 @@ class Shards:
             return Path(shard)
         target = self.cache / quote(shard, safe="")
         if not target.exists():
-            self.cache.mkdir(parents=True, exist_ok=True)
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"{self.cache} cannot be made a folder for shards ({error.strerror}); set data.cache to another one"
+                ) from error
             _fetch(shard, target)
         return target
 
@@ -85,6 +92,8 @@ class Shards:
             # Uncompressed only: a sample is read from its place in the file.
             with tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
+                    if member.size < 0 or tar.offset <= member.offset:
+                        raise tarfile.ReadError("a size below 0, which would lead back for ever")
                     folder, _, file = member.name.rpartition("/")
                     name, dot, extension = file.partition(".")
                     if member.isreg() and dot:
