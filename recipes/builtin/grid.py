@@ -40,7 +40,9 @@ def draw(folder: Path, *, to: Path, device: str | None = None, side: int = 8) ->
     pictures = sample(pipe, exam.captions, seed=SEED, batch=side, **call).pictures
     readings = read(load_reader(folder / "reader.safetensors"), pictures)
     to.mkdir(exist_ok=True)
-    sheet(pictures, side=side).save(to / "grid.png", optimize=True)
+    # To four levels of 255, which nobody sees and which halves the file.
+    whole = sheet(pictures, side=side).point(lambda level: min(255, (level + 2) // 4 * 4))
+    whole.save(to / "grid.png", optimize=True)
     rows = [
         {"seed": SEED + place, "caption": caption, "reader": judge(reading, said)["right"]}
         for place, (caption, reading, said) in enumerate(zip(exam.captions, readings, exam.said, strict=True))
