@@ -53,7 +53,7 @@ def main() -> None:
     table = [beside_exact(row, exact) for row in rows]
     seen = {"times": errors.times, "gain": errors.gain, "effect": errors.effect, "products": errors.products.tolist()}
     said = f" --solver {solver}" if solver else ""
-    file = bench.write(table, name="plans", out=given.out, asked=said, observed=seen)
+    file = bench.write(table, name="plans", out=given.out, asked=said, of=solver or "", observed=seen)
     for row in table:
         low, high = row["difference_interval"]
         print(f"{row['name']}: {row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), {row['psnr']:.1f} dB, "

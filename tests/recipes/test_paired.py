@@ -69,6 +69,21 @@ def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
     assert list(kept.kept()) == rows[:2]
 
 
+def test_where_speed_drifts_a_row_is_held_against_exact_of_its_own_minutes(recipe, tmp_path, monkeypatch):
+    paired = recipe("paired")
+    monkeypatch.setattr(paired, "STEPS", 4)
+    given = paired.options(None, name="drift").parse_args(
+        ["--captions", "3", "--batch", "2", "--device", "cpu", "--state", str(tmp_path / "rows.jsonl")]
+    )
+    bench = paired.Bench(given)
+    exact = bench.measure("exact", bench.ours(), role="exact", steps=4)
+    fewer = bench.measure("fewer", bench.ours(), role="control", steps=1)
+    assert exact["exact_seconds"] == exact["seconds"]
+    assert fewer["exact_seconds"] not in (exact["seconds"], fewer["seconds"])
+    assert fewer["exact_seconds"] > fewer["seconds"]
+    assert acceleration_of(bench.pipe) is None
+
+
 def test_every_way_is_a_configuration_that_is_made_or_refused_for_this_device(recipe):
     """Each as its presets have it, and the pipeline is stock again behind it."""
     bits, bench = recipe("bits"), object.__new__(recipe("paired").Bench)
