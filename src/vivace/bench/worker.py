@@ -106,9 +106,12 @@ def _scope(contestant: Contestant, workload: Workload) -> Any:
 def _report(contestant: Contestant, subject: Any) -> dict[str, Any] | None:
     if not contestant.ours:
         return None
+    from vivace.quant.layers import condensed
     from vivace.report import report
 
-    return report(subject).to_dict()
+    told = report(subject)
+    # A line a kind of layer: there are hundreds of each.
+    return {**told.to_dict(), "layers": {name: condensed(layers) for name, layers in told.layers.items()}}
 
 
 def _rate(contestant: Contestant, report: Mapping[str, Any] | None) -> str | None:
