@@ -23,6 +23,7 @@ from vivace.fused.cross_blocks import CrossBlock, sums
 from vivace.fused.elementwise import Elementwise
 from vivace.fused.joint import chained
 from vivace.fused.parts import Parts
+from vivace.fused.patches import places_of, tokens_of
 from vivace.fused.unet_blocks import SelfAttention, odd_attention
 
 PLAIN: Mapping[str, Any] = {
@@ -79,6 +80,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
         epilogue=partial(_epilogue, denoiser, parts.elementwise),
         once=partial(_prompt, denoiser),
         once_inputs=("encoder_hidden_states", "encoder_attention_mask"),
+        once_shapes=("hidden_states",),
     )
 
 
@@ -123,7 +125,8 @@ class TextAttention:
 def _prompt(
     denoiser: Any,
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
-    encoder_attention_mask: torch.Tensor | None = None,  # [B, T], 1 for what counts
+    encoder_attention_mask: torch.Tensor | None,  # [B, T], 1 for what counts
+    hidden_states: torch.Tensor,  # [B, C, H, W]
 ) -> Mapping[str, Any]:
     """What holds for all steps of a prompt: each block's keys and values. Waits for the device once, for a mask."""
     text, mask = encoder_hidden_states, encoder_attention_mask
@@ -136,7 +139,11 @@ def _prompt(
         text = text.take_along_dim(order[..., None], dim=1)[:, : max(counts)]
     if denoiser.caption_projection is not None:
         text = denoiser.caption_projection(text)
-    return {"text": tuple(_pair(block.attn2, text) for block in denoiser.transformer_blocks), "counts": counts}
+    return {
+        "text": tuple(_pair(block.attn2, text) for block in denoiser.transformer_blocks),
+        "counts": counts,
+        "places": places_of(denoiser.pos_embed, hidden_states),
+    }
 
 
 def _pair(attention: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,17 +172,17 @@ def _prologue(
 ) -> State:
     if denoiser.use_additional_conditions and added_cond_kwargs is None:
         raise InputError("this PixArt embeds size and aspect ratio; pass added_cond_kwargs (resolution, aspect_ratio)")
-    x, batch, patch = denoiser.pos_embed(hidden_states), len(hidden_states), denoiser.config.patch_size
+    x, batch = tokens_of(denoiser.pos_embed, hidden_states, once["places"]), len(hidden_states)
     vectors, time = denoiser.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
     context = {
         "modulation": vectors.unflatten(-1, (6, -1)).unbind(-2),
         "time": time,
         "text": once["text"],
         "groups": _groups(once["counts"], batch),
-        "grid": tuple(side // patch for side in hidden_states.shape[-2:]),
+        "grid": tuple(side // denoiser.config.patch_size for side in hidden_states.shape[-2:]),
         "return_dict": return_dict,
     }
-    return State(x=x.contiguous(), context=context)
+    return State(x=x, context=context)
 
 
 def _epilogue(denoiser: Any, elementwise: Elementwise, state: State) -> Any:

@@ -25,6 +25,7 @@ from vivace.fused.heads import Heads, Tokens, heads_for
 from vivace.fused.joint import JointBlock, Mlp, chained, signal, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
+from vivace.fused.patches import places_of, tokens_of
 from vivace.fused.stack import Stack
 
 
@@ -82,7 +83,9 @@ def build(denoiser: Any, parts: Parts) -> Split:
     )
     blocks = tuple(replace(one, forward=partial(_skippable, one.forward, i)) for i, one in enumerate(joint))
 
-    def once(encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor) -> Mapping[str, Any]:
+    def once(
+        encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, hidden_states: torch.Tensor
+    ) -> Mapping[str, Any]:
         # On GPUs attention takes its fastest kernels only without a bias.
         folded = fold_zero_tokens(encoder_hidden_states, repeat=parts.elementwise is not TORCH)
         return {
@@ -90,6 +93,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
             "bias": folded.bias,
             "repeats": folded.repeats,
             "pooled": denoiser.time_text_embed.text_embedder(pooled_projections),
+            "places": places_of(denoiser.pos_embed, hidden_states),
         }
 
     return Split(
@@ -98,6 +102,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
         epilogue=_epilogue(denoiser, modulation.spans["out"], parts.elementwise),
         once=once,
         once_inputs=("encoder_hidden_states", "pooled_projections"),
+        once_shapes=("hidden_states",),
         ready=modulation.ready,
         signal=partial(signal, modulation.spans["0.image"], parts),
     )
@@ -117,7 +122,7 @@ def _prologue(denoiser: Any) -> Callable[..., State]:
         height, width = hidden_states.shape[-2:]
         embed = denoiser.time_text_embed
         embedding = embed.timestep_embedder(embed.time_proj(timestep).to(once["pooled"].dtype)) + once["pooled"]
-        x = denoiser.pos_embed(hidden_states).contiguous()
+        x = tokens_of(denoiser.pos_embed, hidden_states, once["places"])
         context = {
             "embedding": F.silu(embedding),
             "modulation": (),
