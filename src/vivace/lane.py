@@ -149,11 +149,17 @@ class Lane:
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
         with self._lock:
-            self._split_undo.close()
+            # First: each weight's shared memory goes as soon as the weight has its own again.
             self._watch = self.split = None
+            self._split_undo.close()
             self.run.clear()
             if self.cache is not None:
                 self.cache.release()
+
+    def outdate(self) -> None:
+        """Have the next call build again. Waits for nobody: whoever holds the adapters' lock may say so."""
+        self._watch = None
+        self.run.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward: its arguments, its result."""
@@ -254,11 +260,11 @@ class Lane:
                 if self.adapters is not None:
                     # A layer may have come in by no method of the denoiser's.
                     self.adapters.lift()
-                self._build()
             if self.adapters is not None:
                 self.adapters.settle(strength_in(kwargs))
             if self._watch is None:
-                # What was settled has let go of it.
+                # Also where what was settled has let go of it.
+                self.release()
                 self._build()
 
     def _check(self, spared: Sequence[torch.nn.Module] = ()) -> None:

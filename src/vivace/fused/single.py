@@ -15,9 +15,10 @@ from vivace.fused.heads import Heads, attend_alone, heads_for
 from vivace.fused.joint import Ahead, ahead_for, clipped
 from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack, takes
+from vivace.fused.stack import Stack, asks, filled, takes
 from vivace.kernels.row import HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
+from vivace.lora.side import plain, side_of
 
 
 class Inward(Protocol):
@@ -29,8 +30,8 @@ class Inward(Protocol):
         ...
 
     @property
-    def takes(self) -> Any:
-        """What the norm in front is to make."""
+    def asks(self) -> dict[str, Any]:
+        """What the norm in front is to make, as its keywords."""
         ...
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -52,10 +53,11 @@ class TwoProducts:
     kind: str = "gelu_tanh"
 
     @property
-    def takes(self) -> Any:
-        return takes(self.qkv, self.up)
+    def asks(self) -> dict[str, Any]:
+        return asks(self.up, self.qkv)
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        normed = filled(normed, self.qkv)
         rows = self.elementwise.linear_gelu(self.up, normed) if activate else self.up(normed)
         return self.qkv(normed), rows, None
 
@@ -70,8 +72,8 @@ class OneProduct:
     kind: str = "silu"
 
     @property
-    def takes(self) -> Any:
-        return takes(self.linear)
+    def asks(self) -> dict[str, Any]:
+        return asks(self.linear)
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         rows = self.linear(normed)
@@ -121,14 +123,14 @@ class SingleBlock:
     def norm(self, modulation: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Its norm, as keywords of the arithmetic."""
         shift, scale, _ = modulation[self.span]
-        return {"shift": shift, "scale": scale, "quantize": self.inward.takes}
+        return {"shift": shift, "scale": scale, **self.inward.asks}
 
     def _branch(self, normed: Any, context: dict[str, Any]) -> torch.Tensor:
         """Attention and MLP [B, T + S, D], projected without ever lying side by side where that can be."""
-        plain = type(self.out) is torch.nn.Linear
-        qkv, mlp, times = self.inward(normed, activate=plain)
+        reads = plain(self.out)
+        qkv, mlp, times = self.inward(normed, activate=reads)
         attended = attend_alone(qkv, self.heads, context["tokens"], attend=self.attend, elementwise=self.elementwise)
-        if not plain:
+        if not reads:
             kind = self.inward.kind
             return self.out(self.elementwise.join(attended, mlp, times=times, kind=kind, quantize=takes(self.out)))
         if isinstance(attended, HeadScaled):
@@ -138,4 +140,6 @@ class SingleBlock:
         inner, weight = attended.shape[-1], self.out.weight
         y = F.linear(attended, weight[:, :inner], self.out.bias)
         y.flatten(0, 1).addmm_(mlp.flatten(0, 1), weight[:, inner:].t())
+        if (side := side_of(self.out)) is not None:
+            side.add_to(y, attended, mlp)
         return y
