@@ -174,10 +174,10 @@ class Lane:
             return self.denoiser.forward(**kwargs)
         with self._settings(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
             try:
-                out = self._serve(dict(kwargs), check=self._check if late else None)
+                out = self._serve(self._settled(kwargs), check=self._check if late else None)
             except Changed:
                 self._follow(kwargs)
-                out = self._serve(kwargs)
+                out = self._serve(self._settled(kwargs))
         if self.first_seconds is None:
             if self._device_type == "cuda":
                 torch.cuda.synchronize()
@@ -232,6 +232,14 @@ class Lane:
             return run("forward", forward, **kwargs)
         check = check or (lambda spared=(): None)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
+
+    def _settled(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments, without its LoRA strength where that has been settled: no other recording for each."""
+        if self.adapters is None or self.adapters.refused:
+            return dict(kwargs)
+        told = {name: value for name in ATTENTION_KWARGS if (value := kwargs.get(name)) and "scale" in value}
+        rest = {name: {key: one for key, one in value.items() if key != "scale"} for name, value in told.items()}
+        return {**kwargs, **rest}
 
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
         """The fused blocks, if they serve such a call; and what does."""
