@@ -173,6 +173,42 @@ def test_strengths_of_requests_keep_their_place(sd3_pipe, lora_of):
     torch.testing.assert_close(made, uniform, rtol=1e-4, atol=1e-4)
 
 
+def test_every_request_of_a_batch_has_its_strengths_in_the_room_too(lora_of, with_kernels):
+    pipe = FAMILIES["flux"].tiny()
+    vivace.accelerate(pipe, lora="side")
+    pipe.load_lora_weights(factors_of(lora_of, pipe.transformer), adapter_name="a")
+    arguments = inputs("flux", pipe.transformer)
+
+    def at(scale):
+        return out(pipe, "transformer", {**arguments, "joint_attention_kwargs": {"scale": scale}})
+
+    mixed, weak, strong = at([0.2, {"a": 1.5}]), at(0.2), at(1.5)
+    torch.testing.assert_close(mixed[0], weak[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1], strong[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(weak, strong, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+def test_another_strength_is_no_other_call_to_record(lora_of, mode):
+    pipe = FAMILIES["flux"].tiny()
+    vivace.accelerate(pipe, lora=mode)
+    pipe.load_lora_weights(factors_of(lora_of, pipe.transformer))
+    lane, told, made = acceleration_of(pipe).target.lanes["transformer"], [], []
+    run = lane.run
+
+    def spy(name, segment, /, **kwargs):
+        told.append(tree_map_only(torch.Tensor, lambda tensor: None, kwargs))
+        return run(name, segment, **kwargs)
+
+    spy.clear = run.clear
+    lane.run = spy
+    for scale in (0.2, 0.9):
+        arguments = {**inputs("flux", pipe.transformer), "joint_attention_kwargs": {"scale": scale}}
+        made.append(out(pipe, "transformer", arguments))
+    assert told[0] == told[1]
+    assert not torch.allclose(*made, atol=1e-3)
+
+
 def held(denoiser):
     """Bytes of all storages that a denoiser's parameters lie in."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in denoiser.parameters()}

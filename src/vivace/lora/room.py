@@ -36,6 +36,7 @@ class Room:
             self.starts[linear] = self.columns
             self.columns += side.capacity
         self.down = weight.new_empty(self.columns, self.inputs)  # [R, K]
+        self._into = self.down.t()
         self._undo = undo
 
     def widen(self, linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
@@ -67,7 +68,7 @@ class Room:
             wide = x.new_empty(count, width)
             wide[:, : self.inputs] = x.reshape(count, self.inputs)
         h = wide[:, self.inputs :]
-        torch.mm(wide[:, : self.inputs], self.down.t(), out=h)
+        torch.mm(wide[:, : self.inputs], self._into, out=h)
         strengths = [side.rows(len(x)) for side in self.sides.values() if side.strengths is not None]
         if strengths:
             h.view(len(x), -1, self.columns).mul_(torch.cat(strengths, -1).unsqueeze(1))

@@ -84,15 +84,9 @@ class Side:
         )
         self.strengths = kept.copy_(table)
 
-    def add_to(self, out: torch.Tensor, *inputs: torch.Tensor) -> None:
-        """Add what a linear's adapters make of its input to its output `out` `[B, ..., out]`, in place.
-
-        `inputs` `[B, ..., K_i]` are the input's columns, in one tensor or several. Rows of `out` lie evenly apart.
-        """
-        x, *more = (t.to(self.down.dtype) for t in inputs)
-        h = x.reshape(-1, x.shape[-1]) @ self.down[:, : (end := x.shape[-1])].t()  # [B ..., R]
-        for x in more:
-            h.addmm_(x.reshape(-1, x.shape[-1]), self.down[:, end : (end := end + x.shape[-1])].t())
+    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add what a linear's adapters make of `x` `[B, ..., in]` to its output `out` `[B, ..., out]`, in place."""
+        h = x.to(self.down.dtype).reshape(-1, x.shape[-1]) @ self.down.t()  # [B ..., R]
         if self.strengths is not None:
             h.view(len(out), -1, self.capacity).mul_(self.rows(len(out)).unsqueeze(1))
         # A GEMM that adds to what is there.
