@@ -163,13 +163,17 @@ def test_strengths_of_requests_keep_their_place(sd3_pipe, lora_of):
     vivace.accelerate(sd3_pipe, lora="side")
     sd3_pipe.load_lora_weights(lora_of(sd3_pipe.transformer))
     arguments = inputs("sd3", sd3_pipe.transformer)
-    places = []
-    for scale in ([0.3, 0.5], [0.9, 0.1], 0.4, [0.2, 0.2]):
+    places, cleared = [], []
+    lane = acceleration_of(sd3_pipe).target.lanes["transformer"]
+    lane.run.clear = lambda: cleared.append(len(places))  # what a recorded graph would be told
+    for scale in ([0.3, 0.5], [0.9, 0.1], 0.4, [0.2, 0.2], [0.7]):
         made = out(sd3_pipe, "transformer", {**arguments, "joint_attention_kwargs": {"scale": scale}})
         places.append([side.strengths.data_ptr() for side in sides_of(sd3_pipe) if side.strengths is not None])
     assert places[0] == places[1] == places[3]
     assert places[2] == []
-    uniform = out(sd3_pipe, "transformer", {**arguments, "joint_attention_kwargs": {"scale": 0.2}})
+    # Only for another number of them, none or one or two, is anything recorded anew.
+    assert sorted(set(cleared)) == [0, 2, 3, 4]
+    uniform = out(sd3_pipe, "transformer", {**arguments, "joint_attention_kwargs": {"scale": 0.7}})
     torch.testing.assert_close(made, uniform, rtol=1e-4, atol=1e-4)
 
 

@@ -34,9 +34,9 @@ class Side:
         self._tables: dict[int, torch.Tensor] = {}  # of strengths, by N: each keeps its place
 
     @property
-    def kind(self) -> tuple[bool, bool]:
-        """What a recorded graph of it depends on besides addresses."""
-        return self.strengths is None, self.bias is None
+    def kind(self) -> tuple[int, bool]:
+        """What a recorded graph of it depends on besides addresses: how many strengths, and whether a bias."""
+        return 0 if self.strengths is None else len(self.strengths), self.bias is None
 
     def lie(self, *, down: torch.Tensor, up: torch.Tensor) -> Callable[[], None]:
         """Let the factors lie in `down` and `up`; the undo gives them memory of their own again."""
