@@ -149,11 +149,17 @@ class Lane:
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
         with self._lock:
-            self._split_undo.close()
+            # First: each weight's shared memory goes as soon as the weight has its own again.
             self._watch = self.split = None
+            self._split_undo.close()
             self.run.clear()
             if self.cache is not None:
                 self.cache.release()
+
+    def outdate(self) -> None:
+        """Have the next call build again. Waits for nobody: whoever holds the adapters' lock may say so."""
+        self._watch = None
+        self.run.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward: its arguments, its result."""
@@ -168,10 +174,10 @@ class Lane:
             return self.denoiser.forward(**kwargs)
         with self._settings(kwargs), exact_ends(self.ends) if self.ends else nullcontext():
             try:
-                out = self._serve(dict(kwargs), check=self._check if late else None)
+                out = self._serve(self._settled(kwargs), check=self._check if late else None)
             except Changed:
                 self._follow(kwargs)
-                out = self._serve(kwargs)
+                out = self._serve(self._settled(kwargs))
         if self.first_seconds is None:
             if self._device_type == "cuda":
                 torch.cuda.synchronize()
@@ -227,6 +233,14 @@ class Lane:
         check = check or (lambda spared=(): None)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
 
+    def _settled(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments, without its LoRA strength where that has been settled: no other recording for each."""
+        if self.adapters is None or self.adapters.refused:
+            return dict(kwargs)
+        told = {name: value for name in ATTENTION_KWARGS if (value := kwargs.get(name)) and "scale" in value}
+        rest = {name: {key: one for key, one in value.items() if key != "scale"} for name, value in told.items()}
+        return {**kwargs, **rest}
+
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
         """The fused blocks, if they serve such a call; and what does."""
         reason = self._declined(kwargs)
@@ -254,11 +268,11 @@ class Lane:
                 if self.adapters is not None:
                     # A layer may have come in by no method of the denoiser's.
                     self.adapters.lift()
-                self._build()
             if self.adapters is not None:
                 self.adapters.settle(strength_in(kwargs))
             if self._watch is None:
-                # What was settled has let go of it.
+                # Also where what was settled has let go of it.
+                self.release()
                 self._build()
 
     def _check(self, spared: Sequence[torch.nn.Module] = ()) -> None:

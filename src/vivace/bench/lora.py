@@ -3,7 +3,8 @@ soon as it is there; run again it goes on.
 
 FLUX.1-dev with random weights, LoRA of rank 64 on all linears of its blocks, from files. Predicted on an H200 before
 the first run: a merged swap 0.9 s (file 0.3, PEFT's layers 0.4, sums 0.2), a swap between loaded adapters beside the
-linears 0.05 s, their products 7 % of a bf16 step (10 ms of traffic in 155).
+linears 0.05 s; of a bf16 step 7 % for products beside the linears (10 ms of traffic in 155), which took 21, and since
+they are within the linears' own 5.6 % (6.9 ms in 123).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from safetensors.torch import save_file
 
 from vivace.accelerate import accelerate, restore
+from vivace.bench.clock import samples
 from vivace.bench.results import record, rows_of
+from vivace.bench.trace import profile
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.machine import machine
@@ -34,9 +37,10 @@ logger = logging.getLogger(__name__)
 COMMAND = "python -m vivace.bench.lora"
 RANK = 64
 SWAPS = 10
+LAUNCHES = 5
 MODES = ("merged", "side")
 PEER = "diffusers hotswap and compile"
-STEPS = 5  # timed ones; the median counts
+KERNELS = 12  # the costliest, of a step with adapters
 
 
 def pipeline(device: str, *, tiny: bool) -> Any:
@@ -68,6 +72,7 @@ class Bench:
     """One pipeline, its inputs and its two files."""
 
     def __init__(self, folder: Path, *, tiny: bool = False) -> None:
+        self.folder = folder
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipe = pipeline(self.device, tiny=tiny)
         self.files = [folder / f"{seed}.safetensors" for seed in range(2)]
@@ -80,9 +85,25 @@ class Bench:
         return self.pipe.transformer(**self.inputs)[0]
 
     def step(self) -> float:
-        """Seconds of one denoiser call: the median of some after one that warms up."""
-        self.call()
-        return statistics.median(self.seconds(self.call) for _ in range(STEPS))
+        """Seconds of one denoiser call among others: the median of some seconds of them.
+
+        On a GPU some seconds before count for nothing: its first calls after a pause are slower by a tenth, until what
+        it draws has come to rest.
+        """
+        device = torch.device(self.device)
+        if self.device == "cuda":
+            samples(self.call, device)
+        return statistics.median(samples(self.call, device)) / 1e3
+
+    def launch(self) -> float:
+        """Seconds until the host has launched a call: where that is no less than the step, the host is the limit."""
+        taken = []
+        for _ in range(LAUNCHES):
+            self._wait()
+            start = time.perf_counter()
+            self.call()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
 
     def seconds(self, work: Callable[[], Any]) -> float:
         self._wait()
@@ -100,9 +121,13 @@ class Bench:
     def mode(self, lora: str) -> dict[str, Any]:
         """What one of our modes costs."""
         accelerate(self.pipe, lora=lora)
-        plain = self.step()
+        plain, launch = self.step(), self.launch()
         first = self.seconds(lambda: (self.swap(0), self.call())) - plain
-        adapted = self.step()
+        adapted, adapted_launch = self.step(), self.launch()
+        kernels = profile(self.call, self.folder / f"{lora}.json.gz")[:KERNELS]
+        self.pipe.unload_lora_weights()
+        again = self.step()
+        self.swap(0)
         swaps, memory, same = [], [], True
         fresh = self.call()
         for number in range(1, SWAPS + 1):
@@ -122,7 +147,11 @@ class Bench:
         return {
             "step_s": plain,
             "adapted_step_s": adapted,
-            "cost_of_a_step": adapted / plain - 1,
+            "step_again_s": again,  # unloaded: what lies between this and the first is the machine's
+            "cost_of_a_step": 2 * adapted / (plain + again) - 1,
+            "launch_s": launch,
+            "adapted_launch_s": adapted_launch,
+            "adapted_kernels": kernels,
             "first_load_s": first,
             "swap_from_file_s": statistics.median(swaps),
             "change_of_strength_s": statistics.median(strengths) - adapted,

@@ -15,7 +15,7 @@ import torch
 from vivace.family import State
 from vivace.fused.joint import Ahead, Mlp, ahead_for
 from vivace.fused.parts import Parts
-from vivace.fused.stack import takes
+from vivace.fused.stack import asks
 from vivace.kernels.row import Sum
 
 
@@ -47,7 +47,12 @@ class CrossBlock:
         parts: Parts,
     ) -> None:
         self.table, self.index, self.eps = table, index, eps
-        self.attention, self.cross, self.cross_norm, self.mlp = attention, cross, cross_norm, Mlp.of(mlp)
+        self.attention, self.cross, self.cross_norm, self.mlp = (
+            attention,
+            cross,
+            cross_norm,
+            Mlp.of(mlp, undo=parts.undo),
+        )
         self.elementwise = parts.elementwise
         self.following: CrossBlock | None = None
 
@@ -68,18 +73,16 @@ class CrossBlock:
         if (norm := self.cross_norm) is None:
             x = normed = self.elementwise.residual(x, y, gate=gate)
         else:
-            affine = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "quantize": takes(self.cross.reader)}
+            affine = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, **asks(self.cross.reader)}
             x, normed = self.elementwise.residual_norm(x, y, gate=gate, **affine)
         y = self.cross(normed, context)
-        x, normed = self.elementwise.residual_norm(
-            x, y, shift=shift, scale=scale, eps=self.eps, quantize=takes(self.mlp.up)
-        )
+        x, normed = self.elementwise.residual_norm(x, y, shift=shift, scale=scale, eps=self.eps, **asks(self.mlp.up))
         return x, self.mlp(normed, self.elementwise), mlp_gate
 
     def norm(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """The norm in front of self attention, as keywords of the arithmetic."""
         shift, scale = self._vectors(context)[:2]
-        return {"shift": shift, "scale": scale, "eps": self.eps, "quantize": takes(self.attention.reader)}
+        return {"shift": shift, "scale": scale, "eps": self.eps, **asks(self.attention.reader)}
 
     def _vectors(self, context: Mapping[str, Any]) -> list[Sum]:
         """Shift, scale and gate of self attention, then of the MLP."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vivace.fused.stack import Stack
 from vivace.kernels.activate import activate, activation_ref
 from vivace.kernels.blend import blend
 from vivace.kernels.channel_norm_silu import channel_norm_silu
@@ -24,7 +25,7 @@ from vivace.kernels.join_activate import join_activate
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.qk_norm_rope import qk_norm_rope
 from vivace.kernels.residual_norm import residual_norm
-from vivace.kernels.row import HeadScaled, Sum
+from vivace.kernels.row import HeadScaled, Sum, with_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,12 @@ class Elementwise:
     """One form of the arithmetic. Keywords left out are None, and what they would do is left out too.
 
     `quantize` is what the linear that reads the result `takes`: kernels make it in the same pass, and torch operations
-    leave it to the linear.
+    leave it to the linear. `room` is how many columns more each row of a norm is to have behind it, for adapters.
     """
 
     norm: Callable[..., Any]
-    """`(x, *, weight, bias, scale, shift, eps=1e-6, kind="layer", quantize)`: the norm `* weight + bias`, modulated."""
+    """`(x, *, weight, bias, scale, shift, eps=1e-6, kind="layer", quantize, room=0)`: the norm `* weight + bias`,
+    modulated."""
 
     residual: Callable[..., Any]
     """`(x, y, *, gate)`: `x + gate * y`."""
@@ -84,14 +86,14 @@ def _vector(vector: torch.Tensor | Sum) -> torch.Tensor:
     return vector if vector.ndim == 3 else vector.unsqueeze(1)
 
 
-def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, kind="layer", quantize=None):
+def _norm(x, *, weight=None, bias=None, scale=None, shift=None, eps=1e-6, kind="layer", quantize=None, room=0):
     scale, shift = (None if vector is None else _vector(vector) for vector in (scale, shift))
     # Weights or modulation of a wider type than the stream ask for all of it in that type.
     wide, size = x.to(next((t.dtype for t in (weight, scale) if t is not None), x.dtype)), x.shape[-1:]
     y = F.layer_norm(wide, size, weight, bias, eps) if kind == "layer" else F.rms_norm(wide, size, weight, eps)
     if scale is not None:
         y = y * (scale + 1) if shift is None else torch.addcmul(shift, y, scale + 1)
-    return y.to(x.dtype)
+    return with_room(y.shape, room, like=x).copy_(y) if room else y.to(x.dtype)
 
 
 def _residual(x, y, *, gate=None):
@@ -198,6 +200,8 @@ def _linear_activate(linear, x, *, quantize=None):
 
 def _linear_gelu_epilogue(linear, x, *, quantize=None):
     # cuBLASLt applies the GELU (its tanh form) before it stores the product: a pass over the widest tensor less.
+    if isinstance(linear, Stack) and quantize is None and (rows := linear.gelu(x)) is not None:
+        return rows
     if type(linear) is not torch.nn.Linear or linear.bias is None or quantize is not None:
         return _linear_activate(linear, x, quantize=quantize)
     rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)

@@ -25,7 +25,7 @@ from vivace.fused.joint import JointBlock, Mlp, epilogue, signal, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
 from vivace.fused.single import SingleBlock, TwoProducts
-from vivace.fused.stack import Stack
+from vivace.fused.stack import readers
 
 
 def check(denoiser: Any) -> str | None:
@@ -68,7 +68,7 @@ def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts)
     image, text = streams_of(
         block.attn,
         spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
-        mlps=(Mlp.of(block.ff), Mlp.of(block.ff_context)),
+        mlps=(Mlp.of(block.ff, undo=parts.undo), Mlp.of(block.ff_context, undo=parts.undo)),
         clips=(False, True),
         parts=parts,
     )
@@ -77,9 +77,9 @@ def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts)
 
 def _single(block: Any, *, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
     attention = block.attn
-    qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+    up, qkv = readers([block.proj_mlp], [attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
     return SingleBlock(
-        TwoProducts(qkv=qkv, up=block.proj_mlp, elementwise=parts.elementwise),
+        TwoProducts(qkv=qkv, up=up, elementwise=parts.elementwise),
         block.proj_out,
         heads=Heads(attention.heads, attention.norm_q, attention.norm_k),
         index=index,

@@ -28,6 +28,7 @@ from vivace.fused.joint import JointBlock, Mlp, epilogue, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
 from vivace.fused.single import OneProduct, SingleBlock
+from vivace.fused.stack import readers
 
 # Those that keep keys and values compute what the others do in calls that ask for nothing to be kept.
 PROCESSORS = (
@@ -78,12 +79,14 @@ def _norms(denoiser: Any) -> Mapping[str, Any]:
 
 
 def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
+    (image_up,) = readers([block.ff.linear_in], undo=parts.undo)
+    (text_up,) = readers([block.ff_context.linear_in], undo=parts.undo)
     image, text = streams_of(
         block.attn,
         spans=(spans["image"], spans["text"]),
         mlps=(
-            Mlp(up=block.ff.linear_in, down=block.ff.linear_out, gated=True),
-            Mlp(up=block.ff_context.linear_in, down=block.ff_context.linear_out, gated=True),
+            Mlp(up=image_up, down=block.ff.linear_out, gated=True),
+            Mlp(up=text_up, down=block.ff_context.linear_out, gated=True),
         ),
         clips=(False, True),
         parts=parts,
@@ -93,8 +96,9 @@ def _double(block: Any, *, index: int, spans: Mapping[str, slice], parts: Parts)
 
 def _single(block: Any, *, index: int, first: int, spans: Mapping[str, slice], parts: Parts) -> SingleBlock:
     attention = block.attn
+    (linear,) = readers([attention.to_qkv_mlp_proj], undo=parts.undo)
     return SingleBlock(
-        OneProduct(linear=attention.to_qkv_mlp_proj, width=attention.inner_dim, elementwise=parts.elementwise),
+        OneProduct(linear=linear, width=attention.inner_dim, elementwise=parts.elementwise),
         attention.to_out,
         heads=Heads(attention.heads, attention.norm_q, attention.norm_k),
         index=index,

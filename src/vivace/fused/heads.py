@@ -20,6 +20,7 @@ from vivace.fused.stack import takes
 from vivace.kernels.quant_heads import quant_heads
 from vivace.kernels.row import HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
+from vivace.lora.side import plain, side_of
 
 SMALLEST = 1e-14
 """The scale of a head of v that is all zeros."""
@@ -114,12 +115,14 @@ def projected(out: Any, y: torch.Tensor | HeadScaled, *, dtype: torch.dtype) -> 
     if isinstance(y, HeadScaled):
         return out(unscale_heads(y, dtype=dtype, quantize=takes(out)))
     several = len(y) <= SEVERAL and not y.is_contiguous()
-    if not several or type(out) is not torch.nn.Linear or out.bias is None or torch.is_grad_enabled():
+    if not several or not plain(out) or out.bias is None or torch.is_grad_enabled():
         return out(y)
     # Of rows that lie apart, as one stream's in a joint batch, torch makes a copy, and adds the bias in a second pass.
     made = y.new_empty(*y.shape[:-1], out.out_features)
     for sample, rows in zip(y, made, strict=True):
         torch.addmm(out.bias, sample, out.weight.t(), out=rows)
+    if (side := side_of(out)) is not None:
+        side.add_to(made, y)
     return made
 
 

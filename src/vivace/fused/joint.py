@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, attend_jointly, heads_for, projected
 from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack, takes
+from vivace.fused.stack import Stack, asks, readers, takes
 from vivace.kernels.row import HeadScaled
 
 HALF = torch.finfo(torch.float16).max
@@ -70,9 +71,10 @@ class Mlp:
     gated: bool = False
 
     @classmethod
-    def of(cls, feed_forward: Any) -> Mlp:
+    def of(cls, feed_forward: Any, *, undo: ExitStack) -> Mlp:
         """That of diffusers' FeedForward module."""
-        return cls(up=feed_forward.net[0].proj, down=feed_forward.net[2])
+        (up,) = readers([feed_forward.net[0].proj], undo=undo)
+        return cls(up=up, down=feed_forward.net[2])
 
     def __call__(self, x: Any, elementwise: Elementwise) -> torch.Tensor:
         if not self.gated:
@@ -102,7 +104,7 @@ class Stream:
         shift, scale = modulation[self.span][:2]
         if self.out is None:
             shift, scale = scale, shift  # the order of diffusers' AdaLayerNormContinuous
-        return {"shift": shift, "scale": scale, "quantize": takes(self.qkv)}
+        return {"shift": shift, "scale": scale, **asks(self.qkv)}
 
 
 def streams_of(
@@ -120,8 +122,10 @@ def streams_of(
         Heads(attention.heads, attention.norm_q, attention.norm_k),
         Heads(attention.heads, attention.norm_added_q, attention.norm_added_k),
     )
+    (image_qkv,) = readers([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+    (text_qkv,) = readers([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=parts.undo)
     image = Stream(
-        qkv=Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo),
+        qkv=image_qkv,
         heads=of_image,
         span=spans[0],
         out=attention.to_out[0],
@@ -130,7 +134,7 @@ def streams_of(
         clips=clips[0],
     )
     text = Stream(
-        qkv=Stack([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj], undo=parts.undo),
+        qkv=text_qkv,
         heads=of_text,
         span=spans[1],
         out=attention.to_add_out if mlps[1] else None,
@@ -231,7 +235,7 @@ class JointBlock:
         if stream.second is not None:
             second = self._second(stream.second, x, *more[:2])
             x, y, gate = elementwise.residual(x, y, gate=gate), second, more[2]
-        norm = {"shift": shift, "scale": scale, "quantize": takes(stream.mlp.up)}
+        norm = {"shift": shift, "scale": scale, **asks(stream.mlp.up)}
         x, normed = elementwise.residual_norm(x, y, gate=gate, **norm)
         y, normed = stream.mlp(normed, elementwise), None
         if ahead is None:
@@ -245,7 +249,7 @@ class JointBlock:
     ) -> torch.Tensor:
         """The stream's tokens among themselves, where a block has that too (SD 3.5 medium): [B, S, D]."""
         qkv, heads, out = second
-        normed = self.elementwise.norm(x, shift=shift, scale=scale, quantize=takes(qkv))
+        normed = self.elementwise.norm(x, shift=shift, scale=scale, **asks(qkv))
         y = attend_alone(qkv(normed), heads, Tokens(), attend=self.attend, elementwise=self.elementwise)
         return projected(out, y, dtype=x.dtype)
 

@@ -78,7 +78,7 @@ def _joint(block: Any, index: int, modulation: Modulation, parts: Parts) -> Join
     image, text = streams_of(
         block.attn,
         spans=(span, modulation.spans[f"{index}.text"]),
-        mlps=(Mlp.of(block.img_mlp), Mlp.of(block.txt_mlp)),
+        mlps=(Mlp.of(block.img_mlp, undo=parts.undo), Mlp.of(block.txt_mlp, undo=parts.undo)),
         clips=(True, True),
         parts=parts,
     )

@@ -26,7 +26,7 @@ from vivace.fused.joint import JointBlock, Mlp, chained, signal, streams_of
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
 from vivace.fused.patches import places_of, tokens_of
-from vivace.fused.stack import Stack
+from vivace.fused.stack import readers
 
 
 def check(denoiser: Any) -> str | None:
@@ -53,13 +53,16 @@ def _norms(denoiser: Any) -> Iterator[Mapping[str, Any]]:
 def _joint(block: Any, index: int, spans: Mapping[str, slice], parts: Parts) -> JointBlock:
     own, second = block.attn2, None
     if own is not None:  # the picture's tokens among themselves: the first blocks of SD 3.5 medium
-        qkv = Stack([own.to_q, own.to_k, own.to_v], undo=parts.undo)
+        (qkv,) = readers([own.to_q, own.to_k, own.to_v], undo=parts.undo)
         (heads,) = heads_for(parts.attend, Heads(own.heads, own.norm_q, own.norm_k))
         second = qkv, heads, own.to_out[0]
     image, text = streams_of(
         block.attn,
         spans=(spans[f"{index}.image"], spans[f"{index}.text"]),
-        mlps=(Mlp.of(block.ff), None if block.context_pre_only else Mlp.of(block.ff_context)),
+        mlps=(
+            Mlp.of(block.ff, undo=parts.undo),
+            None if block.context_pre_only else Mlp.of(block.ff_context, undo=parts.undo),
+        ),
         second=second,
         parts=parts,
     )

@@ -15,9 +15,11 @@ from vivace.fused.heads import Heads, attend_alone, heads_for
 from vivace.fused.joint import Ahead, ahead_for, clipped
 from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack, takes
+from vivace.fused.stack import Stack, asks, filled, takes
 from vivace.kernels.row import HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
+from vivace.lora.outward import outward
+from vivace.lora.side import plain
 
 
 class Inward(Protocol):
@@ -29,8 +31,8 @@ class Inward(Protocol):
         ...
 
     @property
-    def takes(self) -> Any:
-        """What the norm in front is to make."""
+    def asks(self) -> dict[str, Any]:
+        """What the norm in front is to make, as its keywords."""
         ...
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -52,10 +54,11 @@ class TwoProducts:
     kind: str = "gelu_tanh"
 
     @property
-    def takes(self) -> Any:
-        return takes(self.qkv, self.up)
+    def asks(self) -> dict[str, Any]:
+        return asks(self.up, self.qkv)
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        normed = filled(normed, self.qkv)
         rows = self.elementwise.linear_gelu(self.up, normed) if activate else self.up(normed)
         return self.qkv(normed), rows, None
 
@@ -70,8 +73,8 @@ class OneProduct:
     kind: str = "silu"
 
     @property
-    def takes(self) -> Any:
-        return takes(self.linear)
+    def asks(self) -> dict[str, Any]:
+        return asks(self.linear)
 
     def __call__(self, normed: Any, *, activate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         rows = self.linear(normed)
@@ -90,7 +93,7 @@ class SingleBlock:
     def __init__(
         self, inward: Inward, out: Any, *, heads: Heads, index: int, first: int, span: slice, parts: Parts
     ) -> None:
-        self.inward, self.out = inward, out
+        self.inward, self.out, self.adapted = inward, out, outward(out, undo=parts.undo)
         (self.heads,) = heads_for(parts.attend, heads)
         self.index, self.reader, self.span = index, first + index, span
         self.attend, self.elementwise = parts.attend, parts.elementwise
@@ -121,19 +124,21 @@ class SingleBlock:
     def norm(self, modulation: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Its norm, as keywords of the arithmetic."""
         shift, scale, _ = modulation[self.span]
-        return {"shift": shift, "scale": scale, "quantize": self.inward.takes}
+        return {"shift": shift, "scale": scale, **self.inward.asks}
 
     def _branch(self, normed: Any, context: dict[str, Any]) -> torch.Tensor:
         """Attention and MLP [B, T + S, D], projected without ever lying side by side where that can be."""
-        plain = type(self.out) is torch.nn.Linear
-        qkv, mlp, times = self.inward(normed, activate=plain)
+        reads = plain(self.out)
+        qkv, mlp, times = self.inward(normed, activate=reads)
         attended = attend_alone(qkv, self.heads, context["tokens"], attend=self.attend, elementwise=self.elementwise)
-        if not plain:
+        if not reads:
             kind = self.inward.kind
             return self.out(self.elementwise.join(attended, mlp, times=times, kind=kind, quantize=takes(self.out)))
         if isinstance(attended, HeadScaled):
             attended = unscale_heads(attended, dtype=qkv.dtype)
             assert isinstance(attended, torch.Tensor)
+        if self.adapted is not None:
+            return self.adapted(attended, mlp)
         # A sum of two products, so that neither is copied into a joint tensor; H200: at 740 TFLOP/s, together at 684.
         inner, weight = attended.shape[-1], self.out.weight
         y = F.linear(attended, weight[:, :inner], self.out.bias)

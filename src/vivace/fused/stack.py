@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
+from vivace.lora.room import Room, Rows, room_for, share
 from vivace.lora.side import side_of
+from vivace.lora.together import together
 from vivace.quant.linear import QuantLinear, stackable, stacked
 
 
@@ -20,11 +23,15 @@ class Stack:
 
     Their own parameters become views of it: nothing is stored twice, a weight edited in place is seen here, and
     `state_dict` is unchanged. The undo gives every parameter its own storage back. Linears that are not alike (some
-    quantised, or in different ways) keep their own storage and are called one by one.
+    quantised, or in different ways) keep their own storage and are called one by one. What adapters beside them make
+    of the input is added, or with `room` for it goes through the same product.
     """
 
-    def __init__(self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack) -> None:
+    def __init__(
+        self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack, room: Room | None = None
+    ) -> None:
         self.linears = tuple(linears)
+        self.room = room
         self._apart = not stackable(linears)
         if self._apart:
             return
@@ -33,9 +40,14 @@ class Stack:
         self.bias = join(biases, undo) if biases else None
         quantised = [linear for linear in linears if isinstance(linear, QuantLinear)]
         self._quantised = stacked(quantised, self.bias, undo=undo) if quantised else None
+        self._adapters = None if room else together(linears, undo=undo)
+        starts = accumulate((linear.out_features for linear in linears), initial=0)
+        pairs = zip(starts, map(side_of, linears), strict=False)
+        self._sides = [(start, side) for start, side in pairs if side is not None]
         if self._quantised is None:
-            plain = [linear.weight for linear in linears if isinstance(linear, torch.nn.Linear)]
-            self.weight = join(plain, undo)  # [sum of outputs, inputs]
+            plain = [linear for linear in linears if isinstance(linear, torch.nn.Linear)]
+            # [sum of outputs, inputs], behind which come the columns for adapters' ranks
+            self.weight = room.widen(plain) if room else join([linear.weight for linear in plain], undo)
 
     @property
     def takes(self) -> Quantize | None:
@@ -43,8 +55,14 @@ class Stack:
         beside = any(side_of(linear) is not None for linear in self.linears)  # adapters read the input in 16 bit
         return None if beside or self._apart or self._quantised is None else self._quantised.takes
 
+    @property
+    def columns(self) -> int:
+        """The room that a kernel in front is to leave behind each row of the input: `room=stack.columns`."""
+        return self.room.columns if self.room else 0
+
     def part(self, which: slice) -> Stack:
         """Some neighbours of its linears: views of what it has, good for as long as it is."""
+        assert self.room is None, "a part would have room of its own"
         part = copy.copy(self)
         part.linears = self.linears[which]
         if self._apart:
@@ -52,26 +70,66 @@ class Stack:
         start = sum(linear.out_features for linear in self.linears[: which.start])
         rows = slice(start, start + sum(linear.out_features for linear in part.linears))
         part.bias = None if self.bias is None else self.bias[rows]
+        part._adapters = self._adapters and self._adapters.part(which)
         if self._quantised is None:
             part.weight = self.weight[rows]
         else:
             part._quantised = self._quantised.part(rows)
         return part
 
-    def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | RowScaled | Rows) -> torch.Tensor:
         if self._apart:
             return torch.cat([linear(x) for linear in self.linears], dim=-1)
+        if self.room is not None:
+            return self._widened(filled(x, self))
         if isinstance(x, RowScaled):
             assert self._quantised is not None
             return self._quantised(x)
+        assert isinstance(x, torch.Tensor)
         out = F.linear(x, self.weight, self.bias) if self._quantised is None else self._quantised(x)
-        start = 0
-        for linear in self.linears:
-            end = start + linear.out_features
-            if (side := side_of(linear)) is not None:
-                side.add_to(out[..., start:end], x)
-            start = end
+        if self._adapters is not None:
+            self._adapters.add_to(out, x)
         return out
+
+    def gelu(self, x: torch.Tensor | Rows) -> torch.Tensor | None:
+        """GELU (tanh) of rows with room through this linear, applied as the product is stored; None: not so here."""
+        if self.room is None or self.bias is None or any(side.bias is not None for _, side in self._sides):
+            return None
+        rows = filled(x, self)
+        made = torch._addmm_activation(self.bias, self._read(rows), self.weight.t(), use_gelu=True)
+        return made.view(*rows.x.shape[:-1], -1)
+
+    def _widened(self, x: Rows) -> torch.Tensor:
+        rows, weight = self._read(x), self.weight.t()
+        out = rows @ weight if self.bias is None else torch.addmm(self.bias, rows, weight)
+        for start, side in self._sides:
+            if side.bias is not None:
+                out[:, start : start + len(side.bias)] += side.bias
+        return out.view(*x.x.shape[:-1], -1)
+
+    def _read(self, x: Rows) -> torch.Tensor:
+        """The columns that the weight has too."""
+        return x.wide[:, : self.weight.shape[1]]
+
+
+def readers(*groups: Sequence[Any], undo: ExitStack) -> list[Any]:
+    """What reads the rows that a norm makes, one product for each of `groups` of linears.
+
+    That is a stack, with room for adapters where all are plain linears and some have them; or a lone linear itself.
+    """
+    room = room_for(*groups, undo=undo)
+    return [group[0] if len(group) == 1 and room is None else Stack(group, undo=undo, room=room) for group in groups]
+
+
+def filled(x: Any, reader: Any) -> Any:
+    """Rows with what their adapters make of them behind them, for all that read them; as they are without any."""
+    room = getattr(reader, "room", None)
+    return x if room is None or isinstance(x, Rows) else room.fill(x)
+
+
+def asks(*readers: Any) -> dict[str, Any]:
+    """What a norm is to make for all of `readers`, which share an input, as its keywords."""
+    return {"quantize": takes(*readers), "room": max(getattr(reader, "columns", 0) for reader in readers)}
 
 
 def takes(*readers: Any) -> Quantize | None:
@@ -83,14 +141,8 @@ def takes(*readers: Any) -> Quantize | None:
 
 def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
     """One tensor of all `parameters` along their first dimension, which become views of it until the undo."""
-    joined = torch.cat([parameter.data for parameter in parameters])
-    for parameter, rows in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = rows
-        undo.callback(_part, parameter, rows)
+    counts = [len(parameter) for parameter in parameters]
+    joined = parameters[0].new_empty(sum(counts), *parameters[0].shape[1:])
+    for parameter, rows in zip(parameters, joined.split(counts), strict=True):
+        share(parameter, rows, undo)
     return joined
-
-
-def _part(parameter: torch.Tensor, rows: torch.Tensor) -> None:
-    # A parameter that was moved or cast in the meantime has its own storage already.
-    if parameter.data_ptr() == rows.data_ptr():
-        parameter.data = parameter.data.clone()

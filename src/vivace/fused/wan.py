@@ -23,7 +23,7 @@ from vivace.fused.elementwise import Elementwise
 from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
 from vivace.fused.joint import chained
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack
+from vivace.fused.stack import readers
 
 ENCODED_TOKENS = 512
 """What is in front of this many tokens of the text belongs to a picture, where the model reads one."""
@@ -79,7 +79,7 @@ class TurnedAttention:
 
     def __init__(self, attention: Any, *, parts: Parts) -> None:
         self.attention, self.parts = attention, parts
-        self.reader = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+        (self.reader,) = readers([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
         (self.heads,) = heads_for(parts.attend, Heads(attention.heads, attention.norm_q, attention.norm_k))
 
     def __call__(self, normed: Any, context: Mapping[str, Any]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from vivace.fused.heads import Heads, Tokens, attend_alone, heads_for, projected
 from vivace.fused.joint import Ahead, ahead_for, chained
 from vivace.fused.modulation import Modulation
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack, takes
+from vivace.fused.stack import asks, filled, readers, takes
 
 
 def check(denoiser: Any) -> str | None:
@@ -51,7 +51,8 @@ class SandwichBlock:
         attention = block.attention
         self.block, self.index, self.span = block, index, span
         self.attend, self.elementwise = parts.attend, parts.elementwise
-        self.qkv = Stack([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+        (self.qkv,) = readers([attention.to_q, attention.to_k, attention.to_v], undo=parts.undo)
+        self.gate, self.up = readers([block.feed_forward.w1], [block.feed_forward.w3], undo=parts.undo)
         (self.heads,) = heads_for(parts.attend, Heads(attention.heads, attention.norm_q, attention.norm_k))
         self.following: SandwichBlock | None = None
 
@@ -70,27 +71,28 @@ class SandwichBlock:
         self, x: torch.Tensor, normed: Any, modulation: Any, tokens: Tokens, *, following: SandwichBlock | None = None
     ) -> tuple[torch.Tensor, Any]:
         """The stream after this block, and its first norm for the `following` one; `normed`, if known, is its own."""
-        block, mlp, elementwise = self.block, self.block.feed_forward, self.elementwise
+        block, down, elementwise = self.block, self.block.feed_forward.w2, self.elementwise
         _, gate, scale, mlp_gate = (None,) * 4 if self.span is None else modulation[self.span]
         normed = elementwise.norm(x, **self.norm(modulation)) if normed is None else normed
         y = attend_alone(self.qkv(normed), self.heads, tokens, attend=self.attend, elementwise=elementwise)
         y = projected(block.attention.to_out[0], y, dtype=x.dtype)
-        inner = _norm(block.ffn_norm1, scale, takes(mlp.w1, mlp.w3))
+        inner = _norm(block.ffn_norm1, scale, asks(self.gate, self.up))
         x, normed = elementwise.residual_norm(x, y, y_weight=block.attention_norm2.weight, gate=gate, **inner)
-        y = mlp.w2(elementwise.glu(mlp.w3(normed), mlp.w1(normed), kind="silu", quantize=takes(mlp.w2)))
+        normed = filled(normed, self.gate)
+        y = down(elementwise.glu(self.up(normed), self.gate(normed), kind="silu", quantize=takes(down)))
         last = block.ffn_norm2
         if following is None:
-            return elementwise.residual(x, elementwise.norm(y, **_norm(last, None, None)), gate=mlp_gate), None
+            return elementwise.residual(x, elementwise.norm(y, **_norm(last, None, {})), gate=mlp_gate), None
         return elementwise.residual_norm(x, y, y_weight=last.weight, gate=mlp_gate, **following.norm(modulation))
 
     def norm(self, modulation: Any) -> dict[str, Any]:
         """Its first norm, as keywords of the arithmetic."""
         scale = None if self.span is None else modulation[self.span][0]
-        return _norm(self.block.attention_norm1, scale, takes(self.qkv))
+        return _norm(self.block.attention_norm1, scale, asks(self.qkv))
 
 
-def _norm(norm: Any, scale: torch.Tensor | None, quantize: Any) -> dict[str, Any]:
-    return {"weight": norm.weight, "eps": norm.eps, "kind": "rms", "scale": scale, "quantize": quantize}
+def _norm(norm: Any, scale: torch.Tensor | None, asked: dict[str, Any]) -> dict[str, Any]:
+    return {"weight": norm.weight, "eps": norm.eps, "kind": "rms", "scale": scale, **asked}
 
 
 def _refined(blocks: Sequence[SandwichBlock], x: torch.Tensor, modulation: Any, tokens: Tokens) -> torch.Tensor:

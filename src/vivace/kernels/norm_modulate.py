@@ -33,7 +33,7 @@ from vivace.kernels.row import (
 
 SCHEMA = (
     "norm_modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? scale_base, Tensor? shift_base, Tensor? weight, "
-    "Tensor? bias, float eps, str kind, str? quantize) -> Tensor[]"
+    "Tensor? bias, float eps, str kind, str? quantize, int room) -> Tensor[]"
 )
 
 
@@ -48,6 +48,7 @@ def norm_modulate_ref(
     eps: float,
     kind: str,
     quantize: str | None,
+    room: int = 0,
 ) -> list[torch.Tensor]:
     """The operation in torch, in fp32 between one load and one store."""
     y = norm_ref(x.float(), eps, kind)
@@ -55,13 +56,13 @@ def norm_modulate_ref(
     y = y + bias.float() if bias is not None else y
     y = y * (1 + vector_ref(scale, scale_base)) if scale is not None else y
     y = y + vector_ref(shift, shift_base) if shift is not None else y
-    return rows_ref(y, x.dtype, quantize)
+    return rows_ref(y, x.dtype, quantize, room=room)
 
 
 @jit(do_not_specialize=("tokens",))
 def _norm_modulate_kernel(
     x, scale, shift, scale_base, shift_base, weight, bias, out, row_scale,
-    tokens, x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token, eps,
+    tokens, out_token, x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token, eps,
     WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def _norm_modulate_kernel(
         y = y * (1.0 + load_vector(scale, scale_base, sample, scale_token, rows, columns, inside, mask, EACH))
     if shift is not None:
         y = y + load_vector(shift, shift_base, batch * shift_batch, shift_token, rows, columns, inside, mask, EACH)
-    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, WIDTH, LIMIT)
+    store_rows(out, row_scale, batch * tokens, rows, columns, y, mask, tokens, out_token, LIMIT)
 
 
 def _launch(
@@ -96,13 +97,14 @@ def _launch(
     eps: float,
     kind: str,
     quantize: str | None,
+    room: int = 0,
 ) -> list[torch.Tensor]:
     batch, tokens, width = x.shape
-    made = rows_like(x, quantize)
+    made = rows_like(x, quantize, room=room)
     rows, block, warps = tile(width)
     _norm_modulate_kernel[(ceil_div(tokens, rows), batch)](
         x, scale, shift, scale_base, shift_base, weight, bias, made[0], made[-1],
-        tokens, x.stride(0), x.stride(1), *strides_of(scale, shift), eps,
+        tokens, made[0].stride(1), x.stride(0), x.stride(1), *strides_of(scale, shift), eps,
         WIDTH=width, KIND=kind, EACH=of_tokens(scale, shift), LIMIT=limit_of(quantize),
         ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -122,17 +124,18 @@ def norm_modulate(
     eps: float = 1e-6,
     kind: Literal["layer", "rms"] = "layer",
     quantize: Quantize | None = None,
+    room: int = 0,
 ) -> torch.Tensor | RowScaled:
     """`(norm(x) * weight + bias) * (1 + scale) + shift`; whatever is None is left out.
 
     `x` is [B, S, D] (or [S, D]) with contiguous rows, `scale` and `shift` [B, D] (views of a wider modulation are
     fine), both [B, S, D] where each token has its own, or a `Sum`; `weight` and `bias` are [D]. Returns [B, S, D] in
-    x's type, or `RowScaled` values when `quantize` names a format. Raises ValueError when a shape does not fit, or a
-    last dimension is not contiguous.
+    x's type, with `room` for so many columns more behind each row, or `RowScaled` values when `quantize` names a
+    format. Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
     """
     rows = tokens_of(x, "x")
     check_vectors(rows, modulation={"scale": scale, "shift": shift}, shared={"weight": weight, "bias": bias})
-    return shaped(_op(rows, *terms(scale, shift), weight, bias, eps, kind, quantize), x)
+    return shaped(_op(rows, *terms(scale, shift), weight, bias, eps, kind, quantize, room), x)
 
 
 def _make(
@@ -146,6 +149,7 @@ def _make(
     affine: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
+    room: int = 0,
     pad: int = 0,
 ) -> dict[str, Any]:
     """A modulation of its own for `each` token is one in two terms, the second of them fp32."""
@@ -161,6 +165,7 @@ def _make(
         "eps": 1e-6,
         "kind": kind,
         "quantize": quantize,
+        "room": room,
     }
 
 
@@ -178,6 +183,7 @@ KERNEL = Kernel(
         Case("affine only", {"batch": 2, "tokens": 9, "width": 640, "affine": True, "modulate": False}),
         Case("plain, one token", {"tokens": 1, "width": 320, "modulate": False}),
         Case("each token its own", {"batch": 2, "tokens": 11, "width": 192, "each": True, "pad": 64}),
+        Case("room for more columns", {"batch": 2, "tokens": 7, "width": 192, "room": 48}),
         Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
         Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
     ),

@@ -28,6 +28,7 @@ from vivace.kernels.row import (
     normalize,
     of_tokens,
     rows_like,
+    rows_ref,
     shaped,
     store_rows,
     strides_of,
@@ -38,7 +39,7 @@ from vivace.kernels.row import (
 SCHEMA = (
     "residual_norm(Tensor x, Tensor y, Tensor? y_bias, Tensor? y_weight, Tensor? add, Tensor? after, Tensor? gate, "
     "Tensor? scale, Tensor? shift, Tensor? gate_base, Tensor? scale_base, Tensor? shift_base, Tensor? weight, "
-    "Tensor? bias, float eps, str kind, str? quantize) -> Tensor[]"
+    "Tensor? bias, float eps, str kind, str? quantize, int room) -> Tensor[]"
 )
 
 
@@ -60,6 +61,7 @@ def residual_norm_ref(
     eps: float,
     kind: str,
     quantize: str | None,
+    room: int = 0,
 ) -> list[torch.Tensor]:
     """The operation in torch: h is normalised in fp32, before it is rounded to x's type."""
     y = y if y_bias is None else y.float() + y_bias.float()
@@ -67,14 +69,14 @@ def residual_norm_ref(
     (h,) = gate_residual_ref(x.float() if add is None else x.float() + add.float()[:, None], y, gate, gate_base)
     normed = norm_modulate_ref(h, scale, shift, scale_base, shift_base, weight, bias, eps, kind, quantize)
     h = h if after is None else h + after.float()
-    return [h.to(x.dtype), *(normed if quantize else [normed[0].to(x.dtype)])]
+    return [h.to(x.dtype), *(normed if quantize else rows_ref(normed[0], x.dtype, None, room=room))]
 
 
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
     x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
     h, out, row_scale,
-    tokens, x_batch, x_token, y_batch, y_token, add_batch,
+    tokens, out_token, x_batch, x_token, y_batch, y_token, add_batch,
     gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token, eps,
     WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +117,7 @@ def _residual_norm_kernel(
     if shift is not None:
         sample = batch * shift_batch
         normed = normed + load_vector(shift, shift_base, sample, shift_token, rows, columns, inside, mask, EACH)
-    store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, WIDTH, LIMIT)
+    store_rows(out, row_scale, first, rows, columns, normed, mask, tokens, out_token, LIMIT)
 
 
 def _launch(
@@ -136,13 +138,14 @@ def _launch(
     eps: float,
     kind: str,
     quantize: str | None,
+    room: int = 0,
 ) -> list[torch.Tensor]:
     batch, tokens, width = x.shape
-    made = [*rows_like(x, None), *rows_like(x, quantize)]
+    made = [*rows_like(x, None), *rows_like(x, quantize, room=room)]
     rows, block, warps = tile(width)
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
         x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
-        made[0], made[1], made[-1], tokens, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        made[0], made[1], made[-1], tokens, made[1].stride(1), x.stride(0), x.stride(1), y.stride(0), y.stride(1),
         0 if add is None else add.stride(0), *strides_of(gate, scale, shift), eps,
         WIDTH=width, KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
         ROWS=rows, BLOCK=block, num_warps=warps,
@@ -169,14 +172,16 @@ def residual_norm(
     eps: float = 1e-6,
     kind: Literal["layer", "rms"] = "layer",
     quantize: Quantize | None = None,
+    room: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
     """`h = x + gate * (y + y_bias) + add` and `(norm(h) * weight + bias) * (1 + scale) + shift`; None is left out.
 
     `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D] or all of them [B, S, D] (or a
     `Sum` of such and [D]), `add` [B, D], `weight`, `bias` and `y_bias` [D]. With `y_weight` [D] it is the RMSNorm
     of y, times that weight, that joins h.
-    Returns h in x's type, plus `after` [D] that the norm does not see, and the second in x's type too or as `RowScaled`
-    when `quantize` names a format. Raises ValueError when a shape does not fit, or a last dimension is not contiguous.
+    Returns h in x's type, plus `after` [D] that the norm does not see, and the second in x's type too, with `room` for
+    so many columns more behind each row, or as `RowScaled` when `quantize` names a format. Raises ValueError when a
+    shape does not fit, or a last dimension is not contiguous.
     """
     rows, branch = pair_of(x, y)
     check_vectors(
@@ -186,7 +191,7 @@ def residual_norm(
     )
     check_vectors(rows, modulation={"add": add})
     vectors = (y_bias, y_weight, add, after, *terms(gate, scale, shift), weight, bias)
-    h, *normed = _op(rows, branch, *vectors, eps, kind, quantize)
+    h, *normed = _op(rows, branch, *vectors, eps, kind, quantize, room)
     return h.view(x.shape), shaped(normed, x)
 
 
@@ -203,6 +208,7 @@ def _make(
     biased: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
+    room: int = 0,
     pad: int = 0,
 ) -> dict[str, Any]:
     """Gate, scale and shift with `modulate`, in two terms for `each` token; weight and bias without; all but shift and
@@ -228,6 +234,7 @@ def _make(
         "eps": 1e-6,
         "kind": kind,
         "quantize": quantize,
+        "room": room,
     }
 
 
@@ -248,6 +255,7 @@ KERNEL = Kernel(
         Case("both normalised", {"batch": 2, "tokens": 5, "width": 240, "sandwich": True, "kind": "rms", "pad": 16}),
         Case("late biases", {"batch": 2, "tokens": 9, "width": 328, "modulate": False, "biased": True}),
         Case("late biases, both normalised", {"tokens": 5, "width": 240, "sandwich": True, "biased": True}),
+        Case("room for more columns", {"batch": 2, "tokens": 7, "width": 192, "room": 48}),
         Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
         Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
     ),

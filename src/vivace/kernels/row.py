@@ -170,14 +170,23 @@ def of_tokens(*vectors: torch.Tensor | None) -> bool:
     return any(vector is not None and vector.ndim == 3 for vector in vectors)
 
 
-def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None) -> list[torch.Tensor]:
-    """Contiguous space for rows shaped as those of `x`: [values] as they are, or [values, scales]."""
+def rows_like(x: torch.Tensor, quantize: str | None, *, width: int | None = None, room: int = 0) -> list[torch.Tensor]:
+    """Space for rows shaped as those of `x`: [values] as they are, or [values, scales].
+
+    It is contiguous, unless there shall be `room` for more columns behind each row of values.
+    """
     shape = (*x.shape[:-1], width or x.shape[-1])
     if quantize is None:
-        return [torch.empty(shape, device=x.device, dtype=x.dtype)]
+        return [with_room(shape, room, like=x)]
     to = FORMATS[quantize]
     values = torch.empty(shape, device=x.device, dtype=to.dtype)
     return [values, torch.empty((*x.shape[:-1], to.factors), device=x.device, dtype=torch.float32)]
+
+
+def with_room(shape: tuple[int, ...], room: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Space for rows of `shape`, with `room` for more columns behind each of them."""
+    wide = torch.empty((*shape[:-1], shape[-1] + room), device=like.device, dtype=like.dtype)
+    return wide[..., : shape[-1]] if room else wide
 
 
 def shaped(made: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor | RowScaled:
@@ -191,10 +200,11 @@ def limit_of(quantize: str | None) -> float:
     return 0.0 if quantize is None else FORMATS[quantize].limit
 
 
-def rows_ref(y: torch.Tensor, dtype: torch.dtype, quantize: str | None) -> list[torch.Tensor]:
+def rows_ref(y: torch.Tensor, dtype: torch.dtype, quantize: str | None, *, room: int = 0) -> list[torch.Tensor]:
     """`y` (fp32) cast to `dtype`, or scaled row by row into an 8-bit format: [values] or [values, scales]."""
     if quantize is None:
-        return [y.to(dtype).contiguous()]
+        y = y.to(dtype)
+        return [with_room(tuple(y.shape), room, like=y).copy_(y) if room else y.contiguous()]
     to = FORMATS[quantize]
     if to.factors == 2:
         low, high = y.aminmax(dim=-1, keepdim=True)
@@ -310,7 +320,7 @@ def scaled(y, mask, scale, offset, kind: tl.constexpr):
 
 @jit
 def store_rows(out, row_scale, first, rows, columns, y, mask, tokens, width, LIMIT: tl.constexpr):
-    """Stores `y` [R, C] (fp32) into rows `first + rows` of `width`; with LIMIT, scaled row by row into 8 bits."""
+    """Stores `y` [R, C] (fp32) into rows `first + rows`, `width` apart; with LIMIT, scaled row by row into 8 bits."""
     kind: tl.constexpr = out.dtype.element_ty
     if LIMIT > 0:
         low, high = extremes(y, mask, kind)

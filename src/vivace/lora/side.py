@@ -9,7 +9,7 @@ import torch
 
 from vivace.errors import InputError
 from vivace.lora.adapters import Factor, Place, Strength
-from vivace.one_off import give_class
+from vivace.one_off import give_class, stock_class
 from vivace.quant.linear import QuantLinear
 
 RANK_STEP = 16
@@ -31,6 +31,24 @@ class Side:
         self.up = torch.zeros(outputs, capacity, **place)  # [out, R], with scale and strength multiplied in
         self.bias: torch.Tensor | None = None  # [out]
         self.strengths: torch.Tensor | None = None  # [N, R] where the N requests of a batch differ
+        self._tables: dict[int, torch.Tensor] = {}  # of strengths, by N: each keeps its place
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What a recorded graph of it depends on besides addresses: how many strengths, and whether a bias."""
+        return 0 if self.strengths is None else len(self.strengths), self.bias is None
+
+    def lie(self, *, down: torch.Tensor, up: torch.Tensor) -> Callable[[], None]:
+        """Let the factors lie in `down` and `up`; the undo gives them memory of their own again."""
+        down.copy_(self.down)
+        up.copy_(self.up)
+        self.down, self.up = down, up
+
+        def undo() -> None:
+            if self.up is up:
+                self.down, self.up = (t.clone(memory_format=torch.contiguous_format) for t in (down, up))
+
+        return undo
 
     def fits(self, module: torch.nn.Module, rank: int) -> bool:
         (outputs, *inputs), dtype = _form(module)
@@ -49,7 +67,11 @@ class Side:
             up = factor.up.to(self.up.device, torch.float32).flatten(1)
             self.up[:, rows] = (up * (factor.scale * uniform)).to(self.up.dtype)
         biases = [f.bias.to(self.up.device, torch.float32) * f.scale for f in factors if f.bias is not None]
-        self.bias = (torch.stack(biases).sum(0) * uniform).to(self.up.dtype) if biases else None
+        if not biases:
+            self.bias = None
+        else:
+            self.bias = self.up.new_empty(len(self.up)) if self.bias is None else self.bias
+            self.bias.copy_(torch.stack(biases).sum(0) * uniform)
         if isinstance(strength, int | float):
             self.strengths = None
             return
@@ -57,17 +79,21 @@ class Side:
         for number, one in enumerate(strength):
             parts = [torch.full((f.down.shape[0],), _strength_of(one, f.adapter)) for f in factors]
             table[number, :row] = torch.cat(parts)
-        self.strengths = table.to(self.down)
+        kept = self._tables.setdefault(
+            len(table), torch.empty_like(table, device=self.down.device, dtype=self.down.dtype)
+        )
+        self.strengths = kept.copy_(table)
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Add what a linear's adapters make of `x` `[B, ..., in]` to its output `out` `[B, ..., out]`, in place."""
-        h = torch.nn.functional.linear(x.to(self.down.dtype), self.down)  # [B, ..., R]
+        h = x.to(self.down.dtype).reshape(-1, x.shape[-1]) @ self.down.t()  # [B ..., R]
         if self.strengths is not None:
-            h = h * self.rows(x.shape[0]).view(x.shape[0], *[1] * (x.ndim - 2), -1)
-        # One GEMM that adds to what is there; `out` may be a slice of a wider one.
-        torch.addmm(flat := out.flatten(0, -2), h.flatten(0, -2), self.up.T, out=flat)
+            h.view(len(out), -1, self.capacity).mul_(self.rows(len(out)).unsqueeze(1))
+        # A GEMM that adds to what is there.
+        rows = out.view(-1, out.shape[-1])
+        rows.addmm_(h, self.up.t())
         if self.bias is not None:
-            out += self.bias
+            rows += self.bias
 
     def rows(self, batch: int) -> torch.Tensor:
         """The strengths `[B, R]`: guidance repeats the batch, the unconditional half first."""
@@ -85,11 +111,23 @@ def side_of(module: torch.nn.Module) -> Side | None:
     return getattr(type(module), "vivace_side", None)
 
 
-class Sides:
-    """Adapters beside their modules: nothing is written to a weight."""
+def plain(module: Any) -> bool:
+    """Whether a module computes as torch's linear, but for adapters beside it: its weight may be read."""
+    return stock_class(type(module)) is torch.nn.Linear
 
-    def __init__(self, *, changed: Callable[[], None], device: Callable[[], torch.device]) -> None:
+
+class Sides:
+    """Adapters beside their modules: no weight gets another value."""
+
+    def __init__(
+        self,
+        *,
+        changed: Callable[[], None],
+        device: Callable[[], torch.device],
+        outdated: Callable[[], None],
+    ) -> None:
         self._changed = changed  # recorded graphs hold no longer
+        self._outdated = outdated  # nor does what was built from the modules
         self._device = device  # where the denoiser computes
         self._sides: dict[torch.nn.Module, tuple[Side, Callable[[], None]]] = {}
 
@@ -108,13 +146,16 @@ class Sides:
     @torch.no_grad()
     def settle(self, places: Iterable[Place], strength: Strength) -> None:
         wanted = {place.module: factors for place in places if (factors := place.factors())}
-        before = {module: side.strengths is None for module, (side, _) in self._sides.items()}
+        before = {module: side for module, (side, _) in self._sides.items()}
+        kinds = [side.kind for side in before.values()]
         for module in [module for module in self._sides if module not in wanted]:
             self._sides.pop(module)[1]()
         for module, factors in wanted.items():
             self._beside(module, rank=sum(factor.down.shape[0] for factor in factors)).fill(factors, strength)
-        after = {module: side.strengths is None for module, (side, _) in self._sides.items()}
+        after = {module: side for module, (side, _) in self._sides.items()}
         if before != after:
+            self._outdated()
+        elif kinds != [side.kind for side in before.values()]:
             self._changed()
 
     def withdraw(self) -> None:
@@ -123,8 +164,8 @@ class Sides:
     def forget(self) -> None:
         for _, remove in self._sides.values():
             remove()
+        (self._outdated if self._sides else self._changed)()
         self._sides.clear()
-        self._changed()
 
     def _beside(self, module: torch.nn.Module, *, rank: int) -> Side:
         if module in self._sides:
@@ -132,11 +173,10 @@ class Sides:
             if side.fits(module, rank):
                 return side
             remove()
-            self._changed()
         side = Side(module, capacity=-(-rank // RANK_STEP) * RANK_STEP, device=self._device())
         forward = _convolution if hasattr(module, "kernel_size") else _linear
         # Adapters read the input in 16 bit, so a kernel in front shall not quantise it.
-        members = {"takes": None} if isinstance(module, QuantLinear) else {}
+        members = {"takes": None} if isinstance(module, QuantLinear) else {"_save_to_state_dict": _saving(type(module))}
         remove = give_class(module, {"forward": forward(type(module)), "vivace_side": side, **members})
         self._sides[module] = (side, remove)
         return side
@@ -149,6 +189,16 @@ def _linear(stock: type[Any]) -> Callable[..., torch.Tensor]:
         return out
 
     return forward
+
+
+def _saving(stock: type[Any]) -> Callable[..., None]:
+    def _save_to_state_dict(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        stock._save_to_state_dict(self, destination, prefix, keep_vars)
+        # A weight that shares its rows with adapters is a view with gaps, which no file takes.
+        if not keep_vars:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+
+    return _save_to_state_dict
 
 
 def _convolution(stock: type[Any]) -> Callable[..., torch.Tensor]:

@@ -70,7 +70,7 @@ def _merged(lane: Lane, target: Target) -> Merged:
 
 def _sides(lane: Lane) -> Sides:
     # Looked up when it is called: a later pass sets the lane's runner.
-    return Sides(changed=lambda: lane.run.clear(), device=lambda: device_of(lane.denoiser))
+    return Sides(changed=lambda: lane.run.clear(), device=lambda: device_of(lane.denoiser), outdated=lane.outdate)
 
 
 def lora_methods(target: Target) -> dict[str, Any]:
