@@ -1,6 +1,7 @@
 """Trains in the processes that torchrun starts; each writes what it holds at the end. Run by test_trainer."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from vivace.distill import Critic, Data, DistillConfig, Optimizer, Records, Stage, Student
+from vivace.distill.plan import memory
+from vivace.distill.precache import write_cache
 from vivace.distill.trainer import make_accelerator, make_training, train
 from vivace.families import FAMILIES
 
@@ -40,6 +43,7 @@ def main(output: Path) -> None:
         first, second = (make_training(chosen, accelerator, pipe=FAMILIES["sd3"].tiny()) for _ in range(2))
         sharded = any(hasattr(parameter, "full_tensor") for parameter in first.plain.parameters())
         assert sharded == (parallel == "fsdp")
+        (output / f"{parallel}-memory-{accelerator.process_index}").write_text(json.dumps(memory(first)))
         for _ in range(2):
             first.batch()
         second.load(first.tensors(), done=2)
@@ -58,6 +62,11 @@ def main(output: Path) -> None:
             training.batch()
     # and the whole of it, sharded, with checkpoints, grids and result
     train(config(output / "run", "fsdp"), pipe=FAMILIES["sd3"].tiny())
+    # and on batches that the processes wrote beforehand, in turns
+    write_cache(config(output / "run", "ddp"), output / "cache", batches=3, pipe=FAMILIES["sd3"].tiny())
+    data = Data(kind="cached", path=str(output / "cache"))
+    cached = dataclasses.replace(config(output / "from-cache", "ddp"), data=data)
+    train(cached, pipe=FAMILIES["sd3"].tiny())
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def train(
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
         try:
-            accelerator.end_training()
+            # Not end_training: it ends the processes' group too, which whoever trains again has need of.
+            for tracker in accelerator.trackers:
+                tracker.finish()
         except OSError as error:  # of a log; what else went wrong is told already
             logger.warning("the end of the log cannot be written (%s)", error.strerror)
 
