@@ -74,6 +74,13 @@ def test_processes_train_again_and_on_what_they_wrote_beforehand(two):
     assert (two / "from-cache" / "result" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_what_any_process_left_out_is_counted(two):
+    (newest,) = (two / "halved").glob("step-*8")
+    own = [one["skipped"]["no caption"] for one in json.loads((newest / "state.json").read_text())["data"]]
+    assert min(own) > 0
+    assert [json.loads((two / f"skipped-{rank}").read_text()) for rank in range(2)] == 2 * [{"no caption": sum(own)}]
+
+
 def test_accumulated_gradients_are_the_mean(config, tmp_path):
     """Two parts of one batch give the mean of their gradients."""
     stages = (Stage(batches=1, steps=4, guidance=(2.0, 2.0)),)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from vivace.distill import Critic, Data, DistillConfig, Optimizer, Records, Stage, Student
@@ -67,6 +68,19 @@ def main(output: Path) -> None:
     data = Data(kind="cached", path=str(output / "cache"))
     cached = dataclasses.replace(config(output / "from-cache", "ddp"), data=data)
     train(cached, pipe=FAMILIES["sd3"].tiny())
+    # and on pictures of which half have no caption
+    (output / "pictures").mkdir(exist_ok=True)
+    for number in range(8) if accelerator.is_main_process else ():
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(output / "pictures" / f"{number}.png")
+        if number % 2:
+            (output / "pictures" / f"{number}.txt").write_text("red")
+    accelerator.wait_for_everyone()
+    data = Data(kind="folder", path=str(output / "pictures"))
+    result = train(
+        dataclasses.replace(cached, output=str(output / "halved"), stages=PLAIN, critic=None, data=data),
+        pipe=FAMILIES["sd3"].tiny(),
+    )
+    (output / f"skipped-{accelerator.process_index}").write_text(json.dumps(dict(result.skipped)))
 
 
 if __name__ == "__main__":
