@@ -1,5 +1,6 @@
 """Values that cannot be are refused before any model is read."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def test_no_modes_at_all_leave_no_steps_of_the_student_under_any_mixture():
         (
             {"conditioners": (Conditioner(join="argument", source="x"),)},
             r"conditioners\[0\]: join: argument and argument",
+        ),
+        (
+            {"conditioners": (Conditioner(join="vector", source="x", options={"since": date(2024, 1, 1)}),)},
+            r"conditioners\[0\]\.options is \{'since': datetime.date.* it takes text, numbers and lists",
         ),
         ({"accelerate": "exakt"}, "unknown preset 'exakt'; the nearest is 'exact'"),
         (

@@ -1,6 +1,7 @@
 """One batch of training, and training in two processes."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -54,6 +55,30 @@ def test_a_sharded_training_leaves_everything(two):
     weights = load_file(two / "run" / "result" / "pytorch_lora_weights.safetensors")
     mean = load_file(two / "run" / "step-00000004" / "mean.safetensors")
     assert len(weights) == len(mean) > 0
+
+
+def test_a_plan_of_shards_counts_what_each_process_holds(two):
+    replicas, *shards = (
+        json.loads((two / name).read_text()) for name in ("ddp-memory-0", "fsdp-memory-0", "fsdp-memory-1")
+    )
+    for name in ("student", "its gradients and AdamW's moments", "running mean"):
+        assert sum(one[name] for one in shards) == replicas[name]
+        assert max(one[name] for one in shards) < replicas[name]
+    frozen = sum(one["a shard of the student's frozen weights"] for one in shards)
+    assert frozen == sum(weight.nbytes for weight in FAMILIES["sd3"].tiny().transformer.parameters())
+    assert not any("8" in name for one in (replicas, *shards) for name in one)
+
+
+def test_processes_train_again_and_on_what_they_wrote_beforehand(two):
+    assert len(list((two / "cache").glob("*.safetensors"))) == 3
+    assert (two / "from-cache" / "result" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_what_any_process_left_out_is_counted(two):
+    (newest,) = (two / "halved").glob("step-*8")
+    own = [one["skipped"]["no caption"] for one in json.loads((newest / "state.json").read_text())["data"]]
+    assert min(own) > 0
+    assert [json.loads((two / f"skipped-{rank}").read_text()) for rank in range(2)] == 2 * [{"no caption": sum(own)}]
 
 
 def test_accumulated_gradients_are_the_mean(config, tmp_path):

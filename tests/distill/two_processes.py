@@ -1,13 +1,17 @@
 """Trains in the processes that torchrun starts; each writes what it holds at the end. Run by test_trainer."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from vivace.distill import Critic, Data, DistillConfig, Optimizer, Records, Stage, Student
+from vivace.distill.plan import memory
+from vivace.distill.precache import write_cache
 from vivace.distill.trainer import make_accelerator, make_training, train
 from vivace.families import FAMILIES
 
@@ -40,6 +44,7 @@ def main(output: Path) -> None:
         first, second = (make_training(chosen, accelerator, pipe=FAMILIES["sd3"].tiny()) for _ in range(2))
         sharded = any(hasattr(parameter, "full_tensor") for parameter in first.plain.parameters())
         assert sharded == (parallel == "fsdp")
+        (output / f"{parallel}-memory-{accelerator.process_index}").write_text(json.dumps(memory(first)))
         for _ in range(2):
             first.batch()
         second.load(first.tensors(), done=2)
@@ -58,6 +63,24 @@ def main(output: Path) -> None:
             training.batch()
     # and the whole of it, sharded, with checkpoints, grids and result
     train(config(output / "run", "fsdp"), pipe=FAMILIES["sd3"].tiny())
+    # and on batches that the processes wrote beforehand, in turns
+    write_cache(config(output / "run", "ddp"), output / "cache", batches=3, pipe=FAMILIES["sd3"].tiny())
+    data = Data(kind="cached", path=str(output / "cache"))
+    cached = dataclasses.replace(config(output / "from-cache", "ddp"), data=data)
+    train(cached, pipe=FAMILIES["sd3"].tiny())
+    # and on pictures of which half have no caption
+    (output / "pictures").mkdir(exist_ok=True)
+    for number in range(8) if accelerator.is_main_process else ():
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(output / "pictures" / f"{number}.png")
+        if number % 2:
+            (output / "pictures" / f"{number}.txt").write_text("red")
+    accelerator.wait_for_everyone()
+    data = Data(kind="folder", path=str(output / "pictures"))
+    result = train(
+        dataclasses.replace(cached, output=str(output / "halved"), stages=PLAIN, critic=None, data=data),
+        pipe=FAMILIES["sd3"].tiny(),
+    )
+    (output / f"skipped-{accelerator.process_index}").write_text(json.dumps(dict(result.skipped)))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def distill(
 
     from vivace.cli.generate import quiet
 
+    ended = None
     with quiet():
         if dry_run:
             from vivace.distill.plan import make_plan
@@ -64,7 +65,19 @@ def distill(
         elif precache is not None:
             _precache(chosen, precache, batches=batches or BATCHES, as_json=as_json)
         else:
-            _train(chosen, as_json=as_json)
+            ended = _train(chosen, as_json=as_json)
+    _part()
+    if ended is not None:
+        # As a process that the signal ended: what started it then knows that there is more to do.
+        raise typer.Exit(128 + ended)
+
+
+def _part() -> None:
+    """Leave the other processes; where something went wrong they may wait for this one, and its end tells them."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _tells() -> bool:
@@ -85,7 +98,8 @@ def _precache(config: Any, folder: Path, *, batches: int, as_json: bool) -> None
     print(f"{folder}: {count} batches; train on them with --set data.kind=cached --set data.path={folder}")
 
 
-def _train(config: Any, *, as_json: bool) -> None:
+def _train(config: Any, *, as_json: bool) -> int | None:
+    """The signal that ended the training, or None."""
     from vivace.distill.trainer import train
 
     with _bar(config.batches, "training") as tell:
@@ -97,9 +111,7 @@ def _train(config: Any, *, as_json: bool) -> None:
         result = train(config, on_batch=on_batch)
     if _tells():
         _print_result(result, batches=config.batches, as_json=as_json)
-    if result.signal is not None:
-        # As a process that the signal ended: what started it then knows that there is more to do.
-        raise typer.Exit(128 + result.signal)
+    return result.signal
 
 
 def _print_result(result: Result, *, batches: int, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -289,11 +290,23 @@ def check(config: DistillConfig) -> None:
     _check_data(config.data)
     if config.method == "consistency":
         _check_consistency(config)
+    _check_conditioners(config)
+
+
+def _check_conditioners(config: DistillConfig) -> None:
+    records = config.records
     if config.conditioners and records.sample_every and records.prompts:
         raise InputError("with conditioners sample grids show the data's first pictures; leave records.prompts out")
     for index, one in enumerate(config.conditioners):
         if (one.join == "argument") != (one.argument is not None):
             raise InputError(f"conditioners[{index}]: join: argument and argument go together")
+        try:
+            json.dumps(_plain(one.options))
+        except TypeError as error:
+            raise InputError(
+                f"conditioners[{index}].options is {one.options}; it takes text, numbers and lists of them, which "
+                "checkpoints can hold"
+            ) from error
 
 
 def _check_data(data: Data) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from vivace.distill.stages import mixture, steps_before
 from vivace.distill.student import trainable
 from vivace.distill.trainer import make_accelerator, make_training
 from vivace.distill.training import Training
+from vivace.distill.weights import local
 
 MEASURED = 2  # solver steps of the rollout that are run
 WARM_UP = 3  # batches of each stage before one counts: compiled blocks see every shape, and those that vary, by then
@@ -153,27 +154,28 @@ def _now(training: Training) -> float:
 
 
 def memory(training: Training) -> dict[str, int]:
-    """Bytes of what stays in memory: the pipeline's weights, what is trained, and its optimizers."""
+    """Bytes of what stays in one process's memory: the pipeline's weights, what is trained, and its optimizers."""
     pipe = training.actors.pipe
     parts = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module)}
     found = {name: _bytes([*part.parameters(), *part.buffers()]) for name, part in parts.items()}
     kept = {parameter.data_ptr() for part in parts.values() for parameter in part.parameters()}
     frozen = [one for one in training.student.parameters() if not one.requires_grad and one.data_ptr() not in kept]
     if frozen:
-        found["weights in 16 bit, of a teacher in 8"] = _bytes(frozen)
-    learnt = list(trainable(training.student).values())
-    own = _bytes(learnt)
-    if training.config.student.kind == "full":
-        own = _bytes(training.student.parameters())
-    found["student"] = own
-    found["its gradients and AdamW's moments"] = 3 * sum(4 * one.numel() for one in learnt)
+        whose = (
+            "a shard of the student's frozen weights" if training.sharded else "weights in 16 bit, of a teacher in 8"
+        )
+        found[whose] = _bytes(frozen)
+    learnt = _bytes(trainable(training.student).values())  # in float32, as all that goes with them
+    found["student"] = learnt
+    found["its gradients and AdamW's moments"] = 3 * learnt
     if training.mean is not None:
-        found["running mean"] = sum(4 * one.numel() for one in learnt)
+        found["running mean"] = learnt
     for name, learner in training.learners.items():
         if name != "student":
             found[f"{name}, with the same"] = 4 * _bytes(trainable(learner.plain).values())
     return found
 
 
-def _bytes(parameters: Any) -> int:
-    return sum(one.numel() * one.element_size() for one in parameters)
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Of what this process holds of them."""
+    return sum(local(one).nbytes for one in parameters)

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Result:
     folder: Path | None  # the result; None where it was stopped
     checkpoint: Path
     losses: Mapping[str, float]
-    skipped: Mapping[str, int]  # samples left out, by reason
+    skipped: Mapping[str, int]  # samples left out, by reason, in all processes
 
 
 def train(
@@ -95,7 +96,9 @@ def train(
             return _loop(training, output, stop=stop, on_batch=on_batch)
     finally:
         try:
-            accelerator.end_training()
+            # Not end_training: it ends the processes' group too, which whoever trains again has need of.
+            for tracker in accelerator.trackers:
+                tracker.finish()
         except OSError as error:  # of a log; what else went wrong is told already
             logger.warning("the end of the log cannot be written (%s)", error.strerror)
 
@@ -171,7 +174,7 @@ def _loop(training: Training, output: Path, *, stop: list[int], on_batch: Callab
     if stopped and checkpoint.broken(saved):
         _save(training, output)
     folder = None if stopped else _finish(training, output)
-    skipped = getattr(training.supply, "skipped", {})
+    skipped = sum(map(Counter, gather_object([getattr(training.supply, "skipped", {})])), Counter[str]())
     return Result(
         done=training.done,
         stopped=stopped,

@@ -63,9 +63,15 @@ def load_moments(module: nn.Module, optimizer: torch.optim.Optimizer, moments: M
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, of which this process may hold a shard."""
+    """All of a tensor; of one that is sharded, since no GPU need have room for all of those, on the CPU."""
     gather: Any = getattr(tensor, "full_tensor", None)
-    return (tensor if gather is None else gather()).detach()
+    return tensor.detach() if gather is None else gather().detach().cpu()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: its shard, or all of it."""
+    shard_of: Any = getattr(tensor, "to_local", None)
+    return tensor.detach() if shard_of is None else shard_of().detach()
 
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

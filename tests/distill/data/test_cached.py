@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from vivace.distill import Data, Records, train
 from vivace.distill.actors import Actors
@@ -42,8 +42,19 @@ def test_what_is_no_item_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="not a batch that `vivace distill --precache` wrote"):
         read_item(tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(save({"z": torch.zeros(1)}, metadata={"call": "[]"}))
+    with pytest.raises(InputError, match="not a batch that `vivace distill --precache` wrote"):
+        read_item(tmp_path / "y.safetensors")
     with pytest.raises(InputError, match="holds no batch for process 0"):
         Cached(str(tmp_path / "none"), batch=2, seed=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_device_that_has_no_room_is_not_the_files_fault(actors_of, batch, tmp_path):
+    write_item(actors_of("sd3").prepare(batch), tmp_path / "item")
+    with pytest.raises((AssertionError, RuntimeError)):
+        read_item(tmp_path / "item", device="cuda:0")
+    assert read_item(tmp_path / "item", device="cpu:0").z.device.type == "cpu"
 
 
 def test_a_training_on_a_cache(config, tmp_path):

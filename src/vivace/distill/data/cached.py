@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vivace.distill.call import Call
@@ -46,14 +46,15 @@ def write_item(item: Item, path: Path, *, made: Mapping[str, Any] | None = None)
 
 def read_item(path: Path, *, device: str | torch.device = "cpu") -> Item:
     """The item in a file that `write_item` wrote. Raises InputError for any other."""
+    # Of several processes each one's CPU has a number, by which safetensors does not know it.
+    place = "cpu" if torch.device(device).type == "cpu" else str(device)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=place) as file:
             about = json.loads((file.metadata() or {})["call"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         tree = {name: _hang(about[name], tensors) for name in ("kwargs", "beside", "control")}
         return Item(tensors["z"], Call(**{name: about[name] for name in FIELDS}, **tree))
-    # safetensors' own error is none of OSError's or ValueError's.
-    except Exception as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} is not a batch that `vivace distill --precache` wrote; write it again") from error
 
 
