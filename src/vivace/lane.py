@@ -30,6 +30,7 @@ from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
+from vivace.memory.here import bring_of
 from vivace.one_off import give_class
 from vivace.passes.accumulate import narrow
 from vivace.passes.target import device_of, types_of
@@ -221,11 +222,16 @@ class Lane:
         if split is not None and split.once is not None and run is None:
             kwargs["once"] = self._once(split, kwargs)
         run = run or self.run
-        forward = split or functools.partial(self._stock, self.denoiser)
+        forward = split or self._whole
         if self.cache is None:
             return run("forward", forward, **kwargs)
         check = check or (lambda spared=(): None)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
+
+    def _whole(self, **kwargs: Any) -> Any:
+        """The stock forward."""
+        with bring_of(self.denoiser)([self.denoiser]):
+            return self._stock(self.denoiser, **kwargs)
 
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
         """The fused blocks, if they serve such a call; and what does."""
@@ -276,7 +282,8 @@ class Lane:
 
         self._unfusable = unfusable(self.denoiser, self._fused) if self._fused else None
         if self._fused and self._unfusable is None:
-            self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
+            split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
+            self.split = replace(split, bring=bring_of(self.denoiser))
             if self._named_blocks:
                 self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))
         packs = self.split is not None and isinstance(self.attend, Packed)

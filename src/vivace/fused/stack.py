@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
 from vivace.lora.side import side_of
+from vivace.memory.joined import followed, join
 from vivace.quant.linear import QuantLinear, stackable, stacked
 
 
@@ -20,7 +21,8 @@ class Stack:
 
     Their own parameters become views of it: nothing is stored twice, a weight edited in place is seen here, and
     `state_dict` is unchanged. The undo gives every parameter its own storage back. Linears that are not alike (some
-    quantised, or in different ways) keep their own storage and are called one by one.
+    quantised, or in different ways) keep their own storage and are called one by one. Where streaming brings their
+    parameters elsewhere, side by side as they are, the stack goes with them.
     """
 
     def __init__(self, linears: Sequence[torch.nn.Linear | QuantLinear], *, undo: ExitStack) -> None:
@@ -61,6 +63,7 @@ class Stack:
     def __call__(self, x: torch.Tensor | RowScaled) -> torch.Tensor:
         if self._apart:
             return torch.cat([linear(x) for linear in self.linears], dim=-1)
+        self._follow()
         if isinstance(x, RowScaled):
             assert self._quantised is not None
             return self._quantised(x)
@@ -73,24 +76,17 @@ class Stack:
             start = end
         return out
 
+    def _follow(self) -> None:
+        first = self.linears[0]
+        if isinstance(first, QuantLinear):
+            assert self._quantised is not None
+            self._quantised.follow(first)
+        else:
+            self.weight = followed(self.weight, first.weight)
+
 
 def takes(*readers: Any) -> Quantize | None:
     """The row-scaled form (`quantize=` of a kernel) that all of `readers`, which share an input, take; None: 16 bit."""
     # Adapters beside a layer read its input in 16 bit.
     forms = {None if side_of(reader) is not None else getattr(reader, "takes", None) for reader in readers}
     return forms.pop() if len(forms) == 1 else None
-
-
-def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
-    """One tensor of all `parameters` along their first dimension, which become views of it until the undo."""
-    joined = torch.cat([parameter.data for parameter in parameters])
-    for parameter, rows in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = rows
-        undo.callback(_part, parameter, rows)
-    return joined
-
-
-def _part(parameter: torch.Tensor, rows: torch.Tensor) -> None:
-    # A parameter that was moved or cast in the meantime has its own storage already.
-    if parameter.data_ptr() == rows.data_ptr():
-        parameter.data = parameter.data.clone()
