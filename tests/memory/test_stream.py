@@ -197,28 +197,57 @@ def test_moving_and_casting_are_refused():
     assert tower.to(torch.float64).inward.weight.dtype == torch.float64
 
 
+class Run(torch.nn.Module):
+    """Blocks that take as long to come as to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(2048, 2048) for _ in range(16))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def at_home(self, x):
+        for block in self.blocks:
+            x = torch.nn.functional.linear(x, block.weight, block.bias)
+        return x
+
+
+def streamed_run():
+    run = Run().requires_grad_(False)
+    stream = Stream(run, blocks=list(run.blocks), streamed=range(16), device=torch.device("cuda"))
+    stream.install(undo=ExitStack())
+    return run, stream
+
+
 @pytest.mark.gpu
 def test_the_device_holds_two_blocks_and_what_is_held():
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-
-    class Run(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(torch.nn.Linear(2048, 2048) for _ in range(16))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    run = Run()
-    Stream(run, blocks=list(run.blocks), streamed=range(16), device=torch.device("cuda")).install(undo=ExitStack())
+    run, _ = streamed_run()
     x = torch.randn(4, 2048, device="cuda")
-    wanted = x.cpu()
-    for block in run.blocks:
-        wanted = torch.nn.functional.linear(wanted, block.weight, block.bias)
-    torch.testing.assert_close(run(x).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run(x).cpu(), run.at_home(x.cpu()), rtol=1e-3, atol=1e-3)
     block_bytes = 2048 * 2049 * 4
     assert torch.cuda.max_memory_allocated() - before < 2.5 * block_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4, 4096])
+def test_a_recorded_call_copies_weights_as_they_are_at_each_replay(rows):
+    run, stream = streamed_run()
+    x = torch.randn(rows, 2048, device="cuda")
+    run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run(x)
+    for _ in range(5):
+        with stream.writing():
+            run.blocks[3].weight.mul_(-1)
+        x.normal_()
+        graph.replay()
+        # What comes after a replay takes the same slots.
+        torch.testing.assert_close(run(x), out, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(out.cpu(), run.at_home(x.cpu()), rtol=1e-3, atol=1e-3)
