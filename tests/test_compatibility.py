@@ -49,9 +49,7 @@ FEATURES = (
 
 REFUSED = {
     ("NaN guard", "CUDA graphs"): "check_nan waits for the device",
-    ("blocks streamed", "fused blocks"): "its blocks are streamed",
     ("blocks streamed", "torch.compile"): "its blocks are streamed",
-    ("blocks streamed", "CUDA graphs"): "its blocks are streamed",
     ("fused blocks", "torch.compile"): "takes the same blocks",
     ("LoRA left to PEFT", "fused blocks"): "transformer_blocks.0",
 }
@@ -59,7 +57,7 @@ REFUSED = {
 
 WHY = {
     "check_nan waits for the device": "the guard waits for the device at every attention, which a recording cannot",
-    "its blocks are streamed": "a streamed block's weights have no fixed place to fuse, compile or record",
+    "its blocks are streamed": "what is compiled would have to be anew when weights come to another place",
     "takes the same blocks": "both take the same blocks",
     "transformer_blocks.0": "fused blocks would not see PEFT's layers; merged or beside they do",
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vivace.errors import InputError
+from vivace.memory.here import Bring, here, nothing
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ class Split:
     `ready(state, first, last)` makes what the blocks from `first` up to `last`, not included (None: all that follow),
     read of the context and the prologue left out, because a cache may skip them. It comes before these blocks, and at
     least once, with any, before the epilogue. `signal(state)` is what TeaCache watches, once the first block is ready.
+    `bring` gets the weights of blocks that are streamed.
     """
 
     prologue: Callable[..., State]
@@ -75,6 +77,7 @@ class Split:
     once_shapes: tuple[str, ...] = ()
     ready: Callable[[State, int, int | None], State] = _ready
     signal: Callable[[State], torch.Tensor] | None = None
+    bring: Bring = nothing
 
     def __call__(self, **kwargs: Any) -> Any:
         if self.once is not None and "once" not in kwargs:
@@ -84,8 +87,11 @@ class Split:
     def through(self, state: State, first: int = 0, last: int | None = None) -> State:
         """The state after the blocks from `first` up to `last`, not included; None: all that follow."""
         state = self.ready(state, first, last)
-        for block in self.blocks[first:last]:
-            state = block.forward(state)
+        blocks = self.blocks[first:last]
+        with self.bring(block.module for block in blocks):
+            for block in blocks:
+                with here(block.module):
+                    state = block.forward(state)
         return state
 
     def prepare(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

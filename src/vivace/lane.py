@@ -30,6 +30,9 @@ from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
+from vivace.lora.strength import strength_in, without_strength
+from vivace.memory.here import bring_of
+from vivace.memory.joined import fixed
 from vivace.one_off import give_class
 from vivace.passes.accumulate import narrow
 from vivace.passes.target import device_of, types_of
@@ -39,10 +42,6 @@ logger = logging.getLogger(__name__)
 
 MEMO = 4
 """Prompts whose step-independent part one request keeps; guidance in two calls takes two."""
-
-
-ATTENTION_KWARGS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
-"""The arguments of denoisers in which a call's LoRA strength travels."""
 
 
 class Run(Protocol):
@@ -227,19 +226,21 @@ class Lane:
         if split is not None and split.once is not None and run is None:
             kwargs["once"] = self._once(split, kwargs)
         run = run or self.run
-        forward = split or functools.partial(self._stock, self.denoiser)
+        forward = split or self._whole
         if self.cache is None:
             return run("forward", forward, **kwargs)
         check = check or (lambda spared=(): None)
         return self.cache(kwargs, forward=forward, run=run, split=split, served_by=served_by, check=check)
 
     def _settled(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The call's arguments, without its LoRA strength where that has been settled: no other recording for each."""
-        if self.adapters is None or self.adapters.refused:
-            return dict(kwargs)
-        told = {name: value for name in ATTENTION_KWARGS if (value := kwargs.get(name)) and "scale" in value}
-        rest = {name: {key: one for key, one in value.items() if key != "scale"} for name, value in told.items()}
-        return {**kwargs, **rest}
+        """The call's arguments, without a LoRA strength that has been settled."""
+        kept = self.adapters is None or self.adapters.refused
+        return dict(kwargs) if kept else without_strength(kwargs)
+
+    def _whole(self, **kwargs: Any) -> Any:
+        """The stock forward."""
+        with bring_of(self.denoiser)([self.denoiser]):
+            return self._stock(self.denoiser, **kwargs)
 
     def _way(self, kwargs: Mapping[str, Any]) -> tuple[Split | None, str]:
         """The fused blocks, if they serve such a call; and what does."""
@@ -290,7 +291,9 @@ class Lane:
 
         self._unfusable = unfusable(self.denoiser, self._fused) if self._fused else None
         if self._fused and self._unfusable is None:
-            self.split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
+            with fixed() if self._moves else nullcontext():
+                split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
+            self.split = replace(split, bring=bring_of(self.denoiser))
             if self._named_blocks:
                 self.split = replace(self.split, blocks=tuple(map(_announced, self.split.blocks)))
         packs = self.split is not None and isinstance(self.attend, Packed)
@@ -330,12 +333,6 @@ class Lane:
         self.release()
         with _hook_lifted(self.denoiser):
             take_back()
-
-
-def strength_in(kwargs: Mapping[str, Any]) -> Any:
-    """The strength of LoRA layers that a call brings in its attention kwargs, 1 where it brings none."""
-    brought = (kwargs.get(name) for name in ATTENTION_KWARGS)
-    return next((value["scale"] for value in brought if value and "scale" in value), 1.0)
 
 
 def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:

@@ -1,11 +1,14 @@
 """IP-Adapters within the fused UNet blocks: one or two, any strength, against stock."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
 import vivace
 from vivace.families import FAMILIES
+from vivace.memory.here import comes
 
 TOKENS = 4
 
@@ -129,3 +132,21 @@ def test_a_whole_pipeline():
     torch.testing.assert_close(picture(), stock, rtol=1e-3, atol=1e-3)
     assert set(vivace.report(pipe).calls["unet"]) == {"fused blocks"}
     vivace.restore(pipe)
+
+
+def test_over_streamed_blocks(monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("vivace.accelerate"),
+        "device_for",
+        lambda config: torch.device("cpu") if config.vram else None,
+    )
+    unet = FAMILIES["sdxl"].tiny().unet.eval()
+    unet._load_ip_adapter_weights([adapter(unet, seed=seed) for seed in range(2)])
+    strengthen(unet, 0.6, 0.4)
+    arguments = inputs("sdxl", unet, adapters=2)
+    with torch.no_grad():
+        wanted = vivace.accelerate(unet, fuse="on")(**arguments)[0]
+        vivace.accelerate(unet, fuse="on", vram="streamed")
+        assert torch.equal(unet(**arguments)[0], wanted)
+    assert any(map(comes, unet.modules()))
+    assert set(vivace.report(unet).calls["denoiser"]) == {"fused blocks"}

@@ -1,10 +1,11 @@
 """Whole runs within a budget of device memory: `python -m vivace.bench.budgets [CASE ...]` writes
 benchmarks/<date>-<gpu>-budgets.json, a row as soon as it is there; run again it goes on.
 
-Every case runs in a process of its own that may take no more than its budget (1 GB of it is the CUDA context's), at
-true size with random weights, text encoders included: ours, diffusers' group offload within the same budget, and
-once without a limit for the resident step, stock and accelerated. A streamed step should take at most 1.3 times the
-longer of the resident step (`of_bound`: of the accelerated one, `of_stock_bound`) and its bytes over the bandwidth.
+Every way of a case runs in a process of its own that may take no more than the budget (1 GB of it is the CUDA
+context's), at true size with random weights, text encoders included: ours, exact and with the preset fast, in 8 bits;
+diffusers' group offload, block by block and leaf by leaf; and without a limit, for the resident step, stock and as
+ours. A streamed step should take at most 1.3 times the longer of the resident step (`of_bound`: of the accelerated one
+in the same precision; `of_stock_bound`) and its bytes over the bandwidth.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = "python -m vivace.bench.budgets"
 STEPS = 4
+FAST_STEPS = 8  # the attention of the first and last two is exact, and the others' is first computed, then recorded
 LIMIT = 400.0  # seconds that one way of a case may take
 LEAST = 40.0  # seconds of the budget under which nothing is begun: a pipeline at true size takes that long to draw
 
@@ -54,7 +56,10 @@ CASES = {
     "sd3.5-medium-8": Case(family="sd3", variant="3.5-medium", budget=8),
     "wan-14b-24": Case(family="wan", variant="2.1-t2v-14b", budget=24, size=(832, 480)),
 }
-WAYS = ("resident", "vivace", "group offload")
+RESIDENT: dict[str, str] = {"vivace": "resident", "vivace fast": "resident fast"}
+"""Our ways, and those whose step is their bound."""
+PEERS = ("group offload", "leaf offload")
+WAYS = ("resident", "vivace", "resident fast", "vivace fast", *PEERS)
 
 
 def pipeline(case: Case, *, on_host: bool) -> Any:
@@ -108,29 +113,32 @@ def measure(name: str, way: str) -> dict[str, Any]:
     import torch
 
     case = CASES[name]
-    pipe = pipeline(case, on_host=way != "resident")
+    unlimited = way in RESIDENT.values()
+    pipe = pipeline(case, on_host=not unlimited)
     rate = bandwidth()
     torch.cuda.empty_cache()
-    if way != "resident":
+    if not unlimited:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((case.budget * GIB - CONTEXT) / total)
     torch.cuda.reset_peak_memory_stats()
-    stock = {"stock_step_s": picture(pipe, case)["step_s"]} if way == "resident" else {}
-    start = time.perf_counter()
-    place(pipe, case, way)
+    stock = {"stock_step_s": picture(pipe, case, steps=STEPS)["step_s"]} if way == "resident" else {}
+    start, steps = time.perf_counter(), FAST_STEPS if "fast" in way else STEPS
+    given = place(pipe, case, way)
     ready = time.perf_counter() - start
     row = {
+        "given": given,
         "ready_s": ready,
-        **picture(pipe, case),
+        "steps": steps,
+        **picture(pipe, case, steps=steps),
         **stock,
         "peak_reserved": torch.cuda.max_memory_reserved(),
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "bandwidth": rate,
     }
-    return row | (facts(pipe) if way == "vivace" else {})
+    return row | (facts(pipe, steps=steps) if way in RESIDENT else {})
 
 
-def picture(pipe: Any, case: Case) -> dict[str, float]:
+def picture(pipe: Any, case: Case, *, steps: int) -> dict[str, float]:
     """Seconds of a whole call, and of its quickest step."""
     import torch
 
@@ -149,7 +157,7 @@ def picture(pipe: Any, case: Case) -> dict[str, float]:
     start = time.perf_counter()
     pipe(
         "a frog holding a sign, cinematic, soft light",
-        **{"width": width, "height": height, "num_inference_steps": STEPS, "output_type": "pt", **video},
+        **{"width": width, "height": height, "num_inference_steps": steps, "output_type": "pt", **video},
         callback_on_step_end=mark,
     )
     torch.cuda.synchronize()
@@ -157,26 +165,49 @@ def picture(pipe: Any, case: Case) -> dict[str, float]:
     return {"run_s": whole, "step_s": min(later - earlier for earlier, later in pairwise(marks))}
 
 
-def place(pipe: Any, case: Case, way: str) -> None:
-    """Put the weights where this way wants them; those of the resident one are on the device."""
+def place(pipe: Any, case: Case, way: str) -> dict[str, Any]:
+    """Put the weights where this way wants them; those of a resident one are on the device. Returns what was asked."""
     from vivace.accelerate import accelerate
 
-    if way == "resident":
-        accelerate(pipe)
-    elif way == "vivace":
-        accelerate(pipe, vram=f"{case.budget}GB")
-    else:
-        import torch
-
-        pipe.enable_group_offload(
-            onload_device=torch.device("cuda"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=True,
-        )
+    if way in PEERS:
+        return offload(pipe, by_blocks=way == "group offload")
+    given = {"preset": "fast" if "fast" in way else "exact"}
+    if way in RESIDENT:
+        given["vram"] = f"{case.budget}GB"
+    accelerate(pipe, given["preset"], **{name: value for name, value in given.items() if name != "preset"})
+    return given
 
 
-def facts(pipe: Any) -> dict[str, Any]:
+def offload(pipe: Any, *, by_blocks: bool) -> dict[str, Any]:
+    """diffusers' group offload as its documentation has it for little memory, and the VAE in tiles and slices.
+
+    The text encoders go leaf by leaf in any case, whose blocks lie too deep for diffusers to find: each would come
+    whole. Of the VAE in tiles it advises against copies beside the computation.
+    """
+    import torch
+    from diffusers.hooks import apply_group_offloading
+
+    from vivace.accelerate import DENOISER_NAMES
+
+    devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    beside, given = {"use_stream": True, "record_stream": True}, dict[str, Any]()
+    components: dict[str, Any] = pipe.components
+    for name, part in components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        given[name] = {"offload_type": "leaf_level", **(beside if name != "vae" else {})}
+        if by_blocks and name in DENOISER_NAMES:
+            given[name] = {"offload_type": "block_level", "num_blocks_per_group": 1, **beside}
+        apply = getattr(part, "enable_group_offload", None) or partial(apply_group_offloading, part)
+        apply(**devices, **given[name])
+    for method in ("enable_tiling", "enable_slicing"):
+        if hasattr(pipe.vae, method):
+            getattr(pipe.vae, method)()
+            given[f"vae.{method}"] = True
+    return given
+
+
+def facts(pipe: Any, *, steps: int = STEPS) -> dict[str, Any]:
     """What was planned."""
     from vivace.accelerate import acceleration_of
 
@@ -185,7 +216,7 @@ def facts(pipe: Any) -> dict[str, Any]:
     assert plan is not None
     calls = {name: dict(lane.calls) for name, lane in acceleration.target.lanes.items()} if acceleration else {}
     # Guidance in two calls moves everything twice.
-    per_step = sum(sum(counts.values()) for counts in calls.values()) / STEPS
+    per_step = sum(sum(counts.values()) for counts in calls.values()) / steps
     return {
         "plan": str(plan).splitlines(),
         "planned_peak": plan.peak,
@@ -197,8 +228,8 @@ def facts(pipe: Any) -> dict[str, Any]:
 def bounds(ours: Mapping[str, Any], resident: Mapping[str, Any]) -> dict[str, float]:
     """How many times the longer of a resident step and of moving a step's bytes ours takes."""
     moving = ours["moved_per_step"] / ours["bandwidth"]
-    steps = {"of_bound": resident["step_s"], "of_stock_bound": resident["stock_step_s"]}
-    return {name: ours["step_s"] / max(step, moving) for name, step in steps.items()}
+    steps = {"of_bound": resident["step_s"], "of_stock_bound": resident.get("stock_step_s")}
+    return {name: ours["step_s"] / max(step, moving) for name, step in steps.items() if step is not None}
 
 
 def run(
@@ -227,9 +258,9 @@ def run(
                 continue
             row[way] = measure(name, way, seconds=rest)
             logger.info("%s, %s: %s", name, way, row[way])
-            ours, resident = row.get("vivace", {}), row.get("resident", {})
-            if "step_s" in ours and "step_s" in resident:
-                row |= bounds(ours, resident)
+            for ours, resident in RESIDENT.items():
+                if all("step_s" in row.get(one, {}) for one in (ours, resident)):
+                    row[ours] |= bounds(row[ours], row[resident])
             on_row(result)
     return result
 
@@ -256,7 +287,7 @@ def main(arguments: list[str]) -> None:
     asked = argparse.ArgumentParser(prog="python -m vivace.bench.budgets", description=__doc__)
     asked.add_argument("cases", nargs="*", metavar="CASE", help=f"all of {', '.join(CASES)}")
     asked.add_argument("-o", "--output", type=Path, default=record("budgets"), help="the JSON; what it has is kept")
-    asked.add_argument("--ways", default=",".join(WAYS), help="which of resident, vivace and group offload")
+    asked.add_argument("--ways", default=",".join(WAYS), help=f"which of {', '.join(WAYS)}")
     asked.add_argument("--limit-s", type=float, default=LIMIT, help="seconds that one way may take")
     asked.add_argument("--budget-s", type=float, help="seconds after which no way is begun; the rest next time")
     given = asked.parse_args(arguments)

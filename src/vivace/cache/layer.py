@@ -15,6 +15,7 @@ from vivace import request
 from vivace.cache.call import Call, Schedule
 from vivace.cache.policy import Policy
 from vivace.cache.tally import Count, Tally, mark
+from vivace.memory.here import bring_of
 from vivace.passes.target import device_of
 from vivace.request import Request
 
@@ -87,6 +88,7 @@ class Cache:
         if self.family is None:
             return None
         split, signal = self.family.split(self.denoiser), self.family.signal
+        split = replace(split, bring=bring_of(self.denoiser))
         return replace(split, signal=functools.partial(signal, self.denoiser)) if signal else split
 
     def _serve(self, call: Call, branches: OrderedDict[Any, Branch], *, key: Any, count: Count) -> Any:

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vivace.attention.backend import Attend
 from vivace.family import Split
 from vivace.fused.elementwise import Elementwise, elementwise_for
@@ -25,6 +27,9 @@ class Fused:
     check: Callable[[Any], str | None]  # why this denoiser cannot be fused
     declines: Callable[..., str | None]  # declines(**forward_kwargs): why one call must take the stock path
     build: Callable[[Any, Parts], Split]
+    outside: Callable[[Any], Iterable[torch.nn.Module | torch.Tensor]] | None = None
+    """What of blocks more than one norm's vectors is read outside of their steps: by the prologue, `once` or the block
+    before. It stays on the device where blocks are streamed. None: they cannot be."""
 
     def fuse(self, denoiser: Any, *, attend: Attend, undo: ExitStack, elementwise: Elementwise | None = None) -> Split:
         """The fused Split of a denoiser as it is now, with `attend` for its attention.

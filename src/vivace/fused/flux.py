@@ -22,7 +22,7 @@ from vivace.fused.contract import Fused, brings
 from vivace.fused.double_single import blocks_of, foreign, positions
 from vivace.fused.heads import Heads
 from vivace.fused.joint import JointBlock, Mlp, epilogue, signal, streams_of
-from vivace.fused.modulation import Modulation
+from vivace.fused.modulation import Modulation, modulating
 from vivace.fused.parts import Parts
 from vivace.fused.single import SingleBlock, TwoProducts
 from vivace.fused.stack import readers
@@ -157,4 +157,5 @@ FLUX = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=lambda denoiser: modulating(_norms(denoiser)),
 )

@@ -152,4 +152,5 @@ FLUX2 = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=lambda denoiser: (),
 )

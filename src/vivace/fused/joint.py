@@ -18,6 +18,7 @@ from vivace.fused.modulation import reaches
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, asks, readers, takes
 from vivace.kernels.row import HeadScaled
+from vivace.memory.here import comes
 
 HALF = torch.finfo(torch.float16).max
 
@@ -58,7 +59,10 @@ def chained(name: str, modules: Iterable[torch.nn.Module], forwards: Sequence[An
     """The blocks of the denoiser's list `name`, each of which prepares the first norm of the next one."""
     for one, following in pairwise(forwards):
         one.following = following
-    pairs = zip(modules, forwards, strict=True)
+    pairs = list(zip(modules, forwards, strict=True))
+    for module, one in pairs:
+        # By the time that the next one runs, its weights are gone.
+        one.lends = not comes(module)
     return tuple(Block(name=f"{name}.{i}", module=module, forward=one) for i, (module, one) in enumerate(pairs))
 
 
@@ -166,6 +170,7 @@ class JointBlock:
         self.index, self.image_first = index, image_first
         self.attend, self.elementwise = parts.attend, parts.elementwise
         self.following: JointBlock | None = None
+        self.lends = True  # whether it may leave its text to the next block that runs
 
     def __call__(self, state: State) -> State:
         context, modulation = state.context, state.context["modulation"]
@@ -185,7 +190,8 @@ class JointBlock:
         *of_images, of_text = zip(streams, xs, ys, norms, vectors, strict=True)
         made = [self._stream(*one) for one in of_images]
         # Where a cache may skip the next block, nothing is made for it.
-        text, normed = self._stream(*of_text) if goes_on else (Late(self, xs[-1], ys[-1], vectors[-1]), None)
+        late = self.lends and not goes_on
+        text, normed = (Late(self, xs[-1], ys[-1], vectors[-1]), None) if late else self._stream(*of_text)
 
         x = made[0][0] if len(made) == 1 else torch.cat([x for x, _ in made], dim=1)
         x = x if residual is None else x + residual

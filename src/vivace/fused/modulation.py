@@ -73,6 +73,11 @@ class Modulation:
         return self._parts[start, end]
 
 
+def modulating(groups: Iterable[Mapping[str, torch.nn.Linear]]) -> list[torch.nn.Linear]:
+    """The linears of all groups."""
+    return [linear for group in groups for linear in group.values()]
+
+
 def reaches(modulation: Sequence[Any], span: slice) -> bool:
     """Whether `modulation` was made as far as `span`."""
     return span.start < len(modulation)

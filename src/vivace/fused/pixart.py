@@ -6,7 +6,7 @@ weighs nothing in the softmax (its logits are 10,000 lower), and attention witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -151,6 +151,11 @@ def _pair(attention: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return attention.to_k(text).unflatten(2, heads), attention.to_v(text).unflatten(2, heads)
 
 
+def _outside(denoiser: Any) -> Iterator[Any]:
+    for block in denoiser.transformer_blocks:
+        yield from (block.scale_shift_table, block.attn2.to_k, block.attn2.to_v)
+
+
 def _groups(counts: tuple[int, ...], samples: int) -> tuple[tuple[int, int, int], ...]:
     """Neighbours with as many tokens: the first, the one after the last, and their tokens."""
     # A cache may compute the second half of the samples alone.
@@ -199,4 +204,5 @@ PIXART = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=_outside,
 )

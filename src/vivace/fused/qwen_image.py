@@ -21,7 +21,7 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
 from vivace.fused.heads import Tokens
 from vivace.fused.joint import JointBlock, Mlp, chained, epilogue, streams_of
-from vivace.fused.modulation import Modulation
+from vivace.fused.modulation import Modulation, modulating
 from vivace.fused.parts import Parts
 
 
@@ -159,4 +159,5 @@ QWEN_IMAGE = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=lambda denoiser: modulating(_norms(denoiser)),
 )

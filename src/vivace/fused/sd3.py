@@ -23,7 +23,7 @@ from vivace.fused.elementwise import TORCH, Elementwise
 from vivace.fused.fold import fold_zero_tokens
 from vivace.fused.heads import Heads, Tokens, heads_for
 from vivace.fused.joint import JointBlock, Mlp, chained, signal, streams_of
-from vivace.fused.modulation import Modulation
+from vivace.fused.modulation import Modulation, modulating
 from vivace.fused.parts import Parts
 from vivace.fused.patches import places_of, tokens_of
 from vivace.fused.stack import readers
@@ -162,4 +162,5 @@ SD3 = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=lambda denoiser: modulating(_norms(denoiser)),
 )

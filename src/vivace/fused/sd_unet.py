@@ -34,7 +34,7 @@ from vivace.families.unet import join_control, split
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.parts import Parts
-from vivace.fused.stack import Stack, join
+from vivace.fused.stack import Stack
 from vivace.fused.unet_blocks import (
     PictureParts,
     PixelTransformer,
@@ -44,6 +44,8 @@ from vivace.fused.unet_blocks import (
     Unsummed,
     odd_attention,
 )
+from vivace.memory.joined import join
+from vivace.one_off import stock_class
 from vivace.quant.linear import QuantLinear
 
 BLOCKS = (
@@ -82,10 +84,10 @@ def check(denoiser: Any) -> str | None:
     if len({isinstance(linear, QuantLinear) for linear in _text_linears(denoiser)}) > 1:
         return "its text keys and values are quantised in part"
     for name, block in levels_of(denoiser):
-        if type(block) not in BLOCKS:
+        if stock_class(type(block)) not in BLOCKS:
             return f"{name} is a {type(block).__name__}"
         for kind, inner in (*((ResnetBlock2D, r) for r in block.resnets), *_transformers(block)):
-            if type(inner) is not kind:
+            if stock_class(type(inner)) is not kind:
                 return f"{name} holds a {type(inner).__name__}"
             for attribute, plain in PLAIN[kind].items():
                 if getattr(inner, attribute) != plain:
@@ -172,6 +174,12 @@ def _transformers(block: Any) -> Iterator[tuple[type, Any]]:
 def _text_linears(denoiser: Any) -> Iterator[Any]:
     """What makes keys and values of the text, wherever that is."""
     yield from (module for name, module in denoiser.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v")))
+
+
+def _outside(denoiser: Any) -> Iterator[Any]:
+    """What makes time embeddings, and keys and values of text and an IP-Adapter's pictures."""
+    ends = (".time_emb_proj", ".attn2.to_k", ".attn2.to_v", ".attn2.processor")
+    yield from (module for name, module in denoiser.named_modules() if name.endswith(ends))
 
 
 Residual = Callable[..., torch.Tensor | Unsummed]
@@ -337,4 +345,5 @@ SD_UNET = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=_outside,
 )

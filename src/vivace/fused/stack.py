@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from vivace.kernels.row import Quantize, RowScaled
-from vivace.lora.room import Room, Rows, room_for, share
+from vivace.lora.room import Room, Rows, room_for
 from vivace.lora.side import side_of
 from vivace.lora.together import together
+from vivace.memory.joined import followed, join
 from vivace.quant.linear import QuantLinear, stackable, stacked
 
 
@@ -24,7 +25,8 @@ class Stack:
     Their own parameters become views of it: nothing is stored twice, a weight edited in place is seen here, and
     `state_dict` is unchanged. The undo gives every parameter its own storage back. Linears that are not alike (some
     quantised, or in different ways) keep their own storage and are called one by one. What adapters beside them make
-    of the input is added, or with `room` for it goes through the same product.
+    of the input is added, or with `room` for it goes through the same product. Where streaming brings their parameters
+    elsewhere, side by side as they are, the stack goes with them.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Stack:
             return torch.cat([linear(x) for linear in self.linears], dim=-1)
         if self.room is not None:
             return self._widened(filled(x, self))
+        self._follow()
         if isinstance(x, RowScaled):
             assert self._quantised is not None
             return self._quantised(x)
@@ -111,6 +114,14 @@ class Stack:
         """The columns that the weight has too."""
         return x.wide[:, : self.weight.shape[1]]
 
+    def _follow(self) -> None:
+        first = self.linears[0]
+        if isinstance(first, QuantLinear):
+            assert self._quantised is not None
+            self._quantised.follow(first)
+        else:
+            self.weight = followed(self.weight, first.weight)
+
 
 def readers(*groups: Sequence[Any], undo: ExitStack) -> list[Any]:
     """What reads the rows that a norm makes, one product for each of `groups` of linears.
@@ -137,12 +148,3 @@ def takes(*readers: Any) -> Quantize | None:
     # Adapters beside a layer read its input in 16 bit.
     forms = {None if side_of(reader) is not None else getattr(reader, "takes", None) for reader in readers}
     return forms.pop() if len(forms) == 1 else None
-
-
-def join(parameters: Sequence[torch.Tensor], undo: ExitStack) -> torch.Tensor:
-    """One tensor of all `parameters` along their first dimension, which become views of it until the undo."""
-    counts = [len(parameter) for parameter in parameters]
-    joined = parameters[0].new_empty(sum(counts), *parameters[0].shape[1:])
-    for parameter, rows in zip(parameters, joined.split(counts), strict=True):
-        share(parameter, rows, undo)
-    return joined

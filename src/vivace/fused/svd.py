@@ -28,7 +28,6 @@ from vivace.family import Split, State
 from vivace.fused.contract import Fused
 from vivace.fused.parts import Parts
 from vivace.fused.sd_unet import Builder, Residual, layout_of, levels_of, step_of
-from vivace.fused.stack import join
 from vivace.fused.unet_blocks import (
     PictureParts,
     PixelTransformer,
@@ -38,6 +37,7 @@ from vivace.fused.unet_blocks import (
     norm_of,
     odd_attention,
 )
+from vivace.memory.joined import join
 
 BLOCKS = (
     CrossAttnDownBlockSpatioTemporal,

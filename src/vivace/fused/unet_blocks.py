@@ -15,6 +15,7 @@ from vivace.fused.heads import attended, projected
 from vivace.fused.parts import Parts
 from vivace.fused.stack import Stack, takes
 from vivace.kernels.row import HeadScaled
+from vivace.memory.here import here
 
 ATTENTION: Mapping[str, Any] = {
     "spatial_norm": None,
@@ -87,6 +88,10 @@ class ResidualBlock:
 
     def unsummed(self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None) -> Unsummed:
         """The same, but for the sum."""
+        with here(self.block):
+            return self._unsummed(x, time, skip)
+
+    def _unsummed(self, x: torch.Tensor, time: torch.Tensor | None, skip: torch.Tensor | None) -> Unsummed:
         block, parts = self.block, self.parts
         if skip is not None and skip.dtype != x.dtype:
             x, skip = torch.cat((x, skip), dim=1), None
@@ -154,6 +159,10 @@ class PixelTransformer:
 
     def __call__(self, x: torch.Tensor | Unsummed, text: Any) -> torch.Tensor:
         """`x` [B, C, H, W]; `text` is for the layers."""
+        with here(self.block):
+            return self._transformed(x, text)
+
+    def _transformed(self, x: torch.Tensor | Unsummed, text: Any) -> torch.Tensor:
         block, parts = self.block, self.parts
         joins = False
         if isinstance(x, Unsummed):
@@ -193,7 +202,8 @@ class TransformerBlocks:
         """`tokens` [B, S, D]; `text` [B, T, sum] the keys and values of all cross attentions, then the pictures'."""
         normed = self.parts.elementwise.norm(tokens, **self.blocks[0].first_norm)
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            tokens, normed = block(tokens, normed, text, following)
+            with here(block.block):
+                tokens, normed = block(tokens, normed, text, following)
         return tokens
 
 

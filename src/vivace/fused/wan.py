@@ -6,7 +6,7 @@ next; queries and keys are normalised across their heads and rotated in one pass
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -136,6 +136,14 @@ def _pairs(attention: Any, text: torch.Tensor) -> tuple[Pair, ...]:
     )
 
 
+def outside(blocks: Any) -> Iterator[Any]:
+    """What is read of blocks outside of their steps: by `prompt`, and the table by the block before."""
+    for block in blocks:
+        attention = block.attn2
+        linears = (attention.to_k, attention.to_v, attention.add_k_proj, attention.add_v_proj)
+        yield from (block.scale_shift_table, *(linear for linear in linears if linear is not None))
+
+
 def prologue(
     denoiser: Any,
     *,
@@ -182,4 +190,5 @@ WAN = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=lambda denoiser: outside(denoiser.blocks),
 )

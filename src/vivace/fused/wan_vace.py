@@ -87,4 +87,5 @@ WAN_VACE = Fused(
     check=wan.check,
     declines=wan.declines,
     build=build,
+    outside=lambda denoiser: wan.outside((*denoiser.vace_blocks, *denoiser.blocks)),
 )

@@ -126,6 +126,11 @@ def build(denoiser: Any, parts: Parts) -> Split:
     )
 
 
+def _outside(denoiser: Any) -> list[Any]:
+    linears = [block.adaLN_modulation for block in denoiser.layers]
+    return [denoiser.noise_refiner, denoiser.context_refiner, *linears]
+
+
 def _whole(length: int) -> int:
     """The length to which the model pads a caption or picture of so many tokens."""
     return -(-length // SEQ_MULTI_OF) * SEQ_MULTI_OF
@@ -247,4 +252,5 @@ Z_IMAGE = Fused(
     check=check,
     declines=declines,
     build=build,
+    outside=_outside,
 )

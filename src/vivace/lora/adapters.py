@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -145,7 +145,7 @@ class Adapters:
         self._lent: list[tuple[torch.Tensor, torch.Tensor]] = []  # originals' weights, and their bytes
         self.version = 0  # counts what may have changed the denoiser's results
         self.refused: str | None = None  # why the layers are left in the tree
-        self.written: Callable[[], None] = lambda: None  # to be told that weights were written
+        self.writing: Callable[[], AbstractContextManager[Any]] = nullcontext  # around what changes weights in place
         self._places: list[Place] = []  # what is held out
         self._settled: Strength | None = None  # None: not yet
         self._depth = 0
@@ -177,10 +177,10 @@ class Adapters:
         if strength == self._settled:
             return
         with self._lock:
-            self.effect.settle(self._places, strength)
+            with self.writing():
+                self.effect.settle(self._places, strength)
             self._settled = strength
             self.version += 1
-            self.written()
 
     @contextmanager
     def lowered(self, kind: str = REWRITES) -> Iterator[None]:
@@ -193,8 +193,8 @@ class Adapters:
                     "their weights already, and vivace merge writes a model with them"
                 )
             if kind in WEIGHTS:
-                self.effect.withdraw()
-                self.written()
+                with self.writing():
+                    self.effect.withdraw()
                 self._settled = None
             self._rewritten |= kind in (REWRITES, FUSES)
             # Quantised layers show, move and load themselves.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vivace.lora.room import share
 from vivace.lora.side import plain, side_of
+from vivace.memory.joined import movable, share
 
 
 class Outward:
@@ -49,5 +49,5 @@ class Outward:
 
 
 def outward(linear: Any, *, undo: ExitStack) -> Outward | None:
-    """A plain linear with its adapters; None where it is another kind or has none."""
-    return Outward(linear, undo=undo) if plain(linear) and side_of(linear) is not None else None
+    """A plain linear with its adapters; None where it is another kind, has none, or has to stay where it lies."""
+    return Outward(linear, undo=undo) if movable() and plain(linear) and side_of(linear) is not None else None

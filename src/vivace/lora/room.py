@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vivace.lora.side import plain, side_of
+from vivace.memory.joined import movable, share
 
 
 class Rows(NamedTuple):
@@ -76,24 +77,12 @@ class Room:
 
 
 def room_for(*groups: Sequence[Any], undo: ExitStack) -> Room | None:
-    """Room for the adapters of linears with the same input, in `groups` of one product each; None where none serves."""
+    """Room for the adapters of linears with the same input, in `groups` of one product each; None where none serves,
+    or where their weights have to stay where they lie."""
     linears = [linear for group in groups for linear in group]
-    if not all(map(plain, linears)) or all(side_of(linear) is None for linear in linears):
+    if not movable() or not all(map(plain, linears)) or all(side_of(linear) is None for linear in linears):
         return None
     return Room(*groups, undo=undo)
-
-
-def share(parameter: torch.Tensor, memory: torch.Tensor, undo: ExitStack) -> None:
-    """Let a parameter lie in `memory`, with the values that it has, until the undo."""
-    memory.copy_(parameter.data)
-    parameter.data = memory
-    undo.callback(_part, parameter, memory)
-
-
-def _part(parameter: torch.Tensor, memory: torch.Tensor) -> None:
-    # A parameter that was moved or cast in the meantime has its own storage already.
-    if parameter.data_ptr() == memory.data_ptr():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _lies_in_rows(x: torch.Tensor, width: int) -> bool:

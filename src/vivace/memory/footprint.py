@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -91,11 +93,34 @@ def on_shapes(module: torch.nn.Module, function: Callable[..., Any], **kwargs: A
     arguments = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=META), kwargs)
     live = _Live([*shapes.values(), *(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))])
     try:
-        with torch.no_grad(), torch.device(META), _Fused(), live:
+        with _unchanged(module), torch.no_grad(), torch.device(META), _Fused(), live:
             result = torch.func.functional_call(_Calling(module, function), shapes, (), arguments)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
     return result, live.peak
+
+
+@contextmanager
+def _unchanged(module: torch.nn.Module) -> Iterator[None]:
+    """What a module keeps of a call (tables of positions) is forgotten after the block: it has no values."""
+    parts = list[Any](module.modules())
+    # Some that keep tables are no modules.
+    parts += [value for part in module.modules() for value in vars(part).values() if _plain(value)]
+    before = [(vars(part), dict(vars(part))) for part in parts]
+    try:
+        yield
+    finally:
+        for state, known in before:
+            for name in state.keys() - known.keys():
+                del state[name]
+            state.update({name: value for name, value in known.items() if state.get(name) is not value})
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is an object with attributes of its own that is of no special kind."""
+    return type(getattr(value, "__dict__", None)) is dict and not isinstance(
+        value, torch.nn.Module | torch.Tensor | type | FunctionType
+    )
 
 
 def denoiser_work(denoiser: torch.nn.Module, inputs: Callable[..., Mapping[str, Any]], **size: Any) -> int | None:

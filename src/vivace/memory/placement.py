@@ -34,11 +34,11 @@ class Part:
 
     name: str
     kind: Kind
-    held: int  # of weights outside of blocks
-    blocks: tuple[int, ...] = ()  # of each block's weights, in the order of their calls
+    held: int  # of weights outside of blocks, and of what stays of those that are streamed
+    blocks: tuple[int, ...] = ()  # of each block's other weights, in the order of their calls
     work: int = 0  # beside the weights while it computes
     strip_work: int | None = None  # the same when it works strip by strip, where it can
-    recorded: int = 0  # of `work`, what stays on the device in a CUDA graph, as long as the weights do not move
+    recorded: int = 0  # of `work`, what stays on the device in a CUDA graph, unless denoisers take turns
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +78,8 @@ class Placement:
     strips: bool = False  # the VAE works strip by strip
     parked: bool = False  # of several denoisers one at a time is on the device
     kept: int = 0  # bytes that a step cache holds during a request
+    stock: str | None = None  # why the denoisers' blocks stay stock where some are streamed, None where they do not
+    small: bool = False  # nothing is recorded, since there is no room for that
 
     @property
     def resident(self) -> int:
@@ -89,7 +91,7 @@ class Placement:
     @property
     def recorded(self) -> int:
         """Bytes that CUDA graphs of the denoisers' calls hold."""
-        return 0 if self.moves else sum(one.part.recorded for one in self.placed)
+        return 0 if self.parked else sum(one.part.recorded for one in self.placed)
 
     @property
     def peak(self) -> int:
@@ -114,11 +116,28 @@ class Placement:
         return sum(one.part.nbytes for one in self.placed if one.streamed or one.leaves or self._parks(one))
 
     @property
+    def streams(self) -> bool:
+        """Whether blocks of a denoiser come for their own step alone."""
+        return any(one.streamed for one in self.placed if one.part.kind == "denoiser")
+
+    @property
     def moves(self) -> str | None:
         """Why weights of a denoiser are not always in one place, None where they are."""
-        if any(one.streamed for one in self.placed if one.part.kind == "denoiser"):
-            return "its blocks are streamed"
-        return "the denoisers take turns on the device" if self.parked else None
+        if self.parked:
+            return "the denoisers take turns on the device"
+        return "its blocks are streamed" if self.streams else None
+
+    @property
+    def unfused(self) -> str | None:
+        """Why hand-fused blocks do not serve, None where they may."""
+        return self.moves if self.parked else self.stock if self.streams else None
+
+    @property
+    def unrecorded(self) -> str | None:
+        """Why nothing can be recorded, None where something may be."""
+        if self.parked:
+            return f"{self.moves}, and a recording would keep their first place"
+        return "what a recording holds has no room in this budget" if self.small else None
 
     def place_of(self, name: str) -> Placed:
         """Where the component of that name lives; KeyError where there is none."""
@@ -196,8 +215,8 @@ def place(parts: Sequence[Part], *, budget: int | None, level: str | None = None
 
 
 def spread(count: int, *, of: int) -> list[int]:
-    """`count` of `of` indices, as evenly as they go: between two streamed blocks the others give the copy time."""
-    return sorted({index * of // count for index in range(count)}) if count else []
+    """`count` of `of` indices, as evenly as they go: before each streamed block others give its copy time."""
+    return [(2 * index + 1) * of // (2 * count) for index in range(count)]
 
 
 def _candidates(parts: Sequence[Part], *, kept: int) -> list[Placement]:

@@ -1,71 +1,24 @@
-"""A module whose weights live on the host: each block's come to the device while the one before it computes."""
+"""A module whose weights live on the host: each block's come to the device while the ones before it compute."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from vivace.errors import InputError
-from vivace.memory.pinned import hold
+from vivace.memory.group import Group, Joined
 from vivace.memory.placement import SLOTS
 from vivace.one_off import give_class
-from vivace.quant.linear import QuantLinear
 
-ALIGN = 256  # bytes: what the widest loads of kernels and copies want
 Stay = Literal["always", "turn", "call"]
 """How long what is not streamed stays on the device: until the undo, until another takes its turn, for one call."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a group, and its place in the group's bytes."""
-
-    tensor: torch.Tensor
-    start: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        end = self.start + _span(self.shape, self.stride) * self.dtype.itemsize
-        return flat[self.start : end].view(self.dtype).as_strided(self.shape, self.stride)
-
-
-class Group:
-    """Tensors that travel together: one flat piece of host memory, one copy."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], *, module: torch.nn.Module, pin: bool) -> None:
-        self.quantised = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
-        self.home = [(tensor, tensor.device) for tensor in tensors]
-        self.entries, end = [], 0
-        for tensor in tensors:
-            self.entries.append(Entry(tensor, end, tensor.shape, tensor.stride(), tensor.dtype))
-            end += -(-_span(tensor.shape, tensor.stride()) * tensor.dtype.itemsize // ALIGN) * ALIGN
-        self.nbytes = end
-        self.host = hold(end, pin=pin)
-        for entry in self.entries:
-            entry.view(self.host).copy_(entry.tensor.data)
-        self.point(self.host)
-
-    def point(self, flat: torch.Tensor) -> None:
-        """Let the tensors be views of `flat`."""
-        for entry in self.entries:
-            entry.tensor.data = entry.view(flat)
-        for layer in self.quantised:
-            # What it made of its weight may be a view of where that was.
-            layer.cache.clear()
-
-    def give_back(self) -> None:
-        """Ordinary tensors again, where they were."""
-        self.point(self.host)
-        for tensor, device in self.home:
-            tensor.data = tensor.data.clone() if device.type == "cpu" else tensor.data.to(device)
 
 
 class Turn:
@@ -85,9 +38,10 @@ class Turn:
 class Stream:
     """The weights of one module: some blocks and everything outside of blocks held together, the others streamed.
 
-    `blocks` are the module's repeated blocks, `streamed` the indices of those whose weights come for their call alone;
-    which one is called after which is learned in the first call. What is held stays as long as `stay` says. Nothing is
-    ever written back: weights that change while they are on the device (in training) lose that.
+    `blocks` are the module's repeated blocks, `streamed` the indices of those whose weights come for their step alone,
+    but for the tensors whose ids are in `kept`: these are held. What is held stays as long as `stay` says. A call of
+    the module brings all of its blocks, or with `in_parts` what computes says which (`bring`). Nothing is ever written
+    back: weights that change while they are on the device (in training) lose that.
     """
 
     def __init__(
@@ -97,37 +51,44 @@ class Stream:
         blocks: Sequence[torch.nn.Module],
         streamed: Sequence[int],
         device: torch.device,
+        kept: Collection[int] = (),
+        joined: Joined = (),
         stay: Stay = "always",
         turn: Turn | None = None,
+        in_parts: bool = False,
     ) -> None:
-        self.module, self.device, self.stay, self.turn = module, device, stay, turn
-        self.order = sorted(streamed)  # of their calls, as far as it is known
-        self._called: dict[int, None] | None = {}  # in the first call, in their order
+        self.module, self.device, self.stay, self.turn, self.in_parts = module, device, stay, turn, in_parts
         pin = device.type == "cuda"
-        mine = {index: _tensors(blocks[index]) for index in self.order}
+        self.blocks = {index: blocks[index] for index in sorted(streamed)}
+        mine = {i: [t for t in tensors_of(block) if id(t) not in kept] for i, block in self.blocks.items()}
         away = {id(tensor) for tensors in mine.values() for tensor in tensors}
-        held = [tensor for tensor in _tensors(module) if id(tensor) not in away]
-        self.groups = {index: Group(tensors, module=blocks[index], pin=pin) for index, tensors in mine.items()}
-        self.held = Group(held, module=module, pin=pin)
+        held = [tensor for tensor in tensors_of(module) if id(tensor) not in away]
+        self.groups = {
+            index: Group(tensors, module=self.blocks[index], pin=pin, joined=joined) for index, tensors in mine.items()
+        }
+        self.held = Group(held, module=module, pin=pin, joined=joined)
         self._known = {id(tensor) for group in (self.held, *self.groups.values()) for tensor, _ in group.home}
         self._arrived: torch.Tensor | None = None  # the held group's bytes on the device
         self._slots: list[torch.Tensor] = []
-        self._coming: dict[int, int] = {}  # block -> the slot it is in, or on the way to
-        self._copies = torch.cuda.Stream(device) if pin else None
-        self._ready: list[Any] = []  # by slot: recorded when its copy is there
-        self._free: list[Any] = []  # by slot: recorded when its block has computed
+        # Another priority than that of the stream that graphs are recorded on: torch hands out few, in turn.
+        self._copies = torch.cuda.Stream(device, priority=-1) if pin else None
+        self._orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # modules that compute -> their blocks, as called
+        self._trip: Trip | None = None
         self._lock = threading.RLock()
 
-    def install(self, *, blocks: Sequence[torch.nn.Module], undo: ExitStack) -> None:
+    def install(self, *, undo: ExitStack) -> None:
         """Let the module's and its blocks' calls bring the weights they need."""
         undo.callback(self._give_back)
-        for index in self.groups:
-            undo.callback(give_class(blocks[index], {"forward": self._block_forward(blocks[index], index)}))
+        for index, block in self.blocks.items():
+            come = functools.partial(self._here, index)
+            members = {"forward": _within(type(block), come), "vivace_here": staticmethod(come)}
+            undo.callback(give_class(block, members))
         members = {
-            "forward": self._module_forward(),
+            "forward": _within(type(self.module), self._during_call),
             "_apply": self._module_apply(),
             "device": property(lambda _: self.device),
             "vivace_device": self.device,
+            "vivace_bring": staticmethod(self.bring),
         }
         undo.callback(give_class(self.module, members))
         if self.stay == "always":
@@ -138,36 +99,76 @@ class Stream:
         """Of the streamed blocks: what a call of the module moves."""
         return sum(group.nbytes for group in self.groups.values())
 
+    @torch.inference_mode(False)
     def arrive(self) -> None:
         """Bring what is held, and room for what is streamed."""
         if self._arrived is None:
-            self._arrived = self.held.host.to(self.device, non_blocking=True)
+            self._arrived = self.held.host.to(self.device, non_blocking=True, copy=True)
             self.held.point(self._arrived)
         if self.groups and not self._slots:
             size = max(group.nbytes for group in self.groups.values())
             self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
-            if self._copies is not None:
-                self._ready, self._free = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
-                # The slots' memory may still be in use by what was there before.
-                self._copies.wait_stream(torch.cuda.current_stream(self.device))
 
     def leave(self) -> None:
-        """Give the device's memory back."""
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        self.held.point(self.held.host)
+        """Give the device's memory back. Every trip has ended, and with it what was copied."""
+        for group in (self.held, *self.groups.values()):
+            group.stay()
         self._arrived, self._slots = None, []
-        self._coming.clear()
 
-    def written(self) -> None:
-        """Weights were changed in place, what is held on the device, the others on the host."""
-        # What is on its way may be from before.
-        self._coming.clear()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block weights are changed in place, what is held on the device, the others on the host."""
+        if self.device.type == "cuda":
+            # Copies of calls that are still computing read the host's.
+            torch.cuda.synchronize(self.device)
+        yield
         if self._arrived is not None and self.stay != "always":
             self.held.host.copy_(self._arrived)
 
     @contextmanager
-    def during_call(self) -> Iterator[None]:
+    def bring(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """Within the block these modules compute, in the order in which they did the last time.
+
+        All that is copied for them is copied between its begin and its end, as the device sees it, and always into the
+        same memory: so that it can be recorded.
+        """
+        with self._lock:
+            if self._trip is not None:
+                # A part of what is under way.
+                yield
+                return
+            modules = list(modules)
+            key = tuple(map(id, modules))
+            if key not in self._orders:
+                inside = {id(part) for module in modules for part in module.modules()}
+                self._orders[key] = tuple(index for index, block in self.blocks.items() if id(block) in inside)
+            trip = self._trip = Trip(self.groups, self._slots, order=self._orders[key], copies=self._copies)
+            try:
+                trip.begin()
+                yield
+                self._orders[key] = tuple(trip.came)
+            finally:
+                self._trip = None
+                trip.end()
+
+    @contextmanager
+    def _here(self, index: int) -> Iterator[None]:
+        """The weights of one streamed block."""
+        with self._lock, self.bring([self.blocks[index]]):
+            trip = self._trip
+            assert trip is not None
+            if trip.now == index:
+                # What computes has asked already, and its call asks again.
+                yield
+                return
+            trip.take(index)
+            try:
+                yield
+            finally:
+                trip.leave(index)
+
+    @contextmanager
+    def _during_call(self) -> Iterator[None]:
         """The weights of one call of the module."""
         with self._lock:
             if self.turn is not None:
@@ -175,69 +176,20 @@ class Stream:
             else:
                 self.arrive()
             self._bring_strays()
-            if self.order:
-                self._fetch(self.order[0])
             try:
-                yield
-                if self._called:
-                    self.order, self._called = list(self._called), None
+                if self.in_parts:
+                    yield
+                else:
+                    with self.bring([self.module]):
+                        yield
             finally:
                 if self.stay == "call":
                     self.leave()
 
-    @contextmanager
-    def during_block(self, index: int) -> Iterator[None]:
-        """The weights of one streamed block, and the next one's on their way."""
-        slot = self._fetch(index)
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
-        group = self.groups[index]
-        group.point(self._slots[slot])
-        if self._called is not None:
-            self._called[index] = None
-        following = self._after(index)
-        if following is not None:
-            self._fetch(following, keep=index)
-        try:
-            yield
-        finally:
-            group.point(group.host)
-            if self._copies is not None:
-                self._free[slot].record(torch.cuda.current_stream(self.device))
-
-    def _after(self, index: int) -> int | None:
-        """The block that is called after this one; after the last, the first of the next step."""
-        if index not in self.order or len(self.order) < 2:
-            return None
-        place = self.order.index(index) + 1
-        if place < len(self.order):
-            return self.order[place]
-        return None if self.stay == "call" else self.order[0]
-
-    def _fetch(self, index: int, *, keep: int | None = None) -> int:
-        """Start a block's copy unless it is under way; returns its slot. Block `keep` is computing."""
-        if index in self._coming:
-            return self._coming[index]
-        taken = list(self._coming.values())
-        slot = next((slot for slot in range(SLOTS) if slot not in taken), None)
-        if slot is None:
-            # The block that came first has computed, or was never called.
-            oldest = next(other for other in self._coming if other != keep)
-            slot = self._coming.pop(oldest)
-        self._coming[index] = slot
-        group = self.groups[index]
-        with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
-            if self._copies is not None:
-                self._copies.wait_event(self._free[slot])
-            self._slots[slot][: group.nbytes].copy_(group.host, non_blocking=True)
-            if self._copies is not None:
-                self._ready[slot].record(self._copies)
-        return slot
-
     def _bring_strays(self) -> None:
         """Adapters that came later belong to no group: they stay on the device."""
         if getattr(self.module, "peft_config", None):
-            for tensor in _tensors(self.module):
+            for tensor in tensors_of(self.module):
                 if id(tensor) not in self._known:
                     tensor.data = tensor.data.to(self.device)
 
@@ -254,39 +206,105 @@ class Stream:
 
         return _apply
 
-    def _module_forward(self) -> Callable[..., Any]:
-        stock = type(self.module)
-
-        @functools.wraps(stock.forward)
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.during_call():
-                return stock.forward(module, *args, **kwargs)
-
-        return forward
-
-    def _block_forward(self, block: torch.nn.Module, index: int) -> Callable[..., Any]:
-        stock = type(block)
-
-        @functools.wraps(stock.forward)
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.during_block(index):
-                return stock.forward(module, *args, **kwargs)
-
-        return forward
-
     def _give_back(self) -> None:
         self.leave()
         for group in (self.held, *self.groups.values()):
             group.give_back()
 
 
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+class Coming(NamedTuple):
+    """A block whose weights are on their way, or there."""
+
+    index: int
+    slot: torch.Tensor
+    there: Any  # recorded when they are; None where copies are done at once
+
+
+class Trip:
+    """One way through some blocks: while one computes, the weights of those that follow come, as far as there is room.
+
+    Copies go by a stream of their own, which leaves the one that computes at `begin` and joins it at `end`: all that
+    was computed before may still read the slots, and nothing is under way afterwards. In between a copy waits for what
+    its slot was read by, and what computes for its copy.
+    """
+
+    def __init__(
+        self, groups: Mapping[int, Group], slots: Sequence[torch.Tensor], *, order: Sequence[int], copies: Any
+    ) -> None:
+        self.groups, self.order, self.copies = groups, order, copies
+        self.now: int | None = None  # the block that computes
+        self.came: dict[int, None] = {}  # those that have, in their order
+        self._rest, self._coming = deque(order), deque[Coming]()
+        # They are taken and given back in turn.
+        self._slots, self._count = cycle(slots), len(slots)
+        self._device = None if copies is None else copies.device
+
+    def begin(self) -> None:
+        self._wait()
+        self._start()
+
+    def take(self, index: int) -> None:
+        """Let the weights of block `index`, whose turn it is, be on the device."""
+        assert self.now is None, "a streamed block computes within another"
+        if not self._coming or self._coming[0].index != index:
+            # Others were expected. What comes for them comes in vain.
+            dropped = [one.index for one in self._coming]
+            self._coming.clear()
+            known = index in self.order
+            after = self.order[self.order.index(index) + 1 :] if known else [*dropped, *self._rest]
+            self._rest = deque([index, *after])
+            self._wait()
+            self._start()
+        if self._coming[0].there is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._coming[0].there)
+        self.groups[index].point(self._coming[0].slot)
+        self.now = index
+        self.came[index] = None
+
+    def leave(self, index: int) -> None:
+        """Block `index` has computed: its slot is free for the next one."""
+        self.now = None
+        self.groups[index].point(self.groups[index].host)
+        self._coming.popleft()
+        if self._rest:
+            self._wait()
+            self._start()
+
+    def end(self) -> None:
+        if self.copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self.copies)
+
+    def _wait(self) -> None:
+        """What is copied from now on comes after what was launched so far."""
+        if self.copies is not None:
+            self.copies.wait_stream(torch.cuda.current_stream(self._device))
+
+    def _start(self) -> None:
+        """Copy what is next, as far as slots are free."""
+        while self._rest and len(self._coming) < self._count:
+            index, slot = self._rest.popleft(), next(self._slots)
+            self._coming.append(Coming(index, slot, self._copy(self.groups[index], slot)))
+
+    def _copy(self, group: Group, slot: torch.Tensor) -> Any:
+        if self.copies is None:
+            slot[: group.nbytes].copy_(group.host)
+            return None
+        with torch.cuda.stream(self.copies):
+            slot[: group.nbytes].copy_(group.host, non_blocking=True)
+            return self.copies.record_event()
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """A module's parameters and buffers, each once."""
     return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
-def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a tensor."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+def _within(stock: type[Any], scope: Callable[[], Any]) -> Callable[..., Any]:
+    """The forward of a class, in a scope of its own."""
+
+    @functools.wraps(stock.forward)
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        with scope():
+            return stock.forward(module, *args, **kwargs)
+
+    return forward

@@ -65,8 +65,8 @@ def check_fuse(target: Target) -> str | None:
         return "compile was asked for"
     if config.cache is not None and config.cache.modules:
         return f"cache={config.cache.name!r} works on attention modules, which fused blocks do not call"
-    if target.placement is not None and target.placement.moves:
-        return target.placement.moves
+    if target.placement is not None and target.placement.unfused:
+        return target.placement.unfused
     fused = fused_of(target.family)
     if fused is None:
         return f"no fused blocks for {target.family.name if target.family else 'an unknown family'}"

@@ -53,8 +53,8 @@ def _check(target: Target) -> str | None:
         return f"CUDA graphs need a CUDA device, this is {target.device.type}"
     if target.config.check_nan:
         return "check_nan waits for the device at every attention, which a recording cannot"
-    if target.placement is not None and target.placement.moves:
-        return f"{target.placement.moves}, and a recording would keep their first place"
+    if target.placement is not None and target.placement.unrecorded:
+        return target.placement.unrecorded
     if recorded(target) is None:
         return "kernels take longer than launching them here; graphs='on' asks for it"
     return None

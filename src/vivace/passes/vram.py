@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, product
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from vivace.config import Config
+from vivace.errors import InputError
+from vivace.fused import Fused, fused_of
 from vivace.memory import strips
 from vivace.memory.decode import rescue
 from vivace.memory.footprint import denoiser_work, work
+from vivace.memory.joined import planning
 from vivace.memory.pinned import available, gib
-from vivace.memory.placement import GIB, LEVELS, Part, Placed, budget_of, place
-from vivace.memory.stream import Stream, Turn
+from vivace.memory.placement import GIB, LEVELS, Part, Placed, Placement, budget_of, place
+from vivace.memory.stream import Stream, Turn, tensors_of
 from vivace.one_off import give_class
 from vivace.passes import graphs
 from vivace.passes.cache import held_by
+from vivace.passes.fuse import check_fuse
 from vivace.passes.quantize import savings
 from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
 
@@ -26,6 +33,7 @@ LARGE = 0.1
 TILE = 32
 """Latent rows and columns of a stock tile."""
 NOTHING: Mapping[int, int] = MappingProxyType({})
+TOO_SMALL = "the budget is too small for what its fused blocks keep on the device"
 UNKNOWN = GIB
 """Work of a module that says nothing on shapes alone."""
 
@@ -45,7 +53,7 @@ def _check(target: Target) -> str | None:
         if hasattr(module, "_hf_hook") or hooks_of(module):
             return f"the {name} carries offload hooks already; pipe.remove_all_hooks() takes them off"
     level = vram if vram in LEVELS else None
-    target.placement = place(parts_of(target), budget=_budget(target, vram, device), level=level, kept=held_by(target))
+    target.placement = planned(target, budget=_budget(target, vram, device), level=level)
     # A plan made where there is no GPU is for another machine.
     elsewhere = device.type == "cpu" and all(p.is_meta for m in target.denoisers.values() for p in m.parameters())
     room = None if elsewhere else available()
@@ -69,7 +77,7 @@ def _apply(target: Target) -> None:
         else:
             _move(target, module)
     for lane in target.lanes.values():
-        lane.place(target.place, moves=plan.moves is not None)
+        lane.place(target.place, moves=plan.parked)
     if vae is not None:
         target.undo.callback(rescue(vae, in_strips=plan.strips, room=_room(target)))
     if target.subject not in target.denoisers.values():
@@ -80,13 +88,26 @@ def _apply(target: Target) -> None:
 
 def _stream(target: Target, module: Any, one: Placed, *, turn: Turn | None) -> None:
     assert target.place is not None
-    blocks = blocks_of(module)
-    stay = "call" if one.leaves else "turn" if turn is not None else "always"
-    stream = Stream(module, blocks=blocks, streamed=one.streamed, device=target.place, stay=stay, turn=turn)
-    stream.install(blocks=blocks, undo=target.undo)
-    lane = target.lanes.get(one.part.name)
+    lane, fused = target.lanes.get(one.part.name), _fused(target)
+    kept, joined = set[int](), list[list[torch.Tensor]]()
+    if lane is not None and fused is not None and one.streamed:
+        kept = kept_of(module, fused)
+        with planning() as joined:
+            fused.fuse(module, attend=lane.attend, undo=ExitStack())
+    stream = Stream(
+        module,
+        blocks=blocks_of(module),
+        streamed=one.streamed,
+        device=target.place,
+        kept=kept,
+        joined=joined,
+        stay="call" if one.leaves else "turn" if turn is not None else "always",
+        turn=turn,
+        in_parts=lane is not None,
+    )
+    stream.install(undo=target.undo)
     if lane is not None and lane.adapters is not None:
-        lane.adapters.written = stream.written
+        lane.adapters.writing = stream.writing
 
 
 def _move(target: Target, module: Any) -> None:
@@ -96,9 +117,69 @@ def _move(target: Target, module: Any) -> None:
         target.undo.callback(module.to, before)
 
 
-def parts_of(target: Target) -> list[Part]:
-    """The bytes of a pipeline's components: weights as they will be, and the work of a request of the model's size."""
-    parts, saved, graphed = [], savings(target), graphs.recorded(target) is not None and not target.config.check_nan
+def planned(target: Target, *, budget: int | None, level: str | None = None) -> Placement:
+    """The quickest placement: with fused blocks, and with room for recordings, where that fits.
+
+    Raises InputError, with the smallest budget that would do, where none fits.
+    """
+    saved, config, kept = savings(target), target.config, held_by(target)
+    parts = parts_of(target, saved=saved)
+    stock = check_fuse(target) or _unstreamed(target)
+    forms = [(stock, parts)]
+    if stock is None:
+        forms = [(None, [_for_fused(target, part, saved) for part in parts])]
+        forms += [(TOO_SMALL, parts)] * (config.fuse != "on")
+    recorded = any(part.recorded for part in parts)
+    ways = list(product(forms, (False, True) if recorded and config.graphs != "on" else (False,)))
+    for way in ways:
+        (stock, parts), small = way
+        parts = [replace(part, recorded=0) for part in parts] if small else parts
+        try:
+            return replace(place(parts, budget=budget, level=level, kept=kept), stock=stock, small=small)
+        except InputError:
+            if way is ways[-1]:
+                raise
+    raise AssertionError("the last way is a placement or an error")
+
+
+def _unstreamed(target: Target) -> str | None:
+    """Why the blocks of fused families stay stock where they are streamed, or None."""
+    if len(target.denoisers) > 1:
+        return "the denoisers take turns on the device"
+    fused = fused_of(target.family)
+    return "its fused blocks read each other's weights" if fused is None or fused.outside is None else None
+
+
+def _fused(target: Target) -> Fused | None:
+    """The fused blocks that serve where blocks are streamed."""
+    return fused_of(target.family) if target.placement and target.placement.unfused is None else None
+
+
+def kept_of(module: torch.nn.Module, fused: Fused) -> set[int]:
+    """The ids of what stays on the device of streamed blocks: vectors, which are small, and what others read."""
+    assert fused.outside is not None
+    outside = [[one] if isinstance(one, torch.Tensor) else tensors_of(one) for one in fused.outside(module)]
+    vectors = [tensor for tensor in tensors_of(module) if sum(size > 1 for size in tensor.shape) < 2]
+    return {id(tensor) for tensor in chain(vectors, *outside)}
+
+
+def _for_fused(target: Target, part: Part, saved: Mapping[int, int]) -> Part:
+    """A denoiser's part with less of its blocks to be streamed."""
+    module, fused = target.denoisers.get(part.name), fused_of(target.family)
+    if module is None or fused is None:
+        return part
+    kept = kept_of(module, fused)
+    blocks = tuple(_nbytes(block, saved, kept=kept) for block in blocks_of(module, saved))
+    return replace(part, blocks=blocks, held=part.nbytes - sum(blocks))
+
+
+def parts_of(target: Target, *, saved: Mapping[int, int] | None = None) -> list[Part]:
+    """The bytes of a pipeline's components: weights as they will be, and the work of a request of the model's size.
+
+    `saved` is what quantising will take off the modules of these ids; None: to be found.
+    """
+    parts, graphed = [], graphs.recorded(target) is not None and not target.config.check_nan
+    saved = savings(target) if saved is None else saved
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
         blocks = tuple(_nbytes(block, saved) for block in blocks_of(module, saved))
@@ -202,10 +283,11 @@ def _on_host(target: Target) -> int:
     return sum(p.nbytes for module in _modules(target).values() for p in module.parameters() if p.device.type == "cpu")
 
 
-def _nbytes(module: torch.nn.Module, saved: Mapping[int, int] = NOTHING) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    off = sum(saved.get(id(part), 0) for part in module.modules()) if saved else 0
-    return sum(tensor.nbytes for tensor in tensors.values()) - off
+def _nbytes(module: torch.nn.Module, saved: Mapping[int, int] = NOTHING, *, kept: Collection[int] = ()) -> int:
+    """Bytes of a module's weights, but for those that are `kept`."""
+    counted = (part for part in module.modules() if id(getattr(part, "weight", None)) not in kept) if saved else ()
+    off = sum(saved.get(id(part), 0) for part in counted)
+    return sum(tensor.nbytes for tensor in tensors_of(module) if id(tensor) not in kept) - off
 
 
 def _forecast(target: Target) -> str:

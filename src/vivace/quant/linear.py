@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vivace.kernels.row import Quantize, RowScaled
+from vivace.memory.joined import followed, join
 from vivace.quant.format import Format, How, Packed
 
 
@@ -59,7 +60,8 @@ class QuantLinear(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.packed.values())).device
+        """Where it computes. Streaming brings what is large for a call alone; the scales stay there."""
+        return list(self.packed.values())[-1].device
 
     @property
     def takes(self) -> Quantize | None:
@@ -86,6 +88,14 @@ class QuantLinear(torch.nn.Module):
         packed = {name: tensor[rows] for name, tensor in self.packed.items()}
         bias = None if self.bias is None else torch.nn.Parameter(self.bias.detach()[rows], requires_grad=False)
         return QuantLinear(packed, format=self.format, bias=bias, dtype=self.dtype, how=self.how)
+
+    def follow(self, first: QuantLinear) -> None:
+        """Have what is packed where that of `first` now is, the first of the layers that this one was `stacked` of."""
+        for name, tensor in first._buffers.items():
+            mine = self._buffers[name]
+            if tensor is not None and mine is not None and (there := followed(mine, tensor)) is not mine:
+                self._buffers[name] = there
+                self.cache.clear()
 
     def dequantised(self) -> torch.Tensor:
         """The weight [N, K] that is really multiplied with, in the layer's type."""
@@ -136,19 +146,9 @@ def stacked(layers: Sequence[QuantLinear], bias: torch.Tensor | None, *, undo: E
     """Linears with the same input and format as one, whose packed weight theirs become views of until `undo`."""
     first = layers[0]
     assert stackable(layers)
-    joined = {name: torch.cat([layer.packed[name] for layer in layers]) for name in first.packed}
-    for name, whole in joined.items():
-        for layer, rows in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
-            layer._buffers[name] = rows
-            undo.callback(_part, layer, name, rows)
+    joined = {name: join([layer.packed[name] for layer in layers], undo) for name in first.packed}
     bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
     return QuantLinear(joined, format=first.format, bias=bias, dtype=first.dtype, how=first.how)
-
-
-def _part(layer: QuantLinear, name: str, rows: torch.Tensor) -> None:
-    # One that was moved or loaded in the meantime has its own storage already.
-    if layer._buffers[name] is rows:
-        layer._buffers[name] = rows.clone()
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
