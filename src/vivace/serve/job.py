@@ -168,9 +168,12 @@ class Job:
         """Raise what should end it: a cancel, or the deadline of its run."""
         if self.stop is not None:
             raise self.stop
-        limit = self.request.run_seconds
-        if limit is not None and self.started is not None and time.monotonic() - self.started > limit:
-            raise DeadlineExceeded(f"it ran longer than {limit:g} s")
+        if self.time_left() == 0:
+            raise self.late()
+
+    def late(self) -> DeadlineExceeded:
+        """What ends it when the time of its run is over."""
+        return DeadlineExceeded(f"it ran longer than {self.request.run_seconds:g} s")
 
     def time_left(self) -> float | None:
         """Until the deadline of its run; None without one."""
