@@ -73,3 +73,43 @@ def test_nor_a_deadline_nor_the_heartbeat(pipe, start, order, gated):
     gate.open.set()
     engine.submit(order()).result(60)
     assert engine.health().ready
+
+
+def test_the_model_stays_as_it_is_while_it_computes_for_who_was_cancelled(engine, pipe, order, gated):
+    """Another preset's request would take the layers apart under the call's hands."""
+    job, gate = wedged(engine, pipe, gated, order())
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result(10)
+    other = engine.submit(order(quality="balanced"))
+    time.sleep(0.3)
+    assert other.status == "queued"
+    gate.open.set()
+    assert other.result(60).effective["preset"] == "balanced"
+
+
+def test_the_same_where_it_shares_the_call(engine, pipe, order, gated):
+    gate = gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order(seed=1, steps=4))]
+    assert gate.reached.wait(120)
+    jobs.append(engine.submit(order(seed=2, steps=4)))
+    worker = engine.workers[engine.models["tiny"].device]
+    deadline = time.monotonic() + 60
+    while not worker.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gate.open.set()
+    while sum(gate.sizes[-1:]) <= 2 and time.monotonic() < deadline:  # rows: a request has two, with guidance
+        time.sleep(0.001)
+    gate.shut()
+    assert gate.reached.wait(60)
+    for job in jobs:
+        job.cancel()
+        with pytest.raises(Cancelled):
+            job.result(10)
+    other = engine.submit(order(quality="balanced"))
+    time.sleep(0.3)
+    assert other.status == "queued"
+    gate.open.set()
+    assert other.result(60).effective["preset"] == "balanced"

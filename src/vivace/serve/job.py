@@ -191,6 +191,9 @@ class Job:
     def finish(self, result: Result | None = None, *, error: BaseException | None = None) -> None:
         """Set the outcome, once; later ones are ignored."""
 
+        if error is not None:
+            # It would keep the frames and tensors of the whole run alive; also of what was told to be over before.
+            error.__traceback__ = None
         first = False
 
         def end() -> None:
@@ -199,8 +202,7 @@ class Job:
                 return
             first = True
             self._result = result
-            # Without its traceback, which would keep the frames and tensors of the whole run alive.
-            self.error = error.with_traceback(None) if error is not None else None
+            self.error = error
             self.status = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
             self.finished = time.monotonic()
             self.withdraw = lambda job: None

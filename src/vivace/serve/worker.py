@@ -132,32 +132,34 @@ class Worker:
         if own:
             with torch.no_grad():
                 self._compute()
-        elif not call.done.wait(job.time_left()):
-            self.withdraw(job, job.late())
+        # Also after a cancel, where it is computed already: until that is over, the model must stay as it is.
+        call.done.wait()
         if call.error is not None:
             raise call.error
         job.check()
         return call
 
     def withdraw(self, job: Job, reason: BaseException | None = None) -> None:
-        """End a job's wait. A call that waits is taken back; one that runs goes on, for nobody or for others.
+        """End a job. A call that waits is taken back; one that runs goes on, for nobody or for others.
 
-        Where the job's own thread is in the call, and may be for good, its end is told from here.
+        A call that runs may do so for good: that its job is over is told at once, and its thread comes after it.
         """
+        error = reason or job.stop
         with self._wake:
-            mine = [call for call in (*self._pending, *self._group) if call.job is job]
+            waiting = [call for call in self._pending if call.job is job]
             self._pending = [call for call in self._pending if call.job is not job]
-            own = self._by is job
+            computed = any(call.job is job for call in self._group)
             self._wake.notify_all()
-        for call in mine:
-            call.finish(error=reason or job.stop)
-        if own:
-            job.finish(error=reason or job.stop)
+        for call in waiting:
+            call.finish(error=error)
+        if computed:
+            job.finish(error=error)
 
     def expire(self) -> None:
-        """End a job that has been in a call of its own for too long: nobody waits for that call with a clock."""
-        job = self._by
-        if job is not None and job.time_left() == 0:
+        """End the jobs whose time is over."""
+        with self._wake:
+            late = [call.job for call in (*self._pending, *self._group) if call.job.time_left() == 0]
+        for job in late:
             self.withdraw(job, job.late())
 
     def lose(self, error: BaseException) -> Unavailable:
@@ -217,6 +219,7 @@ class Worker:
         try:
             self._run(self._group)
         finally:
+            self._fail(self._group, Unavailable("the device does not answer"))  # what was answered stays so
             with self._wake:
                 self._group, self._by = [], None
                 self.busy_since, self._idle_since = None, time.monotonic()
