@@ -24,12 +24,13 @@ class NoTime(InputError):
 
 
 class Allowance:
-    """A budget in seconds from now on (None: no end), and the pace of each server, in seconds a denoising step."""
+    """A budget in seconds (None: no end) since `began`, which is now, and the pace of each server, in seconds a
+    denoising step."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, *, began: float | None = None) -> None:
         self.seconds = seconds
         self.cut = False  # whether somebody was refused because it was over
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._paces: dict[str, float] = {}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -74,6 +75,7 @@ def bench(
     ),
 ) -> None:
     """Time models beside their peers, each contestant in a process of its own; continues where it stopped."""
+    began = time.monotonic()  # what is imported now takes seconds too
     from vivace.bench.contestant import contestants_of
     from vivace.bench.kernels import bench_kernels
     from vivace.bench.place import place
@@ -113,7 +115,11 @@ def bench(
                 _serve_on_ray(name, **options)
         else:
             each = {"profile": profile, "again": again, **place, **options}
-            _serve([(name, preset) for name in names for preset in ours], budget=budget_s, **each)
+            _serve(
+                [(name, preset) for name in names for preset in ours],
+                allowed={"seconds": budget_s, "began": began},
+                **each,
+            )
         return
     if ladder:
         given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
@@ -176,15 +182,15 @@ def bench(
     print(output / "bench.md")
 
 
-def _serve(subjects: Sequence[tuple[str, str]], *, budget: float | None, **options: Any) -> None:
+def _serve(subjects: Sequence[tuple[str, str]], *, allowed: Mapping[str, Any], **options: Any) -> None:
     """The load on the servers of each model and preset, within one budget."""
     from vivace.bench.allowance import Allowance, NoTime
     from vivace.bench.serve import run
 
-    allowed = Allowance(budget)
+    budget = Allowance(**allowed)
     for index, (name, preset) in enumerate(subjects):
         try:
-            path, left = run(name, preset=preset, allowed=allowed, on_line=_say, **options)
+            path, left = run(name, preset=preset, allowed=budget, on_line=_say, **options)
         except NoTime:
             if not index:
                 raise

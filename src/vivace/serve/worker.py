@@ -101,22 +101,7 @@ class Worker:
         `compute` stands in for the method, and `part` says which of several it is. Without a `form` it goes alone.
         """
         job.check()
-        alone = form is None or job.request.deterministic or (id(module), method) in self._alone
-        found = None if form is None or alone else form.describe(kwargs, digest=digest)
-        key = (id(module), method, part, found[0]) if found else None
-        # The module itself rather than its forward: it may have hooks.
-        usual: Any = module if method == "forward" else getattr(module, method, None)
-        call = Call(
-            job=job,
-            module=module,
-            method=method,
-            compute=compute or usual,
-            kwargs=kwargs,
-            form=form or Axes(),
-            scope=request.current(),
-            key=key,
-            rows=found[1] if found else 1,
-        )
+        call = self._call(job, module, method, kwargs, form=form, digest=digest, compute=compute, part=part)
         with self._wake:
             if self._closing or self.dead:
                 raise Unavailable("the device is not there any more")
@@ -138,6 +123,35 @@ class Worker:
             raise call.error
         job.check()
         return call
+
+    def _call(
+        self,
+        job: Job,
+        module: torch.nn.Module,
+        method: str,
+        kwargs: dict[str, Any],
+        *,
+        form: Form | None,
+        digest: Digest,
+        compute: Callable[..., Any] | None,
+        part: Hashable,
+    ) -> Call:
+        alone = form is None or job.request.deterministic or (id(module), method) in self._alone
+        found = None if form is None or alone else form.describe(kwargs, digest=digest)
+        key = (id(module), method, part, found[0]) if found else None
+        # The module itself rather than its forward: it may have hooks.
+        usual: Any = module if method == "forward" else getattr(module, method, None)
+        return Call(
+            job=job,
+            module=module,
+            method=method,
+            compute=compute or usual,
+            kwargs=kwargs,
+            form=form or Axes(),
+            scope=request.current(),
+            key=key,
+            rows=found[1] if found else 1,
+        )
 
     def withdraw(self, job: Job, reason: BaseException | None = None) -> None:
         """End a job. A call that waits is taken back; one that runs goes on, for nobody or for others.
