@@ -1,5 +1,6 @@
 """Who waits for a place, and who gets one."""
 
+import threading
 import time
 
 import pytest
@@ -47,3 +48,15 @@ def test_where_there_are_videos_alone_they_have_every_place(start, gated):
     gate.open.set()
     for video in videos:
         video.result(60)
+
+
+def test_who_asks_one_thing_after_another_is_served_by_one_thread(pipe, start, order):
+    """By each in turn, every thread would keep memory of its own, and a team for its maths."""
+    engine, threads = start(pipe, threads=4), set()
+    pipe.transformer.register_forward_pre_hook(lambda *call: threads.add(threading.get_ident()))
+    for _ in range(6):
+        job = engine.submit(order(steps=1))
+        job.result(60)
+        while engine.running or engine._backlog.idle < 4:
+            time.sleep(0.001)
+    assert len(threads) == 1

@@ -308,7 +308,7 @@ def test_as_many_as_have_a_place_come_at_once_whatever_may_wait(pipe, start, ord
     engine = start(pipe, threads=4, queue=1)
     gate = gated(pipe.transformer)
     deadline = time.monotonic() + 60
-    while engine._backlog._idle < 4 and time.monotonic() < deadline:
+    while engine._backlog.idle < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     gate.shut()
     jobs = [engine.submit(order(seed=seed)) for seed in range(4)]

@@ -191,7 +191,7 @@ def run(
     rounds: int = ROUNDS,
     steps: tuple[int, int] = (15, 25),
     size: tuple[int, int] | None = None,
-    on_round: Callable[[Sequence[Mapping[str, Any]]], None] = lambda lines: None,
+    on_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
 ) -> Path:
     """Put the load on the three servers in turns, and last kill replicas under it; the file with the results.
 
@@ -209,7 +209,8 @@ def run(
             lines = one_round(servers, load, number=number)
             measured += lines
             write(path, facts, measured)
-            on_round(lines)
+            for line in lines:
+                on_line(line)
     with on_ray(load) as (url, door):
         write(path, facts, measured, break_replicas(url, door, load))
     return path

@@ -7,7 +7,8 @@ another processor. Three measures, none of which needs more than Linux's own clo
 - the state of the worker, looked at all the time: whether it computes, holds a call back for others, or has none. On a
   GPU "computing" is launching, which is Python, and waiting for the GPU: where there is none of that, Python is late;
 - the worker's wall time in calls, less what it was on a processor or in line for one: it was blocked, by the lock or
-  by other threads of its own maths. Waits for a GPU are left out;
+  by other threads of its own maths. Waits for a GPU are left out. Calls that a lone request's own thread computes are
+  the worker's here too;
 - how much longer than asked a thread sleeps that does nothing else, less its time in line for a processor: what anyone
   waits for the lock.
 """
@@ -69,6 +70,7 @@ class Interpreter:
         computing, waited = (sum(getattr(call, name) for call in calls) for name in ("seconds", "waited"))
         spent = _spent(self._before, _threads())
         worker = spent["worker"]
+        _move(spent["requests"], worker, cpu=sum(call.own_cpu for call in calls))
         idle = {name: self._states[name] for name in ("joining", "python", "empty")}
         left = max(0.0, 1 - computing / wall)
         looks = sum(idle.values()) or 1
@@ -143,6 +145,14 @@ def _spent(
         spent[whose]["cpu"] += cpu - cpu_then
         spent[whose]["line"] += line - line_then
     return spent
+
+
+def _move(requests: dict[str, float], worker: dict[str, float], *, cpu: float) -> None:
+    """Count so many seconds of the requests' threads as the worker's; they stood in line as often as at other times."""
+    share = min(1.0, cpu / requests["cpu"]) if requests["cpu"] else 0.0
+    for name in requests:
+        worker[name] += share * requests[name]
+        requests[name] -= share * requests[name]
 
 
 def _clocks(number: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import vivace
 from vivace.bench.interpreter import tabulate
 from vivace.bench.table import markdown_table
-from vivace.serve.load import against, pooled, requests
+from vivace.serve.load import against, pooled, requests, rotated
 from vivace.serve.request import Request
 
 PROMPT = "a small red star above a blue ring"
@@ -26,10 +26,11 @@ Line = dict[str, Any]
 
 
 class Turn(NamedTuple):
-    """One round for so many clients; without a number it is the one in which the engine is looked at."""
+    """One server asked in one round by so many clients; without a number it is only looked at."""
 
     clients: int
     number: int | None
+    server: str
 
 
 def asked(
@@ -42,9 +43,13 @@ def asked(
 
 @dataclass(kw_only=True)
 class Record:
-    """What was measured so far of one load on these servers, and its file. Only whole rounds are in it."""
+    """What was measured so far of one load on these servers, and its file.
+
+    A round in which not all servers were asked yet goes on with the others.
+    """
 
     path: Path
+    command: str
     facts: Mapping[str, Any]
     servers: Sequence[str]
     rounds: list[Line]
@@ -53,16 +58,31 @@ class Record:
     def left(self, clients: Sequence[int], *, rounds: int, profile: bool) -> list[Turn]:
         """What is to be measured yet, in order."""
         numbers = (*range(rounds), *((None,) if profile else ()))
-        known = {Turn(one["concurrency"], one["round"]) for one in self.rounds}
-        known |= {Turn(one["concurrency"], None) for one in self.profiles}
-        return [turn for turn in itertools.starmap(Turn, itertools.product(clients, numbers)) if turn not in known]
+        known = {Turn(one["concurrency"], one["round"], one["server"]) for one in self.rounds}
+        known |= {Turn(one["concurrency"], None, self.servers[-1]) for one in self.profiles}
+        return [turn for of in itertools.product(clients, numbers) for turn in self._turns(*of) if turn not in known]
 
-    def write(self, *, command: str) -> None:
-        """The file, and the table beside it."""
+    def add(self, turn: Turn, line: Line) -> None:
+        """Keep what was measured, at once: it stays when somebody ends the bench."""
+        (self.profiles if turn.number is None else self.rounds).append(line)
+        self.write()
+
+    def write(self) -> None:
+        """The file, and the table beside it. A process that is killed meanwhile leaves the earlier ones."""
         lines = results(self.rounds, self.servers)
-        found = {"command": command, **self.facts, "results": lines, "profiles": self.profiles, "rounds": self.rounds}
-        self.path.write_text(json.dumps(found, indent=1))
-        self.path.with_suffix(".md").write_text(f"{table(lines)}\n{tabulate(self.profiles)}")
+        rest = {"results": lines, "profiles": self.profiles, "rounds": self.rounds}
+        _put(self.path, json.dumps({"command": self.command, **self.facts, **rest}, indent=1))
+        _put(self.path.with_suffix(".md"), f"{table(lines)}\n{tabulate(self.profiles)}")
+
+    def _turns(self, clients: int, number: int | None) -> list[Turn]:
+        servers = self.servers[-1:] if number is None else rotated(self.servers, number=number)
+        return [Turn(clients, number, server) for server in servers]
+
+
+def _put(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def code() -> str:
@@ -73,36 +93,40 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def record(folder: Path, name: str, *, facts: Mapping[str, Any], servers: Sequence[str], again: bool) -> Record:
+def record(
+    folder: Path, name: str, *, command: str, facts: Mapping[str, Any], servers: Sequence[str], again: bool
+) -> Record:
     """That of this load: one that was begun on this machine by this code, or a new one; with `again` without rounds."""
     folder.mkdir(parents=True, exist_ok=True)
+    told = {"command": command, "servers": servers}
     facts = {**facts, "code": code()}
     plain = json.loads(json.dumps(facts))
     for path in sorted(folder.glob(f"*-serve-{name}*.json")):
         found = json.loads(path.read_text())
         if all(found.get(key) == value for key, value in plain.items()):
             kept = ([], []) if again else (found["rounds"], found["profiles"])
-            return Record(path=path, facts=facts, servers=servers, rounds=kept[0], profiles=kept[1])
+            return Record(path=path, facts=facts, rounds=kept[0], profiles=kept[1], **told)
     stem = f"{datetime.now(UTC):%Y-%m-%d}-serve-{name}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     path = next(path for one in names if not (path := folder / f"{one}.json").exists())
-    return Record(path=path, facts=facts, servers=servers, rounds=[], profiles=[])
+    return Record(path=path, facts=facts, rounds=[], profiles=[], **told)
 
 
 def results(rounds: Sequence[Mapping[str, Any]], servers: Sequence[str]) -> list[Line]:
-    """One line for each number of clients and server: its rounds as one, and its speed over the obvious servers'."""
+    """One line for each number of clients and server: its rounds as one, and its speed over the obvious servers', of
+    the rounds that both were asked in; None where there are none yet."""
     lines = []
     for clients in sorted({one["concurrency"] for one in rounds}):
         these = sorted((one for one in rounds if one["concurrency"] == clients), key=lambda one: one["round"])
         of = {name: [one for one in these if one["server"] == name] for name in servers}
         stock, locked, _ = of.values()
-        for mine in of.values():
+        for mine in filter(None, of.values()):
             line = pooled(mine) | {key: mine[0][key] for key in ("cold_s", "noise_floor")}
             apart = [one["from_stock"] for one in mine if one["from_stock"] is not None]
             line["from_stock"] = round(statistics.fmean(apart), 4) if apart else None
             line["cpu_s_per_image"] = round(_sum(mine, "cpu_s") / line["pictures"], 4)
             for key, theirs in (("over_stock", stock), ("over_ours_locked", locked)):
-                line[key], line[f"{key}_error"] = against(mine, theirs)
+                line[key], line[f"{key}_error"] = _against(mine, theirs)
             if "calls" in mine[0]:
                 line["device_busy"] = round(_sum(mine, "device_s") / line["seconds"], 3)
                 line["requests_per_call"] = round(_sum(mine, "requests_in_calls") / _sum(mine, "calls"), 2)
@@ -126,9 +150,19 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(columns, rows) + "\n"
 
 
-def times(ratio: float, error: float | None) -> str:
+def times(ratio: float | None, error: float | None) -> str:
     """A ratio with its standard error, where there is one."""
+    if ratio is None:
+        return "-"
     return f"{ratio:.3f} ± {error:.3f}" if error else f"{ratio:.3f}"
+
+
+def _against(
+    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, float | None]:
+    both = {one["round"] for one in mine} & {one["round"] for one in theirs}
+    pair = [[one for one in rounds if one["round"] in both] for rounds in (mine, theirs)]
+    return against(*pair) if both else (None, None)
 
 
 def _sum(rounds: Sequence[Mapping[str, Any]], key: str) -> float:

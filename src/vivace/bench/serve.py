@@ -13,17 +13,20 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vivace.bench.allowance import Allowance, NoTime, Spent
 from vivace.bench.interpreter import Interpreter
-from vivace.bench.rounds import ROUNDS, Line, Turn, asked, record
+from vivace.bench.rounds import ROUNDS, Line, Record, Turn, asked, record
 from vivace.errors import InputError, first_line
 from vivace.families import FAMILIES
-from vivace.serve.load import Ask, asking, locked, put, rotated, served
+from vivace.serve.load import Ask, asking, locked, put, served
 
 if TYPE_CHECKING:
     from vivace.serve.engine import Engine
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 COMPARED = 4  # pictures of which the noise floor is measured
 STAGGER = 0.5  # seconds within which the clients begin
+
+OnLine = Callable[[Mapping[str, Any]], None]
+"""Told of each server's line when it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,44 +71,61 @@ class Server:
     facts: Mapping[str, float]  # what is the same in every round, for JSON
     engine: Engine | None = None  # ours
     calls: list[Batch] = field(default_factory=list)  # of ours
+    warmed: int = 0  # clients that it has had at a time, before it counted
 
 
-def measured(pipe: Any, load: Load, turns: Sequence[Turn]) -> Generator[tuple[Turn, list[Line]]]:
-    """The lines of these turns for JSON: one a server, or what was seen of the engine."""
-    if not turns:
-        return
-    with up(pipe, load, clients=max(turn.clients for turn in turns)) as servers:
-        for clients, these in itertools.groupby(turns, key=lambda turn: turn.clients):
-            warm(servers, load, clients=clients)
-            for turn in these:
-                if turn.number is None:
-                    yield turn, [profiled(servers, load, clients=clients)]
-                else:
-                    yield turn, one_round(servers, load, clients=clients, number=turn.number)
+def measure(
+    make: Callable[[], Any], load: Load, turns: Sequence[Turn], *, allowed: Allowance, found: Record, on_line: OnLine
+) -> None:
+    """Measure these turns of the pipeline that is made, in order; each one's line is in `found` at once. Raises Spent
+    before the first one that would outlast what is allowed."""
+    floor, began = next((one["noise_floor"] for one in found.rounds), None), time.monotonic()
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    with up(pipe, load, clients=max(turn.clients for turn in turns), allowed=allowed, floor=floor) as servers:
+        ready = round(time.monotonic() - began, 1)
+        for (clients, number), these in itertools.groupby(turns, key=lambda turn: (turn.clients, turn.number)):
+            if number is not None:
+                contest = Contest(servers=servers, load=load, allowed=allowed, found=found, ready_s=ready)
+                contest.one_round(tuple(these), on_line=on_line)
+                continue
+            warm(servers, load, clients=clients, allowed=allowed)
+            allowed.need(load.servers[-1], load.requests(clients, number=0))
+            found.add(next(these), profiled(servers, load, clients=clients))
 
 
 @contextmanager
-def up(pipe: Any, load: Load, *, clients: int) -> Iterator[dict[str, Server]]:
-    """The contestants by name, for so many clients at most; at the end the pipeline is as it was."""
+def up(
+    pipe: Any, load: Load, *, clients: int, allowed: Allowance | None = None, floor: float | None = None
+) -> Iterator[dict[str, Server]]:
+    """The contestants by name, for so many clients at most; at the end the pipeline is as it was.
+
+    `floor` is the noise floor where that is known already. Raises Spent where there is no time to get ready.
+    """
     from vivace.accelerate import accelerate, restore
     from vivace.config import resolve
 
+    allowed = allowed or Allowance(None)
     few = load.requests(COMPARED, number=0)[:COMPARED]
-    stock = copy.deepcopy(pipe)
-    ask, cold = _first(stock, few[0])
-    exact = [ask(request) for request in few]
-    floor = {"noise_floor": distance(exact, [_twice(stock, request)[1] for request in few])}
     names = load.servers
-    found = [Server(name=names[0], ask=ask, facts={"cold_s": round(cold, 2), **floor})]
+    stock = copy.deepcopy(pipe)
+    ask, cold = _first(names[0], stock, few, allowed)
+    if floor is None:
+        allowed.need(names[0], few * 3)
+        exact = [ask(request) for request in few]
+        floor = distance(exact, [_twice(stock, request)[1] for request in few])
+    found = [Server(name=names[0], ask=ask, facts={"cold_s": round(cold, 2), "noise_floor": floor})]
     # Prompts are not remembered, as in every bench: one of ours would find what the other has encoded.
     config, began = resolve(load.preset, prompts="off"), time.perf_counter()
     accelerate(pipe, config)
     try:
         seconds = time.perf_counter() - began
-        ask, cold = _first(pipe, few[0])
-        facts = {"cold_s": round(seconds + cold, 2), **floor}
+        ask, cold = _first(names[1], pipe, few, allowed)
+        if not allowed.expected(names[2], few):  # about as quick as a lock, until it was asked
+            allowed.learn(names[2], few, seconds=allowed.expected(names[1], few))
+        facts = {"cold_s": round(seconds + cold, 2), "noise_floor": floor}
         with served(pipe, preset=config, concurrency=clients) as engine:
-            ours = Server(name=names[2], ask=asking(engine), facts=facts, engine=engine)
+            ours = Server(name=names[2], ask=asking(engine, check=allowed.check), facts=facts, engine=engine)
             engine.observe(batch=ours.calls.append, job=lambda job: None)
             found += [Server(name=names[1], ask=ask, facts=facts), ours]
             yield {server.name: server for server in found}
@@ -110,25 +133,82 @@ def up(pipe: Any, load: Load, *, clients: int) -> Iterator[dict[str, Server]]:
         restore(pipe)
 
 
-def warm(servers: Mapping[str, Server], load: Load, *, clients: int) -> None:
-    """Meet every batch size that the load can bring before it counts."""
-    first = load.requests(clients, number=0)[: 2 * clients]
-    for name, server in servers.items():
-        put(server.ask, first if server.engine else first[:1], concurrency=clients, server=name)
+def warm(servers: Mapping[str, Server], load: Load, *, clients: int, allowed: Allowance) -> None:
+    """Have the engine meet every batch size that so many clients can bring, before it counts. Raises Spent."""
+    ours, first = servers[load.servers[-1]], load.requests(clients, number=0)[: 2 * clients]
+    if ours.warmed >= clients:
+        return
+    allowed.need(ours.name, first)
+    put(ours.ask, first, concurrency=clients, server=ours.name)
+    allowed.check()
+    ours.warmed = clients
 
 
-def one_round(servers: Mapping[str, Server], load: Load, *, clients: int, number: int) -> list[Line]:
-    """Each server asked for the same pictures, in the order of this round, as lines for JSON."""
-    these, order = load.requests(clients, number=number), rotated(load.servers, number=number)
-    found = [_measured(servers[name], these, clients=clients) for name in order]
-    stock = found[order.index(load.servers[0])][1]
-    lines = []
-    for line, kept in found:
-        # By seed: one that failed is in nobody's comparison.
-        both = stock.keys() & kept.keys()
-        apart = distance([kept[seed] for seed in both], [stock[seed] for seed in both]) if both else None
-        lines.append({"round": number, **line, "from_stock": apart})
-    return lines
+@dataclass(kw_only=True)
+class Contest:
+    """The contestants of a load, each asked for the same pictures in every round."""
+
+    servers: Mapping[str, Server]
+    load: Load
+    allowed: Allowance
+    found: Record
+    ready_s: float  # seconds until all were up
+
+    def one_round(self, turns: Sequence[Turn], *, on_line: OnLine) -> None:
+        """The turns of one round, as many as there is time for. Raises Spent where that is not all."""
+        kept: dict[str, dict[int | None, Any]] = {}
+        lines: list[Line] = []
+        spent = None
+        for turn in turns:
+            try:
+                line, kept[turn.server] = self._turn(turn, with_stock=self.load.servers[0] in kept)
+            except Spent as error:
+                spent = error
+                break
+            lines.append(line)
+            self.found.add(turn, line)
+            on_line(line)
+        if lines:
+            self._compare(lines, kept)
+            self.found.write()
+        if spent:
+            raise spent
+
+    def _turn(self, turn: Turn, *, with_stock: bool) -> tuple[Line, dict[int | None, Any]]:
+        """Raises Spent, before or in the middle of it."""
+        server, these = self.servers[turn.server], self._requests(turn)
+        if server.engine:
+            warm(self.servers, self.load, clients=turn.clients, allowed=self.allowed)
+        # Where it is the last that there is time for, stock still has to draw what it is compared with.
+        stock = self.load.servers[0]
+        compared = 0.0 if with_stock or turn.server == stock else self.allowed.expected(stock, these[:COMPARED])
+        self.allowed.need(server.name, these, more=compared)
+        began = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        line, kept = _measured(server, these, clients=turn.clients)
+        if self.allowed.cut:
+            raise Spent(self.allowed.expected(server.name, these))
+        self.allowed.learn(server.name, these, seconds=line["seconds"])
+        facts = {"began": began, "ready_s": self.ready_s, "from_stock": None}
+        return {"round": turn.number, **line, **facts}, kept
+
+    def _compare(self, lines: Sequence[Line], kept: dict[str, dict[int | None, Any]]) -> None:
+        """Set how far the pictures of each line are from stock's: of those few that stock draws now, where it was asked
+        for all of them in another run, or will be."""
+        stock = self.servers[self.load.servers[0]]
+        if stock.name not in kept:
+            few = self.load.requests(lines[0]["concurrency"], number=lines[0]["round"])[:COMPARED]
+            with suppress(Spent):
+                kept[stock.name] = {request.seed: stock.ask(request) for request in few}
+        exact = kept.get(stock.name, {})
+        for line in lines:
+            # By seed: one that failed is in nobody's comparison.
+            mine = kept[line["server"]]
+            both = exact.keys() & mine.keys()
+            if both:
+                line["from_stock"] = distance([mine[seed] for seed in both], [exact[seed] for seed in both])
+
+    def _requests(self, turn: Turn) -> list[Request]:
+        return self.load.requests(turn.clients, number=turn.number or 0)
 
 
 def profiled(servers: Mapping[str, Server], load: Load, *, clients: int) -> Line:
@@ -155,14 +235,20 @@ def _measured(server: Server, these: Sequence[Request], *, clients: int) -> tupl
     return line, kept
 
 
-def _first(pipe: Any, request: Request) -> tuple[Ask, float]:
-    """A lock around a pipeline, and the seconds to its first picture. Raises InputError where it makes none."""
-    ask, began = locked(pipe), time.perf_counter()
+def _first(name: str, pipe: Any, few: Sequence[Request], allowed: Allowance) -> tuple[Ask, float]:
+    """A lock around a pipeline, and the seconds to its first picture; from the second one its pace is known.
+
+    Raises InputError where it makes none, Spent.
+    """
+    ask, began = locked(pipe, check=allowed.check), time.perf_counter()
     try:
-        ask(request)
+        ask(few[0])
     except ValueError as error:  # how pipelines refuse what they were called with
         raise InputError(f"{type(pipe).__name__} refused: {first_line(error)}") from error
-    return ask, time.perf_counter() - began
+    cold, began = time.perf_counter() - began, time.perf_counter()
+    ask(few[1])
+    allowed.learn(name, few[1:2], seconds=time.perf_counter() - began)
+    return ask, cold
 
 
 def distance(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
@@ -202,8 +288,9 @@ def _peak() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tuple[Any, tuple[int, int]]:
-    """A pipeline and its usual size: `FAMILY[:variant]` at true size with random weights, or what `load` takes.
+def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tuple[Callable[[], Any], tuple[int, int]]:
+    """What makes a pipeline, and its usual size: `FAMILY[:variant]` at true size with random weights, or what `load`
+    takes.
 
     Raises InputError for what makes no pictures from a prompt.
     """
@@ -216,9 +303,9 @@ def pipeline_of(name: str, *, device: str, dtype: str, tiny: bool = False) -> tu
     if family and not (family.media == "image" and "prompt" in family.takes):
         raise InputError(f"--serve asks for pictures from a prompt, and {family.title} makes none; name another model")
     if source:
-        return load(name, device=device, dtype=dtype), source.size or (512, 512)
+        return partial(load, name, device=device, dtype=dtype), source.size or (512, 512)
     workload = workload_of(name, device=device, dtype=dtype, tiny=tiny, end_to_end=True)
-    return build(workload), workload.size
+    return partial(build, workload), workload.size
 
 
 def run(
@@ -237,39 +324,44 @@ def run(
     tiny: bool = False,
     profile: bool = False,
     again: bool = False,
-    budget: float | None = None,
-    on_round: Callable[[Sequence[Mapping[str, Any]]], None] = lambda lines: None,
+    allowed: Allowance | None = None,
+    on_line: OnLine = lambda line: None,
 ) -> tuple[Path, int]:
-    """Put the load on the three servers of a model; the file with the results, and the rounds left for the next time.
+    """Put the load on the three servers of a model; the file with the results, and the turns left for the next time.
 
-    What the file has already is not measured again, and no round is begun that would outlast `budget` seconds, by what
-    a picture of the one before took. Raises InputError.
+    What the file has already is not measured again, and no server is asked in a round for longer than is `allowed`, by
+    what its last picture took. Raises InputError, also where there is no time for a single turn.
     """
     from vivace.load import resolve_device, resolve_dtype
     from vivace.machine import machine
 
-    began, place = time.monotonic(), resolve_device(device)
+    allowed, place = allowed or Allowance(None), resolve_device(device)
     number = str(resolve_dtype(dtype, place)).removeprefix("torch.")
-    pipe, usual = pipeline_of(model, device=str(place), dtype=number, tiny=tiny)
-    pipe.set_progress_bar_config(disable=True)
+    make, usual = pipeline_of(model, device=str(place), dtype=number, tiny=tiny)
     load = Load(title=model, size=size or usual, steps=steps, pictures=pictures, rounds=rounds, preset=preset)
     facts = {"machine": machine(), "device": str(place), "dtype": number, "tiny": tiny, "load": asdict(load)}
-    servers = load.servers
-    found = record(folder, "".join(c if c.isalnum() else "-" for c in model), facts=facts, servers=servers, again=again)
-    left = found.left(concurrency, rounds=rounds, profile=profile)
-    each = 0.0  # seconds of a picture, of all servers together
-    with closing(measured(pipe, load, tuple(left))) as lines:
-        for turn, line in lines:
-            left.remove(turn)
-            kept = found.profiles if turn.number is None else found.rounds
-            kept += line
-            # At once: what was measured so far is kept when somebody ends it.
-            found.write(command=command)
-            if turn.number is not None:
-                on_round(line)
-                each = sum(one["seconds"] for one in line) / len(load.requests(turn.clients, number=0))
-            following = each * len(load.requests(left[0].clients, number=0)) if left else 0.0
-            # One that is ended in its middle is lost.
-            if budget is not None and time.monotonic() - began + following > budget:
-                break
-    return found.path, len(left)
+    name, told = "".join(c if c.isalnum() else "-" for c in model), {"command": command, "servers": load.servers}
+    found = record(folder, name, facts=facts, again=again, **told)
+    turns = found.left(concurrency, rounds=rounds, profile=profile)
+    try:
+        if turns:
+            _foresee(turns[0], load, allowed=allowed, found=found)
+            measure(make, load, turns, allowed=allowed, found=found, on_line=on_line)
+    except Spent as error:
+        left = found.left(concurrency, rounds=rounds, profile=profile)
+        if len(left) == len(turns):
+            raise NoTime(
+                f"{allowed.seconds:g} s are over before a server of {model} is measured: that would take about "
+                f"{allowed.taken + error.seconds:.0f} s in all; raise --budget-s, or ask for fewer --pictures"
+            ) from None
+        return found.path, len(left)
+    return found.path, 0
+
+
+def _foresee(turn: Turn, load: Load, *, allowed: Allowance, found: Record) -> None:
+    """Raises Spent where it is known from the last run that there is no time for that turn."""
+    for one in found.rounds:
+        asked = load.requests(one["concurrency"], number=one["round"])
+        allowed.learn(one["server"], asked, seconds=one["seconds"])
+    ready = found.rounds[-1]["ready_s"] if found.rounds else 0.0
+    allowed.need(turn.server, load.requests(turn.clients, number=turn.number or 0), more=ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -74,6 +75,7 @@ def bench(
     ),
 ) -> None:
     """Time models beside their peers, each contestant in a process of its own; continues where it stopped."""
+    began = time.monotonic()  # what is imported now takes seconds too
     from vivace.bench.contestant import contestants_of
     from vivace.bench.kernels import bench_kernels
     from vivace.bench.place import place
@@ -107,11 +109,17 @@ def bench(
         shape = {"size": read_size(size) if size else None, "concurrency": _clients(concurrency), "rounds": rounds}
         options = {"steps": _around(steps), "pictures": pictures, "folder": output, "command": command(), **shape}
         place = {"device": device, "dtype": dtype, "tiny": tiny}
-        for name in (model,) if model else families or ("builtin",):
-            if ray:
+        names = (model,) if model else families or ("builtin",)
+        if ray:
+            for name in names:
                 _serve_on_ray(name, **options)
-            for preset in () if ray else ours:
-                _serve(name, preset=preset, profile=profile, again=again, budget=budget_s, **place, **options)
+        else:
+            each = {"profile": profile, "again": again, **place, **options}
+            _serve(
+                [(name, preset) for name in names for preset in ours],
+                allowed={"seconds": budget_s, "began": began},
+                **each,
+            )
         return
     if ladder:
         given = {"FAMILY": families, "--batch": batch, "--frames": frames, "--peers": peers}
@@ -174,21 +182,30 @@ def bench(
     print(output / "bench.md")
 
 
-def _serve(name: str, **options: Any) -> None:
-    """The load on one model's servers."""
+def _serve(subjects: Sequence[tuple[str, str]], *, allowed: Mapping[str, Any], **options: Any) -> None:
+    """The load on the servers of each model and preset, within one budget."""
+    from vivace.bench.allowance import Allowance, NoTime
     from vivace.bench.serve import run
 
-    path, left = run(name, on_round=_say, **options)
-    print(path.with_suffix(".md").read_text(), path, sep="\n")
-    if left:
-        print(f"{left} left for the next time, when the same command goes on")
+    budget = Allowance(**allowed)
+    for index, (name, preset) in enumerate(subjects):
+        try:
+            path, left = run(name, preset=preset, allowed=budget, on_line=_say, **options)
+        except NoTime:
+            if not index:
+                raise
+            print(f"{name} with {preset} is left for the next time, when the same command goes on")
+            continue
+        print(path.with_suffix(".md").read_text(), path, sep="\n")
+        if left:
+            print(f"{left} left for the next time, when the same command goes on")
 
 
 def _serve_on_ray(name: str, *, concurrency: list[int], **options: Any) -> None:
     """The load of the largest number of clients on the plain server and on Ray's."""
     from vivace.bench.cluster import run
 
-    path = run(name, concurrency=max(concurrency), on_round=_say, **options)
+    path = run(name, concurrency=max(concurrency), on_line=_say, **options)
     print(path.with_suffix(".md").read_text(), path, sep="\n")
 
 
@@ -255,10 +272,10 @@ def _climb(
         print(chart)
 
 
-def _say(lines: Sequence[Mapping[str, Any]]) -> None:
-    """One round, in the order in which it was asked."""
-    told = ", ".join(f"{line['server']}: {len(line['latencies']) / line['seconds']:.2f}" for line in lines)
-    print(f"round {lines[0]['round'] + 1}, {lines[0]['concurrency']} at a time; images/s of {told}", flush=True)
+def _say(line: Mapping[str, Any]) -> None:
+    """One server in one round."""
+    rate = f"{len(line['latencies']) / line['seconds']:.2f} images/s"
+    print(f"round {line['round'] + 1}, {line['concurrency']} at a time: {line['server']}: {rate}", flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

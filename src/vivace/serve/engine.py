@@ -232,6 +232,8 @@ class Engine:
         tidied = time.monotonic()
         while not self._closed.wait(CLOCK):
             self._backlog.expire()
+            for worker in list(self.workers.values()):
+                worker.expire()
             if self._untidy and time.monotonic() - tidied > TIDY:
                 self._untidy, tidied = False, time.monotonic()
                 heap.give_back()

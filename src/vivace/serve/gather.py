@@ -51,6 +51,10 @@ class Gather:
             _keep(self._next, before.key, call.key)
         self._places[call.job] = Place(call.key, call.done)
 
+    def alone(self, job: Job) -> bool:
+        """Whether no other job has been at a call, or is at one."""
+        return all(one is job for one in self._places)
+
     def leaves(self, job: Job) -> None:
         """A job is over."""
         self._places.pop(job, None)

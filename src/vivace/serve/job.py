@@ -168,9 +168,12 @@ class Job:
         """Raise what should end it: a cancel, or the deadline of its run."""
         if self.stop is not None:
             raise self.stop
-        limit = self.request.run_seconds
-        if limit is not None and self.started is not None and time.monotonic() - self.started > limit:
-            raise DeadlineExceeded(f"it ran longer than {limit:g} s")
+        if self.time_left() == 0:
+            raise self.late()
+
+    def late(self) -> DeadlineExceeded:
+        """What ends it when the time of its run is over."""
+        return DeadlineExceeded(f"it ran longer than {self.request.run_seconds:g} s")
 
     def time_left(self) -> float | None:
         """Until the deadline of its run; None without one."""
@@ -188,6 +191,9 @@ class Job:
     def finish(self, result: Result | None = None, *, error: BaseException | None = None) -> None:
         """Set the outcome, once; later ones are ignored."""
 
+        if error is not None:
+            # It would keep the frames and tensors of the whole run alive; also of what was told to be over before.
+            error.__traceback__ = None
         first = False
 
         def end() -> None:
@@ -196,8 +202,7 @@ class Job:
                 return
             first = True
             self._result = result
-            # Without its traceback, which would keep the frames and tensors of the whole run alive.
-            self.error = error.with_traceback(None) if error is not None else None
+            self.error = error
             self.status = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
             self.finished = time.monotonic()
             self.withdraw = lambda job: None

