@@ -44,8 +44,9 @@ class Elementwise:
     """`(x, y, *, gate)`: `x + gate * y`."""
 
     residual_norm: Callable[..., Any]
-    """`(x, y, *, y_bias, gate, add, y_weight, after, **norm)`: h = `x + gate * (y + y_bias) + add` with `add` [B, D]
-    (of y's RMSNorm, with `y_weight`), and the norm of h; h comes back in memory of its own, with `after` [D] added."""
+    """`(x, y, *, y_bias, gate, add, y_weight, after, also, also_gate, **norm)`: h = `x + gate * (y + y_bias) + add +
+    also_gate * also` with `add` and `also_gate` [B, D] (of y's RMSNorm, with `y_weight`), and the norm of h; h comes
+    back in memory of its own, with `after` [D] added."""
 
     heads: Callable[..., None]
     """`(qkv, *, q, k, v, v_scale, q_weight, k_weight, cos, sin, offset=0, eps=1e-6)`: as `qk_norm_rope`."""
@@ -100,11 +101,14 @@ def _residual(x, y, *, gate=None):
     return x + y if gate is None else torch.addcmul(x, _vector(gate), y).to(x.dtype)
 
 
-def _residual_norm(x, y, *, y_bias=None, gate=None, add=None, y_weight=None, after=None, eps=1e-6, **norm):
+def _residual_norm(
+    x, y, *, y_bias=None, gate=None, add=None, y_weight=None, after=None, also=None, also_gate=None, eps=1e-6, **norm
+):
     y = y if y_bias is None else y + y_bias
     y = y if y_weight is None else F.rms_norm(y, y.shape[-1:], y_weight, eps)
     h = _residual(x, y, gate=gate)
     h = h if add is None else h.add_(add.unsqueeze(1))
+    h = h if also is None else _residual(h, also, gate=also_gate)
     return h if after is None else h + after, _norm(h, eps=eps, **norm)
 
 

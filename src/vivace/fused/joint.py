@@ -238,10 +238,9 @@ class JointBlock:
         assert stream.mlp is not None
         elementwise, y = self.elementwise, projected(stream.out, y, dtype=x.dtype)
         _, _, gate, shift, scale, mlp_gate, *more = vectors
-        if stream.second is not None:
-            second = self._second(stream.second, x, *more[:2])
-            x, y, gate = elementwise.residual(x, y, gate=gate), second, more[2]
         norm = {"shift": shift, "scale": scale, **asks(stream.mlp.up)}
+        if stream.second is not None:
+            norm |= {"also": self._second(stream.second, x, *more[:2]), "also_gate": more[2]}
         x, normed = elementwise.residual_norm(x, y, gate=gate, **norm)
         y, normed = stream.mlp(normed, elementwise), None
         if ahead is None:

@@ -2,7 +2,8 @@
 
 With gate, scale and shift it is the middle of an adaLN transformer block; with weight and bias alone, the residual add
 and LayerNorm of a UNet's transformer block. It can add the bias of the product that made y, and into h, behind the
-norm's back, that of the product which will be added to h in place: epilogues with a bias are slower ones.
+norm's back, that of the product which will be added to h in place: epilogues with a bias are slower ones. A block with
+two attentions adds both at once.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from vivace.kernels.row import (
 )
 
 SCHEMA = (
-    "residual_norm(Tensor x, Tensor y, Tensor? y_bias, Tensor? y_weight, Tensor? add, Tensor? after, Tensor? gate, "
-    "Tensor? scale, Tensor? shift, Tensor? gate_base, Tensor? scale_base, Tensor? shift_base, Tensor? weight, "
-    "Tensor? bias, float eps, str kind, str? quantize, int room) -> Tensor[]"
+    "residual_norm(Tensor x, Tensor y, Tensor? y_bias, Tensor? y_weight, Tensor? add, Tensor? after, Tensor? also, "
+    "Tensor? also_gate, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? gate_base, Tensor? scale_base, "
+    "Tensor? shift_base, Tensor? weight, Tensor? bias, float eps, str kind, str? quantize, int room) -> Tensor[]"
 )
 
 
@@ -50,6 +51,8 @@ def residual_norm_ref(
     y_weight: torch.Tensor | None,
     add: torch.Tensor | None,
     after: torch.Tensor | None,
+    also: torch.Tensor | None,
+    also_gate: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -67,6 +70,7 @@ def residual_norm_ref(
     y = y if y_bias is None else y.float() + y_bias.float()
     y = y if y_weight is None else norm_ref(y.float(), eps, "rms") * y_weight.float()
     (h,) = gate_residual_ref(x.float() if add is None else x.float() + add.float()[:, None], y, gate, gate_base)
+    (h,) = (h,) if also is None else gate_residual_ref(h, also, also_gate)
     normed = norm_modulate_ref(h, scale, shift, scale_base, shift_base, weight, bias, eps, kind, quantize)
     h = h if after is None else h + after.float()
     return [h.to(x.dtype), *(normed if quantize else rows_ref(normed[0], x.dtype, None, room=room))]
@@ -74,9 +78,9 @@ def residual_norm_ref(
 
 @jit(do_not_specialize=("tokens",))
 def _residual_norm_kernel(
-    x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
-    h, out, row_scale,
-    tokens, out_token, x_batch, x_token, y_batch, y_token, add_batch,
+    x, y, y_bias, y_weight, add, after, also, also_gate, gate, scale, shift, gate_base, scale_base, shift_base,
+    weight, bias, h, out, row_scale,
+    tokens, out_token, x_batch, x_token, y_batch, y_token, add_batch, also_batch, also_token, also_gate_batch,
     gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token, eps,
     WIDTH: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, LIMIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,6 +104,9 @@ def _residual_norm_kernel(
     stream = stream + branch
     if add is not None:
         stream = stream + load_columns(add + batch * add_batch, columns, inside)
+    if also is not None:
+        branch = tl.load(also + batch * also_batch + far * also_token + columns[None, :], mask=mask, other=0.0)
+        stream = stream + branch.to(tl.float32) * load_columns(also_gate + batch * also_gate_batch, columns, inside)
     first = batch * tokens
     kept = stream
     if after is not None:
@@ -127,6 +134,8 @@ def _launch(
     y_weight: torch.Tensor | None,
     add: torch.Tensor | None,
     after: torch.Tensor | None,
+    also: torch.Tensor | None,
+    also_gate: torch.Tensor | None,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -144,9 +153,11 @@ def _launch(
     made = [*rows_like(x, None), *rows_like(x, quantize, room=room)]
     rows, block, warps = tile(width)
     _residual_norm_kernel[(ceil_div(tokens, rows), batch)](
-        x, y, y_bias, y_weight, add, after, gate, scale, shift, gate_base, scale_base, shift_base, weight, bias,
-        made[0], made[1], made[-1], tokens, made[1].stride(1), x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-        0 if add is None else add.stride(0), *strides_of(gate, scale, shift), eps,
+        x, y, y_bias, y_weight, add, after, also, also_gate, gate, scale, shift, gate_base, scale_base, shift_base,
+        weight, bias, made[0], made[1], made[-1],
+        tokens, made[1].stride(1), x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        0 if add is None else add.stride(0), *((0, 0) if also is None else also.stride()[:2]),
+        0 if also_gate is None else also_gate.stride(0), *strides_of(gate, scale, shift), eps,
         WIDTH=width, KIND=kind, EACH=of_tokens(gate, scale, shift), LIMIT=limit_of(quantize),
         ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -164,6 +175,8 @@ def residual_norm(
     y_weight: torch.Tensor | None = None,
     add: torch.Tensor | None = None,
     after: torch.Tensor | None = None,
+    also: torch.Tensor | None = None,
+    also_gate: torch.Tensor | None = None,
     gate: Vector = None,
     scale: Vector = None,
     shift: Vector = None,
@@ -174,11 +187,11 @@ def residual_norm(
     quantize: Quantize | None = None,
     room: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | RowScaled]:
-    """`h = x + gate * (y + y_bias) + add` and `(norm(h) * weight + bias) * (1 + scale) + shift`; None is left out.
+    """`h = x + gate * (y + y_bias) + add + also_gate * also`, and `(norm(h) * weight + bias) * (1 + scale) + shift`.
 
-    `x` and `y` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D] or all of them [B, S, D] (or a
-    `Sum` of such and [D]), `add` [B, D], `weight`, `bias` and `y_bias` [D]. With `y_weight` [D] it is the RMSNorm
-    of y, times that weight, that joins h.
+    None is left out. `x`, `y` and `also` are [B, S, D] with contiguous rows, `gate`, `scale` and `shift` [B, D] or all
+    of them [B, S, D] (or a `Sum` of such and [D]), `add` and `also_gate` [B, D], `weight`, `bias` and `y_bias` [D].
+    With `y_weight` [D] it is the RMSNorm of y, times that weight, that joins h.
     Returns h in x's type, plus `after` [D] that the norm does not see, and the second in x's type too, with `room` for
     so many columns more behind each row, or as `RowScaled` when `quantize` names a format. Raises ValueError when a
     shape does not fit, or a last dimension is not contiguous.
@@ -189,8 +202,11 @@ def residual_norm(
         modulation={"gate": gate, "scale": scale, "shift": shift},
         shared={"y_bias": y_bias, "y_weight": y_weight, "after": after, "weight": weight, "bias": bias},
     )
-    check_vectors(rows, modulation={"add": add})
-    vectors = (y_bias, y_weight, add, after, *terms(gate, scale, shift), weight, bias)
+    check_vectors(rows, modulation={"add": add, "also_gate": also_gate})
+    if (also is None) != (also_gate is None):
+        raise ValueError("also and also_gate come together")
+    more = None if also is None else pair_of(x, also)[1]
+    vectors = (y_bias, y_weight, add, after, more, also_gate, *terms(gate, scale, shift), weight, bias)
     h, *normed = _op(rows, branch, *vectors, eps, kind, quantize, room)
     return h.view(x.shape), shaped(normed, x)
 
@@ -206,13 +222,14 @@ def _make(
     each: bool = False,
     added: bool = False,
     biased: bool = False,
+    two: bool = False,
     kind: str = "layer",
     quantize: str | None = None,
     room: int = 0,
     pad: int = 0,
 ) -> dict[str, Any]:
     """Gate, scale and shift with `modulate`, in two terms for `each` token; weight and bias without; all but shift and
-    bias with `sandwich`. `biased`: the branch still lacks its bias, and so will what joins h next."""
+    bias with `sandwich`. `biased`: the branch still lacks its bias, and so will what joins h next. `two` branches."""
     vector = (batch, tokens, width) if each else (batch, width)
     gate, scale, shift = (draw(*vector, pad=pad) if modulate else None for _ in range(3))
     bases = [draw(width, dtype=torch.float32) if each else None for _ in range(3)]
@@ -223,6 +240,8 @@ def _make(
         "y_weight": draw(width) if sandwich else None,
         "add": draw(batch, width, pad=pad) if added else None,
         "after": draw(width) if biased else None,
+        "also": draw(batch, tokens, width, pad=pad) if two else None,
+        "also_gate": draw(batch, width, pad=pad) if two else None,
         "gate": gate,
         "scale": scale,
         "shift": None if sandwich else shift,
@@ -255,6 +274,7 @@ KERNEL = Kernel(
         Case("both normalised", {"batch": 2, "tokens": 5, "width": 240, "sandwich": True, "kind": "rms", "pad": 16}),
         Case("late biases", {"batch": 2, "tokens": 9, "width": 328, "modulate": False, "biased": True}),
         Case("late biases, both normalised", {"tokens": 5, "width": 240, "sandwich": True, "biased": True}),
+        Case("two branches, views", {"batch": 2, "tokens": 7, "width": 192, "two": True, "pad": 64}),
         Case("room for more columns", {"batch": 2, "tokens": 7, "width": 192, "room": 48}),
         Case("fp8 rows", {"batch": 2, "tokens": 7, "width": 640, "quantize": "fp8"}),
         Case("int8 rows", {"batch": 2, "tokens": 7, "width": 1536, "quantize": "int8"}),
@@ -263,6 +283,7 @@ KERNEL = Kernel(
         Case("FLUX 1024²", {"tokens": 4608, "width": 3072}),
         Case("FLUX 1024² fp8", {"tokens": 4608, "width": 3072, "quantize": "fp8"}),
         Case("SD3.5-medium 1024² b2", {"batch": 2, "tokens": 4096, "width": 1536}),
+        Case("SD3.5-medium 1024² b2, two attentions", {"batch": 2, "tokens": 4096, "width": 1536, "two": True}),
         Case("Z-Image 1024²", {"tokens": 4224, "width": 3840, "sandwich": True, "kind": "rms"}),
         Case("Wan 14B 480p", {"tokens": 32760, "width": 5120}),
         Case("Wan 5B 704p, each token its own", {"tokens": 27280, "width": 3072, "each": True, "pad": 15360}),
