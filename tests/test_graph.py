@@ -90,6 +90,22 @@ def test_the_least_recently_used_goes_first(as_on_a_device):
     assert graphs.nbytes == 0
 
 
+def test_where_memory_ends_a_call_of_another_kind_drops_what_is_recorded(as_on_a_device):
+    graphs = Graphs(budget=100, record=Recorder())
+    for _ in range(2):
+        run(graphs, 3)
+
+    def large(x):
+        if graphs.recordings:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 1
+
+    with torch.no_grad():
+        assert torch.equal(graphs("forward", large, x=torch.ones(4)), torch.full((4,), 2.0))
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs("other", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError()), x=torch.ones(5))
+
+
 def test_cpu_tensors_and_gradients_run_as_they_are():
     graphs = Graphs(budget=100, record=(record := Recorder()))
     for _ in range(3):

@@ -82,7 +82,7 @@ class Graphs:
         with self._lock:
             recording = self.recordings.get(key)
             if recording is None and not self._came_before(key):
-                return segment(**kwargs)
+                return self._first(segment, kwargs)
             if recording is None:
                 recording = self._record(segment, leaves, spec)
                 self._keep(key, recording)
@@ -105,6 +105,18 @@ class Graphs:
     def nbytes(self) -> int:
         """Device memory that the recordings hold."""
         return sum(recording.nbytes for recording in self.recordings.values())
+
+    def _first(self, segment: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Run a segment as it is; where there is no memory left beside what is recorded, without that."""
+        try:
+            return segment(**kwargs)
+        except torch.OutOfMemoryError:
+            if not self.recordings:
+                raise
+        # Outside of the handler, whose traceback holds what was allocated.
+        self.recordings.clear()
+        torch.cuda.empty_cache()
+        return segment(**kwargs)
 
     def _came_before(self, key: Hashable) -> bool:
         came = key in self._seen

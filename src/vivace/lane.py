@@ -99,7 +99,7 @@ class Lane:
         self._unfusable: str | None = None
         self._split_undo = ExitStack()
         self._watch: Watch | None = None
-        self._open = self._moves = False
+        self._open = self._moves = self._streams = False
         self._lock = threading.RLock()
 
     def install(self, *, members: dict[str, Any], undo: ExitStack) -> None:
@@ -141,9 +141,12 @@ class Lane:
         self._build()
         return self._unfusable
 
-    def place(self, device: torch.device, *, moves: bool) -> None:
-        """The denoiser computes on `device` from now on; with `moves` its weights come and go."""
-        self._device_type, self._moves = device.type, moves
+    def place(self, device: torch.device, *, moves: bool, streams: bool) -> None:
+        """The denoiser computes on `device` from now on. With `moves` its weights have another place in every call.
+
+        Where it `streams`, blocks' weights travel side by side as they are, and nothing may give them other memory.
+        """
+        self._device_type, self._moves, self._streams = device.type, moves, streams
 
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
@@ -291,7 +294,7 @@ class Lane:
 
         self._unfusable = unfusable(self.denoiser, self._fused) if self._fused else None
         if self._fused and self._unfusable is None:
-            with fixed() if self._moves else nullcontext():
+            with fixed() if self._streams else nullcontext():
                 split = self._fused.fuse(self.denoiser, attend=self.attend, undo=self._split_undo)
             self.split = replace(split, bring=bring_of(self.denoiser))
             if self._named_blocks:

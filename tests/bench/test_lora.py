@@ -6,6 +6,7 @@ import math
 import pytest
 
 from vivace.bench import lora
+from vivace.bench.results import code
 from vivace.machine import machine
 
 
@@ -45,10 +46,11 @@ def test_rows_are_kept_as_they_come_and_not_measured_twice(tmp_path, monkeypatch
 def test_rows_of_another_machine_or_model_are_not_taken_for_this_ones(tmp_path, capsys):
     """They would stand under this run's header."""
     path = tmp_path / "lora.json"
-    here = {"command": f"{lora.COMMAND} --tiny", "machine": machine(), "rows": {}}
+    here = {"command": f"{lora.COMMAND} --tiny", "machine": machine(), "code": code(), "rows": {}}
     for other in (
         {**here, "command": lora.COMMAND},
         {**here, "machine": {**machine(), "gpus": [{"name": "another GPU"}]}},
+        {**here, "code": "of older files"},
     ):
         before = json.dumps(other)
         path.write_text(before)

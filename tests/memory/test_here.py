@@ -13,6 +13,7 @@ import vivace
 from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
 from vivace.fused import FUSED
+from vivace.lora.room import Room
 from vivace.memory.stream import Stream, Trip
 
 NAMES = ("sdxl", "sd3", "flux", "qwen_image", "wan", "flux2", "z_image", "pixart", "wan_vace")
@@ -147,12 +148,15 @@ def test_a_cache_skips_blocks_that_would_have_come(name, cache, on_cpu, streams)
 
 @pytest.mark.parametrize("lora", ["merged", "side"])
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_lora_over_streamed_blocks_that_are_fused(name, lora, on_cpu, streams, lora_of):
-    wanted, pipe = None, FAMILIES[name].tiny()
+def test_lora_over_streamed_blocks_that_are_fused(name, lora, on_cpu, streams, lora_of, monkeypatch):
+    wanted, pipe, widened = None, FAMILIES[name].tiny(), []
+    monkeypatch.setattr(
+        Room, "widen", lambda room, linears, own=Room.widen: (widened.append(linears), own(room, linears))[1]
+    )
     factors = lora_of(pipe.transformer, std=0.3)
     for placed in ({}, {"vram": "streamed"}):
         vivace.accelerate(pipe, lora=lora, fuse="on", **placed)
-        pictures = [picture(pipe)]
+        pictures, widened[:] = [picture(pipe)], []
         pipe.load_lora_weights(dict(factors), adapter_name="a")
         for strength in (1.0, 0.5):
             pipe.set_adapters("a", strength)
@@ -160,7 +164,10 @@ def test_lora_over_streamed_blocks_that_are_fused(name, lora, on_cpu, streams, l
         pipe.unload_lora_weights()
         pictures.append(picture(pipe))
         wanted = wanted or pictures
-        assert all(map(torch.equal, pictures, wanted))
+        # Beside streamed linears, which stay where they lie, the products are others and round otherwise.
+        assert bool(widened) == (lora == "side" and not placed)
+        for mine, resident in zip(pictures, wanted, strict=True):
+            torch.testing.assert_close(mine, resident, rtol=0, atol=0 if lora == "merged" else 1e-3)
     assert not torch.equal(wanted[0], wanted[1])
     (lane,) = acceleration_of(pipe).target.lanes.values()
     assert set(lane.calls) == {"fused blocks"}

@@ -176,6 +176,14 @@ def test_stacked(name):
     torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), apart)
 
 
+def test_a_layer_is_made_of_shapes_alone():
+    """Where blocks are streamed, the scales lie on the device and the values on the host."""
+    layer = QuantLinear.of(torch.nn.Linear(48, 32), format=format_of("int8"))
+    parts = {name: part if name == "values" else part.to("meta") for name, part in layer.packed.items()}
+    made = QuantLinear(parts, format=layer.format, bias=None, dtype=torch.float32)
+    assert (made.in_features, made.out_features) == (48, 32)
+
+
 def test_takes():
     layers = {name: QuantLinear.of(linear(), format=format_of(name)) for name in FORMATS}
     assert {name: layer.takes for name, layer in layers.items()} == {

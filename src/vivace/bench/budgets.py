@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace.bench.process import Children
-from vivace.bench.results import record, rows_of
+from vivace.bench.results import code, record, rows_of
 from vivace.errors import InputError
 from vivace.machine import machine
 from vivace.memory.placement import CONTEXT, GIB
@@ -248,7 +248,7 @@ def run(
     `budget` seconds no further way is begun.
     """
     known, began = rows if rows is not None else {}, time.monotonic()
-    result = {"command": COMMAND, "machine": machine(), "rows": known}
+    result = {"command": COMMAND, "machine": machine(), "code": code(), "rows": known}
     with Children("vivace.bench.budgets", ahead=True) as children:
         measure = measure or partial(apart, children)
         for name, way in product(names, ways):

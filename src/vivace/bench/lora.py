@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from vivace.accelerate import accelerate, restore
 from vivace.bench.clock import samples
-from vivace.bench.results import record, rows_of
+from vivace.bench.results import code, record, rows_of
 from vivace.bench.trace import profile
 from vivace.errors import InputError
 from vivace.families import FAMILIES
@@ -191,6 +191,7 @@ def run(
     result: dict[str, Any] = {
         "command": COMMAND + " --tiny" * tiny,
         "machine": machine(),
+        "code": code(),
         "model": "FLUX.1-dev, random weights, 1024 x 1024" if not tiny else "tiny FLUX",
         "rank": RANK,
         "rows": known,

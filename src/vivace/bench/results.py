@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import vivace
 from vivace.bench.book import Book, gpu_of, place_of
 from vivace.bench.chart import draw
 from vivace.bench.table import comma_separated, markdown, markdown_table
@@ -33,20 +36,31 @@ def record(what: str) -> Path:
     """Where the figures of one kind go, by day and machine: benchmarks/<date>-<gpu>-<what>.json."""
     import torch
 
-    name = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    told = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else ["cpu"]
+    name = next((word for word in told if re.fullmatch(r"[a-z]+\d+[a-z]*", word)), told[-1])
     return Path("benchmarks") / f"{datetime.now(UTC):%Y-%m-%d}-{name}-{what}.json"
+
+
+def code() -> str:
+    """What the package's code is, in twelve letters: a record's rows are of one."""
+    digest, root = hashlib.sha256(), Path(vivace.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def rows_of(path: Path, *, command: str) -> dict[str, Any]:
     """The rows that the record at `path` has, by name; none where there is no such file.
 
-    Raises InputError for one of another command or machine: its rows would stand under this one's name.
+    Raises InputError for one of another command, machine or code: its rows would stand under this one's name.
     """
     if not path.is_file():
         return {}
     kept = json.loads(path.read_text("utf-8"))
-    here = (command, place_of(machine()))
-    if (there := (kept["command"], place_of(kept["machine"]))) != here:
+    here = (command, place_of(machine()), f"code {code()}")
+    if (
+        there := (kept["command"], place_of(kept["machine"]), f"code {kept.get('code', 'that it does not name')}")
+    ) != here:
         raise InputError(f"{path} has rows of {' on '.join(there)}, and this is {' on '.join(here)}; name another -o")
     return kept["rows"]
 

@@ -22,7 +22,7 @@ import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.bench.clock import synchronize
-from vivace.bench.results import record, rows_of
+from vivace.bench.results import code, record, rows_of
 from vivace.bench.subject import build, inputs_of
 from vivace.bench.workload import Workload, workload_of
 from vivace.cache import parse
@@ -126,6 +126,7 @@ def run(
     result = {
         "command": command_of(workload, preset),
         "machine": machine(),
+        "code": code(),
         "workload": workload.to_dict(),
         "rows": known,
     }

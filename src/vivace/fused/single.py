@@ -19,7 +19,7 @@ from vivace.fused.stack import Stack, asks, filled, takes
 from vivace.kernels.row import HeadScaled
 from vivace.kernels.unscale_heads import unscale_heads
 from vivace.lora.outward import outward
-from vivace.lora.side import plain
+from vivace.lora.side import plain, side_of
 
 
 class Inward(Protocol):
@@ -128,7 +128,8 @@ class SingleBlock:
 
     def _branch(self, normed: Any, context: dict[str, Any]) -> torch.Tensor:
         """Attention and MLP [B, T + S, D], projected without ever lying side by side where that can be."""
-        reads = plain(self.out)
+        # Adapters that could not lie behind its rows read both inputs side by side.
+        reads = plain(self.out) and (self.adapted is not None or side_of(self.out) is None)
         qkv, mlp, times = self.inward(normed, activate=reads)
         attended = attend_alone(qkv, self.heads, context["tokens"], attend=self.attend, elementwise=self.elementwise)
         if not reads:

@@ -87,4 +87,5 @@ def room_for(*groups: Sequence[Any], undo: ExitStack) -> Room | None:
 
 def _lies_in_rows(x: torch.Tensor, width: int) -> bool:
     """Whether `x` [B, S, K] is the beginning of rows of `width`, as a kernel in front was asked to leave it."""
-    return x.ndim == 3 and x.stride() == (x.shape[1] * width, width, 1)
+    rows = x.ndim == 3 and x.stride() == (x.shape[1] * width, width, 1) and not x.storage_offset()
+    return rows and x.untyped_storage().nbytes() == x.shape[0] * x.shape[1] * width * x.itemsize

@@ -149,7 +149,7 @@ class Placement:
     def _extra(self, one: Placed) -> int:
         """What is needed beside the residents while a component computes."""
         work = one.part.strip_work if self.strips and one.part.strip_work is not None else one.part.work
-        # What one's own graph holds is the work that it needs.
+        # What one's own graph holds is the work that it needs; a call of another kind drops it where memory ends.
         return work + (one.stays if one.leaves else 0) + max(0, self.recorded - one.part.recorded)
 
     def __str__(self) -> str:

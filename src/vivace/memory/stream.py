@@ -121,9 +121,11 @@ class Stream:
         if self.device.type == "cuda":
             # Copies of calls that are still computing read the host's.
             torch.cuda.synchronize(self.device)
-        yield
-        if self._arrived is not None and self.stay != "always":
-            self.held.host.copy_(self._arrived)
+        try:
+            yield
+        finally:
+            if self._arrived is not None and self.stay != "always":
+                self.held.host.copy_(self._arrived)
 
     @contextmanager
     def bring(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
@@ -207,6 +209,9 @@ class Stream:
         return _apply
 
     def _give_back(self) -> None:
+        if self._arrived is not None and self.stay == "always":
+            # What was written there meanwhile: fused adapters, another state dict.
+            self.held.host.copy_(self._arrived)
         self.leave()
         for group in (self.held, *self.groups.values()):
             group.give_back()

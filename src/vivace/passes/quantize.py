@@ -166,7 +166,7 @@ def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
         assert isinstance(linear, torch.nn.Linear)
         assert layer.format
         assert layer.how
-        stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how)
+        stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how, on=target.place)
         base.swap(layer_name, linear, stand_in, leave=leave, places=places[linear], file=files.get(layer_name))
     return base
 

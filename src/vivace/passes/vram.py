@@ -77,7 +77,7 @@ def _apply(target: Target) -> None:
         else:
             _move(target, module)
     for lane in target.lanes.values():
-        lane.place(target.place, moves=plan.parked)
+        lane.place(target.place, moves=plan.parked, streams=plan.streams)
     if vae is not None:
         target.undo.callback(rescue(vae, in_strips=plan.strips, room=_room(target)))
     if target.subject not in target.denoisers.values():

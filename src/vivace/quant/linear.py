@@ -43,13 +43,18 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", bias)
         self.cache: dict[str, Any] = {}  # what a product keeps beside the packed weight
-        weight = format.unpack({name: tensor[:1] for name, tensor in packed.items()}, dtype)
+        # From shapes: where blocks are streamed, what is large lies elsewhere than its scales.
+        weight = format.unpack({k: torch.empty_like(t[:1], device="meta") for k, t in packed.items()}, dtype)
         self.in_features, self.out_features = weight.shape[1], next(iter(packed.values())).shape[0]
 
     @classmethod
-    def of(cls, linear: torch.nn.Linear, *, format: Format, how: How = "rowwise") -> QuantLinear:
-        """The linear in that format; its bias is shared."""
-        packed = format.pack(linear.weight.detach(), how)
+    def of(
+        cls, linear: torch.nn.Linear, *, format: Format, how: How = "rowwise", on: torch.device | None = None
+    ) -> QuantLinear:
+        """The linear in that format, packed `on` a device that is quicker at it; its bias is shared."""
+        weight = linear.weight.detach()
+        packed = format.pack(weight if on is None else weight.to(on), how)
+        packed = {name: part.to(weight.device) for name, part in packed.items()}
         layer = cls(packed, format=format, bias=linear.bias, dtype=linear.weight.dtype, how=how)
         return layer.train(linear.training)
 
@@ -99,7 +104,7 @@ class QuantLinear(torch.nn.Module):
 
     def dequantised(self) -> torch.Tensor:
         """The weight [N, K] that is really multiplied with, in the layer's type."""
-        return self.format.unpack(self.packed, self.dtype)
+        return self.format.unpack({name: part.to(self.device) for name, part in self.packed.items()}, self.dtype)
 
     def rewrite(self, packed: Packed) -> None:
         """Another weight of the same shape, in place: whoever holds views of it, or recorded its address, sees it."""
@@ -130,9 +135,8 @@ class QuantLinear(torch.nn.Module):
         weight = state_dict.pop(f"{prefix}weight", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if weight is not None:
-            self.cache.clear()
-            for name, tensor in self.format.pack(weight.to(self.device), self.how).items():
-                self._buffers[name] = tensor
+            # In place: it may be a part of what is joined, or streamed.
+            self.rewrite(self.format.pack(weight.to(self.device), self.how))
 
 
 def stackable(layers: Sequence[torch.nn.Module]) -> bool:

@@ -73,9 +73,9 @@ class Base:
                 "again, or accelerate it with keep_base='file' or 'host' next time"
             )
         for swap in self.swaps if self.kept == "file" else ():
-            stored = stored_weight(swap, dtype=swap.stand_in.dtype).to(swap.stand_in.device)
-            packed = swap.stand_in.format.pack(stored, swap.stand_in.how)["values"]
             mine = swap.stand_in.packed["values"]
+            stored = stored_weight(swap, dtype=swap.stand_in.dtype).to(mine.device)
+            packed = swap.stand_in.format.pack(stored, swap.stand_in.how)["values"]
             same = packed.shape == mine.shape and (packed.view(torch.uint8) == mine.view(torch.uint8)).float().mean()
             if same < SAME:
                 raise InputError(
