@@ -124,7 +124,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        """Requests that are worked on; one that is over may still be in a call that is computed for nobody."""
+        return sum(job.finished is None for job in list(self._running))
 
     def submit(self, request: Request, *, most_pixels: int | None = None) -> Job:
         """Queue a request. Raises InputError for one that cannot be done, Busy for a full queue, Unavailable.
