@@ -8,7 +8,8 @@ import pytest
 
 from vivace.bench.interpreter import REQUESTS, Interpreter, tabulate
 from vivace.families import FAMILIES
-from vivace.serve import Engine
+from vivace.serve import Engine, Request
+from vivace.serve.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def seen(engine, work: Callable[[], None]) -> dict:
         counted.wait()  # a thread that has ended has no clocks
 
     thread = threading.Thread(target=run, name=f"{REQUESTS}test")
-    engine._running.add(thread)
+    engine._running.add(Job(Request(prompt=""), model="tiny", seed=0))
     looking = Interpreter(engine)
     thread.start()
     worked.wait()
