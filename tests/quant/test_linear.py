@@ -184,6 +184,15 @@ def test_a_layer_is_made_of_shapes_alone():
     assert (made.in_features, made.out_features) == (48, 32)
 
 
+def test_a_layer_without_memory_takes_a_weight_that_is_loaded():
+    linear = torch.nn.Linear(48, 32)
+    layer = QuantLinear.of(torch.nn.Linear(48, 32, device="meta"), format=format_of("int8"))
+    layer.bias = None
+    layer.load_state_dict({"weight": linear.weight})
+    assert not any(part.is_meta for part in layer.packed.values())
+    torch.testing.assert_close(layer.dequantised().cpu(), linear.weight, rtol=0, atol=2e-3)
+
+
 def test_takes():
     layers = {name: QuantLinear.of(linear(), format=format_of(name)) for name in FORMATS}
     assert {name: layer.takes for name, layer in layers.items()} == {

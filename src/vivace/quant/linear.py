@@ -135,14 +135,12 @@ class QuantLinear(torch.nn.Module):
         weight = state_dict.pop(f"{prefix}weight", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if weight is not None:
-            packed = self.format.pack(weight.to(self.device), self.how)
-            if any(part.is_meta for part in self.packed.values()):
-                # It had no memory to write into.
-                self.cache.clear()
-                self._buffers.update(packed)
+            if self.device.type == "meta":
+                # There is no memory to write into.
+                self._buffers.update(self.format.pack(weight.detach(), self.how))
             else:
                 # In place: it may be a part of what is joined, or streamed.
-                self.rewrite(packed)
+                self.rewrite(self.format.pack(weight.to(self.device), self.how))
 
 
 def stackable(layers: Sequence[torch.nn.Module]) -> bool:
