@@ -128,3 +128,17 @@ def test_layers_that_were_there_before_do_not_keep_blocks_stock(sd3_pipe, sd3_la
     vivace.accelerate(sd3_pipe, lora=mode, fuse="on")
     torch.testing.assert_close(sd3_latents(sd3_pipe), wanted, rtol=1e-3, atol=1e-3)
     assert vivace.report(sd3_pipe).calls["transformer"] == {"fused blocks": 3}
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+def test_a_hotswap_is_a_fresh_load(sd3_pipe, sd3_latents, lora_of, mode):
+    stock = copy.deepcopy(sd3_pipe)
+    first, second = (lora_of(sd3_pipe.transformer, seed=seed, rank=4) for seed in range(2))
+    stock.load_lora_weights(dict(second), adapter_name="style")
+    wanted = sd3_latents(stock)
+    vivace.accelerate(sd3_pipe, lora=mode)
+    sd3_pipe.load_lora_weights(dict(first), adapter_name="style")
+    before = sd3_latents(sd3_pipe)
+    sd3_pipe.load_lora_weights(dict(second), adapter_name="style", hotswap=True)
+    torch.testing.assert_close(sd3_latents(sd3_pipe), wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, wanted, rtol=1e-2, atol=1e-2)

@@ -76,6 +76,27 @@ def test_what_nothing_decodes_is_kept(vae, full, tmp_path, monkeypatch):
     assert torch.equal(load_file(file)["latents"], z)
 
 
+def test_recordings_give_way_when_nothing_else_helps(vae, full, monkeypatch):
+    z, recorded = latents(vae), [True]
+    full(vae)
+    by_strips = strips.decode
+
+    def beside_recordings(vae, z, *, store=None):
+        if recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return by_strips(vae, z, store=store)
+
+    monkeypatch.setattr(strips, "decode", beside_recordings)
+    rescue(vae, release=recorded.clear)
+    assert vae.decode(z).sample.shape == (1, 3, 64, 64)
+    assert not recorded
+
+
+def test_recordings_stay_where_there_is_room(vae):
+    rescue(vae, release=lambda: 1 / 0)
+    assert vae.decode(latents(vae)).sample.shape == (1, 3, 64, 64)
+
+
 def test_other_vaes_try_tiles(full):
     vae = FAMILIES["qwen_image"].tiny().vae
     z = torch.randn(1, vae.config.z_dim, 1, 8, 8)

@@ -52,6 +52,11 @@ class AtHome(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def apart(a, b):
+    """The distance of `a` from `b`, as a share of `b`."""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
 def denoiser_of(name):
     pipe = FAMILIES[name].tiny()
     return pipe, getattr(pipe, FAMILIES[name].denoisers[0])
@@ -233,13 +238,15 @@ def test_a_recording_copies_weights_as_they_then_are(fields, lora_of):
     resident = copy.deepcopy(pipe).to("cuda")
     vivace.accelerate(resident, **fields)
     vivace.accelerate(pipe, graphs="on", vram="streamed", **fields)
-    factors = lora_of(pipe.transformer, std=0.3)
+    plain, factors = picture(resident), lora_of(pipe.transformer, std=0.3)
     for one in (pipe, resident):
         one.load_lora_weights(dict(factors), adapter_name="a")
     for strength in (1.0, 0.3, 1.0):
         for one in (pipe, resident):
             one.set_adapters("a", strength)
-        torch.testing.assert_close(picture(pipe), picture(resident), rtol=5e-2, atol=5e-2)
+        wanted = picture(resident)
+        # Beside streamed weights adapters take another way through the same sums.
+        assert apart(picture(pipe), wanted) < 0.02 < 0.1 < apart(wanted, plain)
 
 
 @pytest.mark.gpu

@@ -135,6 +135,7 @@ class Bench:
             memory.append(self._allocated())
             if number % 2 == 0:
                 same &= torch.equal(self.call(), fresh)
+        hot = [self.seconds(lambda i=i: (self.swap(i % 2, hotswap=True), self.call())) - adapted for i in range(1, 5)]
         strengths = [self.seconds(lambda w=w: (self.pipe.set_adapters("style", w), self.call())) for w in (0.5, 0.8)]
         self.pipe.unload_lora_weights()
         for index in range(2):
@@ -154,6 +155,7 @@ class Bench:
             "adapted_kernels": kernels,
             "first_load_s": first,
             "swap_from_file_s": statistics.median(swaps),
+            "hotswap_from_file_s": statistics.median(hot),  # into the layers that are there, as diffusers offers it
             "change_of_strength_s": statistics.median(strengths) - adapted,
             "swap_between_loaded_s": statistics.median(between[1:]) - adapted,
             "allocated_after_each_swap": memory,

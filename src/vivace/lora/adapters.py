@@ -263,16 +263,31 @@ def held_out(denoisers: Iterable[torch.nn.Module], bases: Sequence[Base] = ()) -
 def layers_of(denoiser: torch.nn.Module, bases: Sequence[Base] = ()) -> Iterator[Place]:
     """The adapter layers in a denoiser's tree; those of originals in `bases` belong to what stands in for them."""
     swaps = {id(swap.original): (base, swap) for base in bases for swap in base.swaps}
-    for path, parent in list(denoiser.named_modules()):
-        for name, child in parent._modules.items():
+    for parent, name, child in _tuned(denoiser):
+        module = child.get_base_layer()
+        if id(module) not in swaps:
+            yield Place(name=name, parent=parent, layer=child, module=module)
+            continue
+        base, swap = swaps[id(module)]
+        original = functools.partial(base.original, swap)
+        yield Place(name=name, parent=parent, layer=child, module=swap.stand_in, original=original)
+
+
+def _tuned(denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    """The adapter layers, each with its parent and dotted name; what is inside of them, most of the tree, is left."""
+    found, seen, todo = list[tuple[torch.nn.Module, str, Any]](), {denoiser}, [("", denoiser)]
+    while todo:
+        path, parent = todo.pop()
+        inner = []
+        for leaf, child in parent._modules.items():
+            name = f"{path}.{leaf}" if path else leaf
             if isinstance(child, BaseTunerLayer):
-                full, module = f"{path}.{name}" if path else name, child.get_base_layer()
-                if id(module) not in swaps:
-                    yield Place(name=full, parent=parent, layer=child, module=module)
-                    continue
-                base, swap = swaps[id(module)]
-                original = functools.partial(base.original, swap)
-                yield Place(name=full, parent=parent, layer=child, module=swap.stand_in, original=original)
+                found.append((parent, name, child))
+            elif child is not None and child not in seen:
+                seen.add(child)
+                inner.append((name, child))
+        todo += reversed(inner)
+    return found
 
 
 def refuses(denoiser: torch.nn.Module) -> str | None:

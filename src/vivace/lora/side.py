@@ -58,14 +58,16 @@ class Side:
     def fill(self, factors: Sequence[Factor], strength: Strength) -> None:
         """Hold these factors from now on."""
         uniform = strength if isinstance(strength, int | float) else 1.0
-        self.down.zero_()
-        self.up.zero_()
         row = 0
         for factor in factors:
             rows = slice(row, row := row + factor.down.shape[0])
-            self.down[rows] = factor.down.to(self.down)
-            up = factor.up.to(self.up.device, torch.float32).flatten(1)
-            self.up[:, rows] = (up * (factor.scale * uniform)).to(self.up.dtype)
+            self.down[rows].copy_(factor.down)
+            up = factor.up.to(self.up.device)
+            up = up if up.dtype == self.up.dtype else up.float()  # torch multiplies in fp32 and rounds once
+            torch.mul(up.flatten(1), factor.scale * uniform, out=self.up[:, rows])
+        if row < self.capacity:
+            self.down[row:].zero_()
+            self.up[:, row:].zero_()
         biases = [f.bias.to(self.up.device, torch.float32) * f.scale for f in factors if f.bias is not None]
         if not biases:
             self.bias = None

@@ -8,7 +8,7 @@ import inspect
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,18 @@ logger = logging.getLogger(__name__)
 Way = tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]
 
 
-def rescue(vae: Any, *, in_strips: bool = False, room: Callable[[], int] | None = None) -> Callable[[], None]:
+def rescue(
+    vae: Any,
+    *,
+    in_strips: bool = False,
+    room: Callable[[], int] | None = None,
+    release: Callable[[], None] | None = None,
+) -> Callable[[], None]:
     """Let `vae.decode` go on by smaller means when the device's memory does not suffice; returns the undo.
 
     `in_strips` begins with strips. `room` says how many bytes are free for their maps; without it they stay on the
-    device if that goes. Latents that nothing could decode are written to a file, which the error names.
+    device if that goes. `release` gives back what can be made again (recordings), when nothing else helps. Latents
+    that nothing could decode are written to a file, which the error names.
     """
     stock = type(vae)
     signature = inspect.signature(stock.decode)
@@ -44,7 +51,10 @@ def rescue(vae: Any, *, in_strips: bool = False, room: Callable[[], int] | None 
             bound.arguments |= {latents: z, "return_dict": False}
             return stock.decode(*bound.args, **bound.kwargs)[0]
 
-        sample = _first_that_fits(self, z, whole, in_strips=in_strips, room=room)
+        ways = [*_ways(self, z, whole, in_strips=in_strips, room=room)]
+        if release is not None:
+            ways.append(_after(release, *ways[-1]))
+        sample = _first_that_fits(self, z, ways)
         if not return_dict:
             return (sample,)
         from diffusers.models.autoencoders.vae import DecoderOutput
@@ -54,20 +64,16 @@ def rescue(vae: Any, *, in_strips: bool = False, room: Callable[[], int] | None 
     return give_class(vae, {"decode": decode})
 
 
-def _first_that_fits(
-    vae: Any, z: torch.Tensor, whole: Callable[..., torch.Tensor], *, in_strips: bool, room: Callable[[], int] | None
-) -> torch.Tensor:
+def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way]) -> torch.Tensor:
     failed = []
-    for name, way in _ways(vae, z, whole, in_strips=in_strips, room=room):
+    for name, way in ways:
         try:
             return way(vae, z)
         except torch.OutOfMemoryError:
             failed.append(name)
             logger.warning("the decode ran out of memory %s; the latents are kept", name)
         # Outside of the handler: the error's traceback holds what the failed try had allocated.
-        gc.collect()
-        if z.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _return_unused(z.device)
     path = _keep(z)
     raise InputError(
         f"the device has too little memory to decode {[*z.shape]} ({', '.join(failed)}); the latents are in {path}: "
@@ -90,6 +96,23 @@ def _ways(
         yield "in strips kept on the host", _hooked(functools.partial(strips.decode, store=torch.device("cpu")))
     elif hasattr(vae, "enable_tiling"):
         yield "in tiles", functools.partial(_tiled, whole)
+
+
+def _after(release: Callable[[], None], name: str, way: Callable[[Any, torch.Tensor], torch.Tensor]) -> Way:
+    """A way that is tried once more, after the recordings are gone."""
+
+    def call(vae: Any, z: torch.Tensor) -> torch.Tensor:
+        release()
+        _return_unused(z.device)
+        return way(vae, z)
+
+    return f"{name} without recordings", call
+
+
+def _return_unused(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _hooked(decode: Callable[..., torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:

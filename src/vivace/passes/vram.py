@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, product
@@ -65,7 +65,7 @@ def _check(target: Target) -> str | None:
 def _apply(target: Target) -> None:
     vae, plan = _vae(target), target.placement
     if plan is None:
-        target.undo.callback(rescue(vae))
+        target.undo.callback(rescue(vae, release=_release(target)))
         target.done("vram", "weights where they were; a decode that runs out of memory goes on in strips")
         return
     assert target.place is not None
@@ -79,7 +79,7 @@ def _apply(target: Target) -> None:
     for lane in target.lanes.values():
         lane.place(target.place, moves=plan.parked, streams=plan.streams)
     if vae is not None:
-        target.undo.callback(rescue(vae, in_strips=plan.strips, room=_room(target)))
+        target.undo.callback(rescue(vae, in_strips=plan.strips, room=_room(target), release=_release(target)))
     if target.subject not in target.denoisers.values():
         here = property(lambda _: target.place)
         target.undo.callback(give_class(target.subject, {"_execution_device": here, "device": here}))
@@ -277,6 +277,16 @@ def _room(target: Target) -> Any:
         return None
     budget = plan.budget
     return lambda: budget - torch.cuda.memory_allocated(target.place)
+
+
+def _release(target: Target) -> Callable[[], None]:
+    """Drops what is recorded of the denoisers: it is recorded again when it is next called."""
+
+    def release() -> None:
+        for lane in target.lanes.values():
+            lane.run.clear()
+
+    return release
 
 
 def _on_host(target: Target) -> int:
