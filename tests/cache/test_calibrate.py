@@ -64,7 +64,6 @@ def test_the_evidence_is_in_the_document(document):
     assert document["prompts"] == {"fitted": 3, "held_out": 2}
     assert document["call"]["guidance_scale"] == 4.0
     assert {"vivace", "machine", "denoiser", "seed", "refused"} <= document.keys()
-    assert document["amplified"] == 0
     assert "teacache" in document or "teacache" in document["refused"]
 
 
@@ -73,11 +72,6 @@ def test_a_few_prompts_are_too_few(pipe):
         calibrate(pipe, ["a", "b", "b", "a", "a"], steps=4)
     with pytest.raises(InputError, match="got 1; give 2 steps or more"):
         calibrate(pipe, PROMPTS, steps=1)
-
-
-def test_what_counts_of_an_error_is_a_power(pipe):
-    with pytest.raises(InputError, match="amplified is a power from 0 to 1, got 2"):
-        calibrate(pipe, PROMPTS, steps=STEPS, amplified=2)
 
 
 def test_shares_of_few_steps_are_not_repeated(pipe):

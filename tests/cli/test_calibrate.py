@@ -46,7 +46,6 @@ def test_writes_a_file_that_generate_takes(model, tmp_path, capsys):
     [
         ((), "--prompts is needed"),
         (("--shares", "2"), "no shares between 0 and 1"),
-        (("--amplified", "2"), "--amplified must be from 0 to 1, got 2"),
         (("-o", "none/calibration.json"), "cannot be written"),
         (("-o", "/proc/calibration.json"), "-o /proc/calibration.json cannot be written"),
         (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),

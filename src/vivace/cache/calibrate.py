@@ -19,7 +19,7 @@ from vivace.cache.first_block import FirstBlock
 from vivace.cache.planned import Planned
 from vivace.cache.policy import Policy
 from vivace.cache.record import Change, Record, Run, recorded
-from vivace.cache.schedule import AMPLIFIED, Choice, Errors, schedules, uniform
+from vivace.cache.schedule import Choice, Errors, schedules, uniform
 from vivace.cache.steps import Steps
 from vivace.config import Config
 from vivace.errors import InputError
@@ -103,7 +103,6 @@ def calibrate(
     *,
     steps: int,
     shares: Sequence[float] = (0.25, 1 / 3, 0.5, 2 / 3),
-    amplified: float = AMPLIFIED,
     held_out: float = 0.25,
     seed: int = 0,
     tell: Tell = lambda line: None,
@@ -111,13 +110,10 @@ def calibrate(
 ) -> dict[str, Any]:
     """The calibration of `pipe` at `steps` steps as a document for JSON (see `calibration.read`), with its evidence.
 
-    `shares` are the shares of steps to compute, `amplified` says by which errors plans choose them (see `schedule`). A
-    part that is no better on held-out prompts than a constant choice is
-    left out and named under `refused`. Raises InputError for fewer than four prompts or two steps, for a power outside
-    of 0 to 1, for a pipeline that takes no prompt, and where nothing is left.
+    `shares` are the shares of steps to compute. A part that is no better on held-out prompts than a constant choice is
+    left out and named under `refused`. Raises InputError for fewer than four prompts or two steps, for a pipeline that
+    takes no prompt, and where nothing is left.
     """
-    if not 0 <= amplified <= 1:
-        raise InputError(f"amplified is a power from 0 to 1, got {amplified:g}")
     if steps < 2:
         raise InputError(f"calibration needs a run with steps to skip, got {steps}; give 2 steps or more")
     if len(set(prompts)) < 4:
@@ -131,7 +127,6 @@ def calibrate(
         config = before.target.config if before else Config()
         bench = Bench(pipe=pipe, steps=steps, seed=seed, call=call, tell=tell, config=config)
         errors, log_ = observe(bench, train, test)
-        errors = replace(errors, amplified=amplified)
         parts, refused = {}, {}
         for name, part in (
             ("planned", lambda: _planned(bench, errors, train, test, shares)),
@@ -139,7 +134,7 @@ def calibrate(
             ("firstblock", lambda: _firstblock(bench, log_, train, test, shares, calls=errors.steps)),
         ):
             parts[name], refused[name] = part()
-        about = {**_about(bench, train, test), "amplified": amplified}
+        about = _about(bench, train, test)
     parts = {name: part for name, part in parts.items() if part}
     refused = {name: reason for name, reason in refused.items() if reason}
     if not parts:

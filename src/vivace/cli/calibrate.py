@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vivace.cli.command import command
-from vivace.errors import InputError
 
 
 def calibrate(
@@ -19,13 +18,6 @@ def calibrate(
     ),
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own number where not given.")] = None,
     shares: Annotated[str, typer.Option(help="Shares of steps to compute, one plan for each.")] = "0.25,0.33,0.5,0.67",
-    amplified: Annotated[
-        float | None,
-        typer.Option(
-            help="How much counts of what later steps make of an error, 0 to 1: at 1 pictures are nearest to exact, "
-            "at 0, which is usual, an early error, which makes another picture as good, counts like a late one.",
-        ),
-    ] = None,
     captions: Annotated[int, typer.Option(help="Captions that builtin draws.")] = 32,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own where not given.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
@@ -43,8 +35,6 @@ def calibrate(
 
     source = find(model)
     wanted = _shares(shares)
-    if amplified is not None and not 0 <= amplified <= 1:
-        raise InputError(f"--amplified must be from 0 to 1, got {amplified:g}")
     check_writable(output, option="-o")
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     settings = settings_of(source, steps=steps, guidance=guidance)
@@ -60,7 +50,7 @@ def calibrate(
             use_scheduler(pipe, scheduler, prediction=source.prediction)
         found = fit(
             pipe, texts, steps=settings["steps"], shares=wanted, seed=seed,
-            tell=tell, **({} if amplified is None else {"amplified": amplified}), **call,
+            tell=tell, **call,
         )  # fmt: skip
     document = {"command": command(), "model": model, **found}
     output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -68,6 +58,8 @@ def calibrate(
 
 
 def _shares(text: str) -> list[float]:
+    from vivace.errors import InputError
+
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
