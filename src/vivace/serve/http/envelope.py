@@ -57,6 +57,7 @@ WORDS = {
     "seconds": "seconds is {got}; give whole seconds, as in '4'",
     "override_settings": "a request cannot change the server: leave {param} out, or empty",
     "alwayson_scripts": "a request cannot run scripts: leave {param} out, or empty",
+    "styles": "there are no styles here: leave {param} out, or empty",
     "init_images": "{param} has to be a list of one picture, in base64",
 }
 
