@@ -60,3 +60,20 @@ def test_who_asks_one_thing_after_another_is_served_by_one_thread(pipe, start, o
         while engine.running or engine._backlog.idle < 4:
             time.sleep(0.001)
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize(("places", "ahead"), [(4, 2), (2, 1)])
+def test_those_of_one_mode_go_together_as_many_as_there_are_places(pipe, start, order, gated, places, ahead):
+    """In turns with those of another each would go alone; with no end to them the others would never go."""
+    engine, gate = start(pipe, threads=places), gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order())]
+    assert gate.reached.wait(120)
+    jobs += [engine.submit(order(quality=name)) for name in ("balanced", "fast", "balanced", "balanced", "fast")]
+    gate.open.set()
+    for job in jobs:
+        job.result(60)
+    _, first, other, *more, last = jobs
+    assert first.started < other.started
+    assert sum(job.started < other.started for job in more) == ahead
+    assert last.started > other.started

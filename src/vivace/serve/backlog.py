@@ -24,6 +24,7 @@ class Entry:
     warm: Prepared | None = None  # what is run before it
     model: Model
     mode: Mode
+    along: bool = False  # whether it goes with others of its mode, past those who wait for another
     order: int = field(default_factory=itertools.count().__next__)
 
     @property
@@ -33,7 +34,9 @@ class Entry:
 
 class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
-    its model's mode holds back later ones of the same model, so that no mode starves another.
+    its model's mode holds back later ones of the same model, so that no mode starves another. When a mode begins, as
+    many as there are `places` of those who wait for it go together: one by one in turns with others, none would share
+    a call, and the model would be changed for each.
 
     A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
     With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
@@ -41,8 +44,8 @@ class Backlog:
     thing after another is served by one thread, whose memory is warm, and not by each in turn, which keep some each.
     """
 
-    def __init__(self, most: int, *, videos: int | None = None) -> None:
-        self.most, self.videos = most, videos
+    def __init__(self, most: int, *, places: int, videos: int | None = None) -> None:
+        self.most, self.places, self.videos = most, places, videos
         self._videos = 0  # that run
         self._waiting: list[Entry] = []
         self._idle: list[threading.Condition] = []  # of the threads that wait for a job, each its own; all of the lock
@@ -136,9 +139,20 @@ class Backlog:
     def _next(self) -> Entry | None:
         held: set[Any] = set()
         for entry in self._waiting:
-            if entry.model in held or (entry.long and self.videos is not None and self._videos >= self.videos):
+            if entry.model in held and not entry.along:
                 continue
+            if entry.long and self.videos is not None and self._videos >= self.videos:
+                continue
+            begins = not entry.model.active
             if entry.model.reserve(entry.mode):
+                if begins:
+                    self._gather(entry)
                 return entry
             held.add(entry.model)
         return None
+
+    def _gather(self, first: Entry) -> None:
+        """Those who go with the first of a mode that begins."""
+        alike = [one for one in self._waiting if one.model is first.model and one.mode == first.mode]
+        for one in alike[: self.places]:
+            one.along = True

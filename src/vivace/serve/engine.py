@@ -77,7 +77,8 @@ class Engine:
         self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
-        self._backlog = Backlog(queue, videos=_videos(threads, {model.media for model in self.models.values()}))
+        videos = _videos(threads, {model.media for model in self.models.values()})
+        self._backlog = Backlog(queue, places=threads, videos=videos)
         self.workers: dict[torch.device, Worker] = {}  # of the devices that were computed on so far
         self._running: set[Job] = set()
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran

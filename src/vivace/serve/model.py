@@ -26,6 +26,7 @@ from vivace.family import known_family
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
 from vivace.lora.files import in_few_bits
+from vivace.lora.files import load as load_lora
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, OutOfMemory, Unavailable
@@ -323,20 +324,17 @@ class Model:
         if not hasattr(self.pipe, "load_lora_weights"):
             raise FieldError("lora", f"{type(self.pipe).__name__} takes no LoRA")
         self.pipe.unload_lora_weights()
-        for name, _ in mode.loras:
+        # Not by their aliases: PEFT makes attributes of the names, which have no dots and are not such as "half".
+        adapters = [f"lora_{index}" for index, _ in enumerate(mode.loras)]
+        for adapter, (name, _) in zip(adapters, mode.loras, strict=True):
             try:
-                self.pipe.load_lora_weights(dict(self._lora(name)), adapter_name=name)
-                held = any(name in adapters for adapters in self.pipe.get_list_adapters().values())
+                load_lora(self.pipe, dict(self._lora(name)), adapter_name=adapter)
             except Exception as error:  # diffusers and peft raise what the file's layout leads them to
                 self.pipe.unload_lora_weights()
                 logger.warning("LoRA %s does not fit %s: %s", name, self.alias, first_line(error))
                 raise FieldError("lora", f"LoRA {name!r} does not fit this model") from None
-            if not held:
-                self.pipe.unload_lora_weights()
-                raise FieldError("lora", f"LoRA {name!r} does not fit this model: none of its layers is there")
-        if mode.loras:
-            names, weights = zip(*mode.loras, strict=True)
-            self.pipe.set_adapters(list(names), adapter_weights=list(weights))
+        if adapters:
+            self.pipe.set_adapters(adapters, adapter_weights=[weight for _, weight in mode.loras])
 
     def _lora(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._weights:

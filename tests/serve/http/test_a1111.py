@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from vivace.families import FAMILIES
+
 ORDER = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "seed": 5}
 
 
@@ -45,6 +47,9 @@ def test_pictures_from_text_and_from_pictures(server):
         ({"override_settings": {"sd_model_checkpoint": "x"}}, "override_settings"),
         ({"alwayson_scripts": {"x": {}}}, "alwayson_scripts"),
         ({"script_name": "x"}, "script_name"),
+        ({"styles": ["x"]}, "styles"),
+        ({"enable_hr": True}, "enable_hr"),
+        ({"subseed_strength": 0.5}, "subseed_strength"),
         ({"steps": 1000}, "steps"),
         ({"width": 16384, "height": 16384}, "width"),
         ({"width": 60}, "width"),
@@ -115,6 +120,20 @@ def test_interrupt_passes_a_full_queue(launch, pipe, gated):
         assert server.http.post("/sdapi/v1/interrupt").status_code == 200
         gate.open.set()
         assert [one.result(60).status_code for one in asked] == [499, 499]
+
+
+def test_what_clients_send_as_a_matter_of_course(launch, pipe):
+    """Desktop clients send every field that they know, with the value that asks for nothing."""
+    server = launch({"clip": FAMILIES["wan"].tiny(), "tiny": pipe}, a1111=True)
+    idle = {"restore_faces": False, "tiling": False, "enable_hr": False, "styles": [], "n_iter": 1, "subseed": -1}
+    idle |= {"subseed_strength": 0, "do_not_save_samples": True, "do_not_save_grid": False}
+    with server.http as http:
+        made = http.post("/sdapi/v1/txt2img", json=ORDER | idle)
+        assert made.json()["images"] == http.post("/sdapi/v1/txt2img", json=ORDER).json()["images"]
+        edit = ORDER | idle | {"init_images": made.json()["images"], "resize_mode": 0, "include_init_images": False}
+        assert http.post("/sdapi/v1/img2img", json=edit).status_code == 200
+        assert http.get("/sdapi/v1/options").json() == {"sd_model_checkpoint": "tiny"}
+        assert [one["title"] for one in http.get("/sdapi/v1/sd-models").json()] == ["tiny"]
 
 
 def test_null_is_not_given(server):

@@ -216,6 +216,7 @@ def test_models(client):
         ({"n": True}, "n", "has to be a number"),
         ({"extra_body": {"guidance_scale": False}}, "guidance_scale", "has to be a number"),
         ({"extra_body": {"lora": {"style": True}}}, "lora.style", "has to be a number"),
+        ({"extra_body": {"lora": {"style": 1e9}}}, "lora.style", "lora.style is 1000000000.0, the most is 100"),
         ({"extra_body": {"lora": {"{style}": "a"}}}, "lora.{style}", "lora.{style} is 'a'; it has to be a number"),
         ({"background": "transparent"}, "background", "is 'transparent'; it has to be 'auto' or 'opaque'"),
         ({"extra_body": {"deterministic": "maybe"}}, "deterministic", "it has to be true or false"),

@@ -64,3 +64,11 @@ def test_the_description_has_the_bounds_as_json_schema_spells_them(http):
     described = http.get("/openapi.json").text
     assert not [word for word in ('"ge":', '"le":', '"gt":', '"lt":') if word in described]
     assert '"minimum":' in described
+
+
+def test_the_description_knows_the_envelope_and_no_422(http):
+    answers = [one["responses"] for path in http.get("/openapi.json").json()["paths"].values() for one in path.values()]
+    assert not [found for found in answers if "422" in found]
+    for found in answers:
+        error = found["default"]["content"]["application/json"]["schema"]["properties"]["error"]
+        assert set(error["properties"]) == {"message", "type", "param", "code"}

@@ -226,6 +226,19 @@ def test_nobody_waits_while_the_folder_is_swept(client, shared):
     client.videos.delete(begun.id)
 
 
+def test_a_video_that_cannot_be_deleted_is_still_there(client, shared):
+    done = client.videos.create_and_poll(prompt="a", size="64x64", extra_body=BODY, poll_interval_ms=50)
+    path = shared.app.state.server.shelf.video(done.id)
+    path.unlink()
+    path.mkdir()  # which is deleted in another way
+    with pytest.raises(openai.APIStatusError) as error:
+        client.videos.delete(done.id)
+    assert (error.value.status_code, error.value.code) == (507, "disk_full")
+    assert client.videos.retrieve(done.id).status == "completed"
+    path.rmdir()
+    assert client.videos.delete(done.id).deleted
+
+
 def test_a_failed_write_changes_nothing(tmp_path):
     shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
     shelf.put(record(1))

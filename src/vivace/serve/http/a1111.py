@@ -58,6 +58,15 @@ class Txt2Img(Fields):
     save_images: Literal[False] = False
     override_settings: dict[str, Any] = Field(default_factory=dict, max_length=0)
     alwayson_scripts: dict[str, Any] = Field(default_factory=dict, max_length=0)
+    # What clients send as a matter of course: taken where it asks for nothing.
+    restore_faces: Literal[False] = False
+    tiling: Literal[False] = False
+    enable_hr: Literal[False] = False
+    styles: list[str] = Field(default_factory=list, max_length=0)
+    subseed: Whole = -1
+    subseed_strength: Number = Field(0, ge=0, le=0)
+    do_not_save_samples: bool = True
+    do_not_save_grid: bool = True
 
     @model_validator(mode="after")
     def _whole(self, info: ValidationInfo) -> Txt2Img:
@@ -91,6 +100,8 @@ class Img2Img(Txt2Img):
     init_images: list[str] = Field(min_length=1, max_length=1)
     mask: str | None = None
     denoising_strength: Number = Field(0.75, gt=0, le=1)
+    resize_mode: Literal[0] = 0
+    include_init_images: Literal[False] = False
 
 
 @router.post("/txt2img", openapi_extra=json_body(Txt2Img))
@@ -134,8 +145,15 @@ async def interrupt(request: Request) -> Response:
 
 @router.get("/sd-models")
 async def sd_models(request: Request) -> Response:
-    """The aliases, as A1111 lists checkpoints."""
-    return JSONResponse([{"title": alias, "model_name": alias} for alias in server_of(request).engine.models])
+    """The aliases that make pictures, as A1111 lists checkpoints."""
+    models = server_of(request).engine.models.values()
+    return JSONResponse([{"title": one.alias, "model_name": one.alias} for one in models if one.media == "image"])
+
+
+@router.get("/options")
+async def options(request: Request) -> Response:
+    """The model that draws, which clients ask for before anything else; none of it can be set."""
+    return JSONResponse({"sd_model_checkpoint": server_of(request).alias(None, media="image")})
 
 
 @router.get("/samplers")

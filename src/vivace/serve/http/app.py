@@ -73,7 +73,13 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
 
     # No pages of its own: they would load scripts from elsewhere.
     app = FastAPI(
-        title="Vivace", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+        title="Vivace",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        responses={"default": envelope.DESCRIBED},
     )
     app.state.server = server
     envelope.install(app)

@@ -57,8 +57,21 @@ WORDS = {
     "seconds": "seconds is {got}; give whole seconds, as in '4'",
     "override_settings": "a request cannot change the server: leave {param} out, or empty",
     "alwayson_scripts": "a request cannot run scripts: leave {param} out, or empty",
+    "styles": "there are no styles here: leave {param} out, or empty",
     "init_images": "{param} has to be a list of one picture, in base64",
 }
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_TEXT_OR_NULL = {"anyOf": [_TEXT, {"type": "null"}]}
+_ERROR = {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT_OR_NULL}
+_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "object", "required": [*_ERROR], "properties": _ERROR}},
+}
+
+DESCRIBED = {"description": "What is wrong", "content": {"application/json": {"schema": _SCHEMA}}}
+"""The envelope, as the API's description has it for every route."""
 
 
 class ApiError(Exception):

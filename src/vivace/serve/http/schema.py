@@ -78,7 +78,9 @@ class Order(Fields):
     negative_prompt: str | None = Field(None, max_length=100_000)
     scheduler: str | None = Field(None, max_length=100)
     cache: str | None = Field(None, max_length=200)
-    lora: dict[str, Number] = Field(default_factory=dict, max_length=MOST_LORAS)
+    lora: dict[str, Annotated[float, Field(ge=-100, le=100), PLAIN]] = Field(
+        default_factory=dict, max_length=MOST_LORAS
+    )
     deterministic: bool = False
     user: str | None = Field(None, max_length=1000)
 

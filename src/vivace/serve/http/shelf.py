@@ -96,12 +96,13 @@ class Shelf:
         return self.folder / f"{name}.mp4"
 
     def delete(self, name: str) -> bool:
-        """Forget a job and its file; False where there was none."""
+        """Forget a job and its file; False where there was none. Raises OSError, and then it is still known."""
         with self._lock:
-            if self._records.pop(name, None) is None:
+            if name not in self._records:
                 return False
-            self._state(name).unlink(missing_ok=True)
             self.video(name).unlink(missing_ok=True)
+            self._state(name).unlink(missing_ok=True)
+            del self._records[name]
             return True
 
     def sweep(self) -> None:

@@ -154,8 +154,11 @@ async def delete(request: Request, video_id: VideoId) -> Response:
     """End a video's job and forget it."""
     server = server_of(request)
     _record(server, video_id)
+    try:
+        server.shelf.delete(video_id)
+    except OSError as error:
+        raise disk_error(error) from None
     server.unfollow(video_id)
-    server.shelf.delete(video_id)
     return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 
