@@ -275,6 +275,7 @@ def apart(children: Children, name: str, way: str, *, seconds: float) -> dict[st
     said = [line for line in ended.said.splitlines() if line.strip()]
     # CUDA's errors end with advice.
     last = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "no message")
+    last = last.replace(f"{Path.cwd()}/", "")
     return {"failed": last[:240] if ended.code is not None else f"not finished in {seconds:.0f} s"}
 
 
