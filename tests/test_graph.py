@@ -53,14 +53,6 @@ def test_records_at_the_second_call_and_replays_after(as_on_a_device):
     assert len({out.data_ptr() for out in outs}) == 4
 
 
-def test_only_segments_of_that_name_are_recorded(as_on_a_device):
-    graphs = Graphs(budget=100, only="front", record=Recorder())
-    with torch.no_grad():
-        for name in ("front of 1", "rest from 1", "forward") * 3:
-            assert torch.equal(graphs(name, segment, x=torch.ones(2), factor=2.0), torch.full((2,), 2.0))
-    assert [key[0] for key in graphs.recordings] == ["front of 1"]
-
-
 def test_a_signature_is_shapes_and_values(as_on_a_device):
     graphs = Graphs(budget=100, record=Recorder())
     for size, factor in ((3, 2.0), (4, 2.0), (3, 3.0), (3, 2)):

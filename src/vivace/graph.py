@@ -51,12 +51,11 @@ class Graphs:
 
     A signature is the shapes, strides, types and devices of the tensors among the arguments and the values of all
     others. Its first call runs as it is, which warms up libraries and autotuners; the second is recorded. Recordings
-    share one memory pool, so the result is copied out before another may run; a lock keeps threads apart. Segments
-    whose names do not begin with `only` run as they are.
+    share one memory pool, so the result is copied out before another may run; a lock keeps threads apart.
     """
 
-    def __init__(self, *, budget: int, only: str = "", record: Record | None = None) -> None:
-        self.budget, self.only = budget, only
+    def __init__(self, *, budget: int, record: Record | None = None) -> None:
+        self.budget = budget
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._record = record or CudaRecorder()
@@ -64,8 +63,6 @@ class Graphs:
 
     def __call__(self, name: str, segment: Callable[..., Any], /, **kwargs: Any) -> Any:
         """`segment(**kwargs)`, recorded or replayed where its inputs allow; the result is the caller's own."""
-        if not name.startswith(self.only):
-            return segment(**kwargs)
         leaves, spec = tree_flatten(kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # The value of a CPU tensor would be frozen into the recording, and so would a gradient's path, and the casts of

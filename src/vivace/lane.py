@@ -35,8 +35,8 @@ from vivace.memory.here import bring_of
 from vivace.memory.joined import fixed
 from vivace.one_off import give_class
 from vivace.passes.accumulate import narrow
-from vivace.passes.target import device_of, types_of
-from vivace.watch import Changed, Watch
+from vivace.passes.target import device_of, in_inference, types_of
+from vivace.watch import Changed, Watch, holds_own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Lane:
         self._unfusable: str | None = None
         self._split_undo = ExitStack()
         self._watch: Watch | None = None
+        self._inference = in_inference(denoiser)  # what is made of weights is of their kind
         self._open = self._moves = self._streams = False
         self._lock = threading.RLock()
 
@@ -150,7 +151,7 @@ class Lane:
 
     def release(self) -> None:
         """Forget everything that was built from the weights; the next call builds it again."""
-        with self._lock:
+        with self._lock, torch.inference_mode(self._inference):
             # First: each weight's shared memory goes as soon as the weight has its own again.
             self._watch = self.split = None
             self._split_undo.close()
@@ -266,7 +267,7 @@ class Lane:
 
     def _follow(self, kwargs: Mapping[str, Any], *, late: bool = False) -> None:
         """Bring the denoiser's adapters up to date; unless that is for later, build again if it is not what it was."""
-        with self._lock:
+        with self._lock, torch.inference_mode(self._inference):
             if self._watch is None or (not late and self._watch.changed()):
                 self.release()
                 if self.adapters is not None:
@@ -372,12 +373,6 @@ def _branching(stock: type) -> Any:
                 now.branch = None
 
     return cache_context
-
-
-def holds_own_forward(module: torch.nn.Module) -> bool:
-    """Whether the instance holds its class's own forward, as accelerate's hooks leave it behind."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is type(module).forward
 
 
 @contextmanager

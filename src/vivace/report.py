@@ -25,6 +25,7 @@ class Report:
     device: str
     dtype: str
     passes: tuple[Note, ...]
+    replaced: tuple[str, ...]  # components that came later, in place of those that were accelerated
     attention: dict[str, dict[str, Any]]  # kind of layer -> how many, and what computes them
     layers: dict[str, tuple[Layer, ...]]  # denoiser -> its linears, where quantising came into question
     cache: dict[str, dict[str, Any]]  # denoiser -> calls computed and skipped, the time that saved, bytes held
@@ -45,6 +46,7 @@ class Report:
         family = self.family or "no known family, so the generic lane"
         lines = [f"{self.pipeline} ({family}), preset {self.preset}, {self.dtype} on {self.device}"]
         width = max((len(note.name) for note in self.passes), default=0)
+        lines += [f"  {name} was replaced since and is stock: accelerate again" for name in self.replaced]
         lines += [f"  {n.name:<{width}}  {'done' if n.done else 'left'}  {n.detail}" for n in self.passes]
         for kind, use in self.attention.items():
             lines.append(f"  {kind} attention: {use['layers']} layers, {use['backend']}")
@@ -76,6 +78,7 @@ def report(subject: Any) -> Report:
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
         passes=tuple(target.notes),
+        replaced=tuple(target.replaced()),
         attention=attention_of(target),
         layers=dict(target.layers),
         cache={name: lane.cache.to_dict() for name, lane in target.lanes.items() if lane.cache is not None},
@@ -115,6 +118,7 @@ def _stock(subject: Any) -> Report:
         device="",
         dtype="",
         passes=(),
+        replaced=(),
         attention={},
         layers={},
         cache={},

@@ -1,6 +1,7 @@
 """`python compile_for.py CAPABILITY`: compiles the kernels for that GPU, without one.
 
-One line a case: kernel, case, kernels compiled for its size, for another size, and the width of the memory accesses.
+One line a case: kernel, case, kernels compiled for its size, for another size, launchers built for both, and the width
+of the memory accesses.
 """
 
 import sys
@@ -18,7 +19,7 @@ class Absent:
     """Answers what the compiler asks of a driver."""
 
     def __init__(self, capability):
-        self.capability = capability
+        self.capability, self.launchers = capability, []
 
     def get_current_target(self):
         return GPUTarget("cuda", self.capability, 32)
@@ -28,6 +29,9 @@ class Absent:
 
     def get_current_stream(self, device):
         return 0
+
+    def launcher_cls(self, source, metadata):
+        self.launchers.append(metadata.name)
 
 
 def other_size(sizes):
@@ -56,7 +60,8 @@ def writes_little(kernel, case):
 
 def main():
     capability = int(sys.argv[1])
-    triton.runtime.driver.set_active(Absent(capability))
+    absent = Absent(capability)
+    triton.runtime.driver.set_active(absent)
     run, compiled = JITFunction.run, {}
 
     def compile_only(self, *arguments, **options):
@@ -68,13 +73,14 @@ def main():
         # Triton converts to fp8 on sm_89 and newer.
         known = [case for case in kernel.bench if capability >= 89 or case.sizes.get("quantize") != "fp8"]
         for case in distinct(known, capability):
-            counts = [len(compiled)]
+            counts, built = [len(compiled)], len(absent.launchers)
             for sizes in (case.sizes, other_size(case.sizes)):
                 case = replace(case, sizes=sizes)
                 kernel.launch(**kernel.arguments(case, device="meta", dtype=torch.float16))
                 counts.append(len(compiled))
             asm = "".join(c.asm["ptx"] for c in list(compiled.values())[counts[0] :])
-            row = kernel.name, case.name, counts[1] - counts[0], counts[2] - counts[1], widest(asm, kernel, case)
+            counted = counts[1] - counts[0], counts[2] - counts[1], len(absent.launchers) - built
+            row = kernel.name, case.name, *counted, widest(asm, kernel, case)
             sys.stdout.write("\t".join(map(str, row)) + "\n")
 
 

@@ -41,8 +41,9 @@ def test_compiles_once(capability, tmp_path):
     assert [*dict.fromkeys(kernel for kernel, *_ in rows)] == [
         name for name, kernel in KERNELS.items() if kernel.since <= capability
     ]
-    for kernel, case, first, second, widest in rows:
+    for kernel, case, first, second, launchers, widest in rows:
         assert int(first) >= 1, f"{kernel}, {case}: nothing was compiled"
+        assert launchers == first, f"{kernel}, {case}: {first} kernels, and {launchers} of what launches them"
         assert int(second) == 0, f"{kernel}, {case}: another resolution compiled {second} kernels"
         assert widest == "wide", f"{kernel}, {case}: memory is not accessed 16 bytes at a time"
 

@@ -12,6 +12,7 @@ from vivace.attention.native import NATIVE
 from vivace.families import FAMILIES
 from vivace.fused import fused_of
 from vivace.fused.elementwise import KERNELS
+from vivace.passes.fuse import FirstCalls
 from vivace.quant.linear import QuantLinear
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -236,3 +237,22 @@ def test_blocks_that_stay_stock_after_all_are_in_the_report(monkeypatch):
     vivace.accelerate(unet)
     note = next(note for note in vivace.report(unet).to_dict()["passes"] if note["name"] == "fuse")
     assert (note["done"], note["detail"]) == (False, "denoiser: a hook on its blocks")
+
+
+def test_the_first_calls_of_attention_are_those_of_the_usual_request():
+    made = []
+
+    def attend(q, k, v, *, mask=None, scale=None):
+        made.append([(x.shape, x.stride(), x.device.type) for x in (q, k, v)])
+        return q
+
+    first = FirstCalls(attend, device=torch.device("cpu"))
+    small, usual = (torch.empty(2, tokens, 3 * 4, 8, device="meta") for tokens in (16, 64))
+    for x in first.of_the_last([small, usual]):
+        q, k, v = x.chunk(3, dim=2)
+        for _ in range(2):
+            assert first(q, k, v).is_meta
+        first(q, k, v, mask=torch.empty(1, device="meta"))
+    assert not made
+    first.make()
+    assert made == [[((2, 64, 4, 8), (64 * 96, 96, 8, 1), "cpu")] * 3]

@@ -8,7 +8,7 @@ import pytest
 
 from vivace.config import Config
 from vivace.families import FAMILIES
-from vivace.passes.graphs import recorded, wins
+from vivace.passes.graphs import wanted, wins
 from vivace.passes.target import Target
 
 
@@ -19,12 +19,12 @@ from vivace.passes.target import Target
         ("sdxl", True),
         ("svd", True),
         ("sd3", True),
-        ("flux", False),
-        ("qwen_image", False),
+        ("flux", True),
+        ("qwen_image", True),
         ("wan", False),
     ],
 )
-def test_small_denoisers_and_unets(family, expected):
+def test_images_and_unets(family, expected):
     denoiser, media = FAMILIES[family].full(device="meta"), FAMILIES[family].media
     assert wins(denoiser, media=media, sm=(9, 0), quantised=False) is expected
     assert wins(denoiser, media=media, sm=(9, 0), quantised=True)
@@ -37,21 +37,18 @@ def test_tiny_ones_of_every_kind():
 @pytest.mark.parametrize(
     ("family", "fields", "expected"),
     [
-        ("flux", {}, None),
-        ("flux", {"cache": "firstblock"}, "front"),
-        ("flux", {"cache": "dicache"}, "front"),
-        ("flux", {"cache": "teacache"}, None),
-        ("flux", {"cache": "firstblock", "graphs": "off"}, None),
-        ("flux", {"cache": "firstblock", "graphs": "on"}, ""),
-        ("sdxl", {}, ""),
-        ("wan", {"cache": "firstblock"}, None),
+        ("flux", {}, True),
+        ("flux", {"graphs": "off"}, False),
+        ("sdxl", {}, True),
+        ("wan", {}, False),
+        ("wan", {"graphs": "on"}, True),
     ],
 )
-def test_the_blocks_that_a_cache_decides_with_are_recorded_though_the_others_need_it_not(family, fields, expected):
+def test_the_rule_holds_unless_graphs_are_asked_for_or_refused(family, fields, expected):
     one = FAMILIES[family]
     denoiser = one.full(device="meta")
     target = Target(subject=denoiser, family=one, config=Config(**fields), denoisers={one.denoisers[0]: denoiser})
-    assert recorded(target) == expected
+    assert wanted(target) is expected
 
 
 TURNS = """

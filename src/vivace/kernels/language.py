@@ -40,8 +40,25 @@ if triton is not None and not INTERPRETED:
     class _Jitted(triton.JITFunction):
         """A function in Triton that heeds `COMPILE_ONLY` when it is launched."""
 
+        def create_binder(self) -> Any:
+            bound = super().create_binder()
+            self.compile = _compile
+            return bound
+
         def run(self, *arguments: Any, warmup: bool, **options: Any) -> Any:
             return super().run(*arguments, warmup=warmup or COMPILE_ONLY.get(), **options)
+
+
+def _compile(*arguments: Any, **options: Any) -> Any:
+    """Triton's compilation, and that of what launches the kernel, in the same thread.
+
+    Triton up to 3.6 builds a C module for the latter when it first launches: a quarter of a second, one by one.
+    """
+    assert triton is not None
+    kernel = triton.compile(*arguments, **options)
+    driver: Any = triton.runtime.driver.active
+    driver.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:

@@ -36,15 +36,23 @@ def without_values(tensors: Any) -> Any:
     return tree_map_only(torch.Tensor, meta, tensors)
 
 
-def rehearse(call: Callable[..., Any], arguments: Iterable[Mapping[str, Any]], *, threads: int | None = None) -> None:
+def rehearse(
+    call: Callable[..., Any],
+    arguments: Iterable[Mapping[str, Any]],
+    *,
+    threads: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Compile what `call(**kwargs)` launches for each of `arguments`, on "meta" tensors, for the current device.
 
-    `threads` of None means as many as there are cores.
+    `threads` of None means as many as there are cores. While they compile this one does what `meanwhile` says.
     """
-    token = COMPILE_ONLY.set(True)
-    try:
-        with torch.no_grad(), ThreadPoolExecutor(threads or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+    with torch.no_grad(), ThreadPoolExecutor(threads or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        token = COMPILE_ONLY.set(True)
+        try:
             for kwargs in arguments:
                 call(**kwargs)
-    finally:
-        COMPILE_ONLY.reset(token)
+        finally:
+            COMPILE_ONLY.reset(token)
+        if meanwhile is not None:
+            meanwhile()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +19,10 @@ from vivace.kernels.row import HeadScaled
 from vivace.passes.target import Pass, Target, types_of
 from vivace.quant.linear import QuantLinear
 from vivace.request import Announce
+from vivace.watch import replaced
 
 if TYPE_CHECKING:
+    from vivace.attention.backend import Attend
     from vivace.lane import Lane
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ def unfusable(denoiser: torch.nn.Module, fused: Fused, *, planned: bool = False)
         if not type(module).__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
             return f"{name or 'the denoiser'} is a {type(module).__module__}.{type(module).__name__}"
         first = (hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, Announce))
-        if name and ("forward" in vars(module) or module._forward_hooks or any(first)):
+        if name and (replaced(module) or module._forward_hooks or any(first)):
             return f"{name} carries a hook"
         for parameter, value in module._parameters.items():
             if value is not None and type(value) is not torch.nn.Parameter:
@@ -112,26 +115,54 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
     assert family is not None
     assert lane.split is not None
     largest = family.largest(lane.denoiser) if family.largest else max(SIDES)
+    sides = sorted({min(side, largest) for side in SIDES})
+    small = {"batch": 2, "frames": 1, "text_tokens": family.variant().text_tokens}
+    config: Any = lane.denoiser.config
+    shapes = [{"size": (side, side), **small} for side in sides] + [family.nearest(config).usual]
     calls = []
-    for side in sorted({min(side, largest) for side in SIDES}):
-        kwargs = family.inputs(
-            lane.denoiser, size=(side, side), batch=2, frames=1, text_tokens=family.variant().text_tokens, seed=0
-        )
+    for shape in shapes:
+        kwargs = family.inputs(lane.denoiser, seed=0, **shape)
         if lane.split.once is not None:
             with torch.no_grad():
                 kwargs["once"] = lane.split.prepare(kwargs)
         calls.append(without_values(kwargs))
-    attends = [_shape_of_attention]
+    first = FirstCalls(lane.attend, device=target.device)
+    with ExitStack() as undo:
+        blocks = fused.fuse(skeleton(lane.denoiser), attend=first, undo=undo)
+        rehearse(blocks, first.of_the_last(calls), meanwhile=first.make if target.placement is None else None)
     if isinstance(lane.attend, Packed):
         # Some steps and short calls stay in 16 bit.
-        attends.append(replace(lane.attend, attend=_shape_of_attention, heads=_shape_of_heads))
-    for attend in attends:
+        packed = replace(lane.attend, attend=first, heads=_shape_of_heads)
         with ExitStack() as undo:
-            rehearse(fused.fuse(skeleton(lane.denoiser), attend=attend, undo=undo), calls)
+            rehearse(fused.fuse(skeleton(lane.denoiser), attend=packed, undo=undo), calls)
 
 
-def _shape_of_attention(q, k, v, *, mask=None, scale=None):
-    return torch.empty_like(q)
+class FirstCalls:
+    """Attention without values, that is called with some by `make`: once for every shape that it met.
+
+    cuDNN makes a plan of each, which takes half a second that the first step would wait for.
+    """
+
+    def __init__(self, attend: Attend, *, device: torch.device) -> None:
+        self.attend, self.device = attend, device
+        self._met: dict[Hashable, tuple[list[torch.Tensor], float | None]] = {}
+
+    def __call__(self, q, k, v, *, mask=None, scale=None):
+        if mask is None:
+            self._met[(scale, *((t.shape, t.stride(), t.dtype) for t in (q, k, v)))] = [q, k, v], scale
+        return torch.empty_like(q)
+
+    def of_the_last(self, calls: Sequence[Any]) -> Iterator[Any]:
+        """The calls, one by one; the last one's shapes alone are remembered."""
+        yield from calls[:-1]
+        self._met.clear()
+        yield calls[-1]
+
+    def make(self) -> None:
+        for heads, scale in self._met.values():
+            there = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device) for t in heads]
+            # Zeros, since a guard against NaN may be around it.
+            self.attend(*(t.zero_() for t in there), scale=scale)
 
 
 def _shape_of_heads(operands, *, scale=None):

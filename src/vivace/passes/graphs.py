@@ -24,15 +24,17 @@ class Rule:
     quantised: bool | None = None
 
 
-# Measured on an H200, kernels alone, the call without a graph and with one: FLUX in fp8 74, 110 and 85 ms (with it the
-# card is at its power limit); SD 3.5 medium, of 2.2 billion parameters, 44 and 57 ms, and 38 with one in fp8. FLUX and
-# Qwen-Image in 16 bit keep the GPU busy without one, and so do the few, long kernels of a video transformer.
+# Measured on an H200 beside 16 cores, a call without a graph and with one: SD 3.5 medium 57 and 44 ms; FLUX in fp8 110
+# and 85. Qwen-Image in 16 bit at 1024² takes 122 to 228 ms without one: launching it takes as long as computing it. The
+# few, long kernels of a video transformer keep the GPU busy as they are, and a graph would hold much memory.
 RULES: tuple[Rule, ...] = (
     Rule(parameters=1_000_000_000),
-    Rule(parameters=3_000_000_000, media="image"),
+    Rule(media="image"),
     Rule(parameters=3_000_000_000, convolutional=True),
     Rule(quantised=True),
 )
+LAUNCHED = 0.2
+"""Seconds in which any image denoiser's call is launched: streamed blocks that take longer to come hide that."""
 
 
 def wins(denoiser: torch.nn.Module, *, media: str | None, sm: tuple[int, int] | None, quantised: bool) -> bool:
@@ -55,20 +57,9 @@ def _check(target: Target) -> str | None:
         return "check_nan waits for the device at every attention, which a recording cannot"
     if target.placement is not None and target.placement.unrecorded:
         return target.placement.unrecorded
-    if recorded(target) is None:
+    if not wanted(target):
         return "kernels take longer than launching them here; graphs='on' asks for it"
     return None
-
-
-def recorded(target: Target) -> str | None:
-    """How the names of the segments begin that are recorded: "" for all of them; None where none is."""
-    if wanted(target):
-        return ""
-    # A step waits for the blocks that a cache decides with: of so few even long kernels do not hide the launches. Those
-    # of a video do, and take much memory.
-    auto, cache, family = target.config.graphs == "auto", target.config.cache, target.family
-    probes = cache is not None and cache.probes and family is not None and family.media == "image"
-    return "front" if auto and probes else None
 
 
 def wanted(target: Target) -> bool:
@@ -86,14 +77,13 @@ def _apply(target: Target) -> None:
 
     for lane in target.lanes.values():
         budget = int(target.config.graph_gib * GIB / len(target.lanes))
-        lane.run = Graphs(budget=budget, only=recorded(target) or "")
+        lane.run = Graphs(budget=budget)
         target.undo.callback(lane.run.clear)
     target.done("graphs", _forecast(target))
 
 
 def _forecast(target: Target) -> str:
-    fronts = "of the blocks that the cache decides with alone; " if recorded(target) else ""
-    return f"{fronts}one per input signature, at most {target.config.graph_gib:g} GiB"
+    return f"one per input signature, at most {target.config.graph_gib:g} GiB"
 
 
 GRAPHS = Pass(
