@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import cpu_offload_with_hook, hooks
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import vivace
@@ -233,6 +233,21 @@ def test_layerwise_casting_takes_the_side_path(sd3_pipe, sd3_latents, order):
         vivace.accelerate(sd3_pipe, fuse="on")
 
 
+def test_hooks_that_were_removed_leave_nothing_in_the_way(sd3_pipe, sd3_latents):
+    expected = sd3_latents(vivace.accelerate(copy.deepcopy(sd3_pipe), fuse="on"))
+    hooks.add_hook_to_module(sd3_pipe.transformer, hooks.ModelHook())
+    for module in sd3_pipe.transformer.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    hooks.remove_hook_from_submodules(sd3_pipe.transformer)
+    assert "forward" in vars(sd3_pipe.transformer.transformer_blocks[0])
+    assert torch.equal(sd3_latents(vivace.accelerate(sd3_pipe, fuse="on")), expected)
+    assert served(sd3_pipe).keys() == {"fused blocks"}
+    vivace.restore(sd3_pipe)
+    sd3_pipe.transformer.transformer_blocks[0].norm1.forward = lambda *arguments, **named: None
+    with pytest.raises(InputError, match=r"transformer_blocks.0.norm1 carries a hook"):
+        vivace.accelerate(sd3_pipe, fuse="on")
+
+
 def test_a_denoiser_of_two_pipelines(sd3_pipe, sd3_latents):
     other = StableDiffusion3Pipeline(**sd3_pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -292,6 +307,69 @@ def test_ten_cycles_leave_memory_flat(sd3_pipe, sd3_latents):
     first, *_, last = [cycle() for _ in range(10)]
     assert last[1] == first[1]
     assert last[0] <= first[0] + 50
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_a_component_that_came_later_is_told_and_taken_by_the_next_call(unet_pipe, caplog, name):
+    pipe = vivace.accelerate(copy.deepcopy(unet_pipe))
+    first, second = getattr(pipe, name), copy.deepcopy(getattr(pipe, name))
+    setattr(pipe, name, second)
+    for _ in range(2):
+        pipe("a fox", num_inference_steps=1, output_type="latent")
+    assert [f"the {name} was replaced" in record.message for record in caplog.records] == [True]
+    assert vivace.report(pipe).replaced == (name,)
+    assert f"{name} was replaced since and is stock" in str(vivace.report(pipe))
+    with pytest.raises(InputError, match="CUDA"):
+        vivace.accelerate(pipe, graphs="on")
+    vivace.accelerate(pipe)
+    assert vivace.report(pipe).replaced == ()
+    pipe("a fox", num_inference_steps=1, output_type="latent")
+    assert vivace.report(pipe).calls["unet"] == {"fused blocks": 1}
+    assert not any(hasattr(type(module), "vivace_stock") for module in first.modules())
+    assert any(hasattr(type(module), "vivace_stock") for module in second.modules())
+    vivace.restore(pipe)
+    assert not any(hasattr(type(module), "vivace_stock") for module in second.modules())
+
+
+def test_a_component_that_cannot_be_taken_is_an_error_before_anything_changes(sd3_pipe):
+    vivace.accelerate(sd3_pipe)
+    before = type(sd3_pipe)
+    sd3_pipe.transformer = torch.compile(sd3_pipe.transformer)
+    assert vivace.report(sd3_pipe).replaced == ()  # the same one, in a wrapper
+    sd3_pipe.transformer = torch.compile(copy.deepcopy(sd3_pipe.transformer._orig_mod))
+    with pytest.raises(InputError, match="compiled already"):
+        vivace.accelerate(sd3_pipe)
+    assert type(sd3_pipe) is before
+
+
+def test_what_was_dropped_is_no_other_component(unet_pipe):
+    pipe = vivace.accelerate(copy.deepcopy(unet_pipe))
+    pipe.text_encoder = pipe.vae = None
+    assert vivace.report(pipe).replaced == ()
+
+
+@pytest.mark.parametrize("lora", ["merged", "side"])
+def test_inference_mode_leaves_weights_that_can_be_trained(sd3_pipe, sd3_latents, lora_of, lora):
+    file = lora_of(sd3_pipe.transformer)
+    with torch.inference_mode():
+        vivace.accelerate(sd3_pipe, lora=lora, channels_last="off")
+        sd3_latents(sd3_pipe)
+        sd3_pipe.load_lora_weights(file)
+        sd3_latents(sd3_pipe)
+        sd3_pipe.unload_lora_weights()
+        sd3_latents(sd3_pipe)
+        vivace.restore(sd3_pipe)
+    assert not any(parameter.is_inference() for parameter in sd3_pipe.transformer.parameters())
+
+
+def test_weights_of_inference_mode_stay_so(sd3_pipe, sd3_latents):
+    with torch.inference_mode():
+        pipe = copy.deepcopy(sd3_pipe)
+    stock = sd3_latents(pipe)
+    vivace.accelerate(pipe)
+    sd3_latents(pipe)
+    vivace.restore(pipe)
+    assert torch.equal(sd3_latents(pipe), stock)
 
 
 def test_config_object_and_preset_are_the_same(sd3_pipe):

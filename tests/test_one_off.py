@@ -1,10 +1,16 @@
 """A class for one object: what sees it, and what of it a copy takes along."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
-from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLImg2ImgPipeline,
+)
 
 import vivace
 from vivace.families import FAMILIES
@@ -29,6 +35,31 @@ def test_a_copy_is_stock_however_many_classes_there_were(copied):
     for undo in reversed(undos):
         undo()
     assert type(subject) is Plain
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_undone_in_any_order_nothing_is_left(order):
+    subject = Plain()
+    undos = [give_class(subject, {"doubled": lambda self, n=n: n}) for n in range(3)]
+    for number, left in zip(order, ({0, 1, 2} - {*order[:n]} for n in (1, 2, 3)), strict=True):
+        undos[number]()
+        assert subject.doubled() == (max(left) if left else 6)
+    assert type(subject) is Plain
+
+
+def test_two_pipelines_that_share_parts_are_restored_in_any_order():
+    """As a base model and its refiner do."""
+    for first in (0, 1):
+        base = FAMILIES["sdxl"].tiny()
+        refiner = StableDiffusionXLImg2ImgPipeline(**{**base.components, "unet": copy.deepcopy(base.unet)})
+        pair = [vivace.accelerate(base), vivace.accelerate(refiner)]
+        vivace.restore(pair[first])
+        vivace.restore(pair[1 - first])
+        assert [n for n, m in base.vae.named_modules() if hasattr(type(m), "vivace_stock")] == []
+        assert type(base.scheduler).__mro__[0].__dict__.get("vivace_stock") is None
+        vivace.accelerate(base, encoders="int8_weights")
+        with pytest.raises(vivace.InputError, match="text_encoder is in few bits already, through another pipeline"):
+            vivace.accelerate(refiner, encoders="int8_weights")
 
 
 def test_a_pipeline_with_encoders_is_copied_and_taken_over_as_a_stock_one_is():

@@ -13,15 +13,16 @@ import torch
 from vivace.config import Config, plain, resolve
 from vivace.errors import InputError
 from vivace.family import Family, known_family
-from vivace.lane import Lane, holds_own_forward
+from vivace.lane import Lane
 from vivace.lora.adapters import held_out
 from vivace.passes import PASSES
 from vivace.passes.attention import names_blocks
 from vivace.passes.lora import lora_methods
-from vivace.passes.target import Note, Pass, Target, hooks_of
+from vivace.passes.target import Note, Pass, Target, hooks_of, in_inference
 from vivace.passes.vram import device_for
 from vivace.quant.originals import Base
 from vivace.request import scope_pipeline
+from vivace.watch import replaced
 
 Subject = TypeVar("Subject")
 
@@ -42,7 +43,8 @@ def accelerate(subject: Subject, preset: str | Config | Mapping[str, Any] = "exa
 
     `preset` is a preset's name or a Config; `fields` replace single fields of it. What was asked for is done or raises
     InputError before anything is changed; what was left to us is in `report(subject)`, with the reason. Called again
-    with another configuration it replaces the first; with the same one it does nothing. Fused blocks only go forward:
+    with another configuration, or when a component was replaced, it takes the first one's place; else it does nothing.
+    Fused blocks only go forward:
     with gradients enabled the stock forward runs. A deep copy of `subject` is a stock pipeline.
     """
     config = resolve(preset, **fields)
@@ -54,8 +56,10 @@ def accelerate(subject: Subject, preset: str | Config | Mapping[str, Any] = "exa
             f"this {type(subject).__name__} is accelerated through a {type(before.target.subject).__name__}; "
             "call vivace.restore on that one first"
         )
-    elif before.target.config != config:
-        bases = _undo(before.target, keeping=config)
+    elif (exchanged := before.target.replaced()) or before.target.config != config:
+        for name in {*exchanged} & {*before.target.denoisers}:
+            _check_denoiser(name, getattr(subject, name), subject)
+        bases = _undo(before.target, keeping=None if exchanged else config)
         try:
             _apply(subject, config, bases)
         except InputError:
@@ -90,9 +94,10 @@ def _undo(target: Target, *, keeping: Config | None = None) -> list[Base]:
     same = wanted == (target.config.quant, target.config.keep_base)
     for base in () if same else target.bases:
         base.check()
-    target.undo.close()
-    for base in () if same else target.bases:
-        base.put_back()
+    with torch.inference_mode(target.inference):
+        target.undo.close()
+        for base in () if same else target.bases:
+            base.put_back()
     return target.bases if same else []
 
 
@@ -107,9 +112,19 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
         denoisers=denoisers,
         place=device_for(config),
         bases=list(bases),
+        inference=any(map(in_inference, denoisers.values())),
     )
     for name, denoiser in target.denoisers.items():
         _check_denoiser(name, denoiser, subject)
+    # What is made of weights is of their kind: in inference mode a weight of training would not come back as one.
+    with torch.inference_mode(target.inference):
+        acceleration = _passes(target, bases)
+    acceleration.seconds = time.perf_counter() - started
+
+
+def _passes(target: Target, bases: Sequence[Base]) -> Acceleration:
+    """Check all passes, then apply those that are wanted, in order; every failure leaves nothing behind."""
+    subject, config = target.subject, target.config
     with held_out(target.denoisers.values() if config.lora != "off" else (), target.bases):
         wanted = wanted_passes(target)
     acceleration = Acceleration(target=target, seconds=0.0)
@@ -125,12 +140,16 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
         if subject not in target.denoisers.values():
             # Not `failing`: undos also come later, with a scheduler that is put in later.
             scope_pipeline(
-                subject, members={**lora_methods(target), **members}, undo=lambda step: target.undo.callback(step)
+                subject,
+                members={**lora_methods(target), **members},
+                undo=lambda step: target.undo.callback(step),
+                opening=target.warn_of_replaced,
             )
         target.undo = failing.pop_all()
     order = [one.name for one in PASSES]
     target.notes.sort(key=lambda note: order.index(note.name))
-    acceleration.seconds = time.perf_counter() - started
+    target.remember_parts()
+    return acceleration
 
 
 @contextmanager
@@ -211,5 +230,5 @@ def _check_denoiser(name: str, denoiser: torch.nn.Module, subject: Any) -> None:
             f"the {name} carries diffusers hooks (group offload, layerwise casting or a cache); accelerate it first "
             "and enable them afterwards"
         )
-    if "forward" in vars(denoiser) and not hasattr(denoiser, "_hf_hook") and not holds_own_forward(denoiser):
+    if replaced(denoiser) and not hasattr(denoiser, "_hf_hook"):
         raise InputError(f"the {name}'s forward was replaced on the instance; `del {name}.forward` first")

@@ -16,7 +16,7 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
 
     Name, module and qualified name stay, so isinstance, save_pretrained and error messages see the class they know.
     All that was added lives on that class: a deep copy or a pickle of `subject` is an object of the stock class, also
-    where it was given several.
+    where it was given several. Those are undone in any order.
     """
     stock: Any = type(subject)
     known: Any = stock_class(stock)
@@ -36,8 +36,14 @@ def give_class(subject: Any, members: dict[str, Any]) -> Callable[[], None]:
     reference = weakref.ref(subject)
 
     def undo() -> None:
-        if type(alive := reference()) is one_off:
-            alive.__class__ = stock  # pyright: ignore[reportAttributeAccessIssue]
+        one_off.vivace_undone = True
+        alive: Any = reference()
+        kind: Any = type(alive)
+        # One that lies below another's stays until that one goes.
+        while "vivace_undone" in vars(kind):
+            kind = kind.__base__
+        if alive is not None and kind is not type(alive):
+            alive.__class__ = kind
 
     return undo
 

@@ -109,15 +109,22 @@ def within(request: Request | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def scope_pipeline(pipe: Any, *, members: dict[str, Any], undo: Callable[[Callable[[], None]], Any]) -> None:
+def scope_pipeline(
+    pipe: Any,
+    *,
+    members: dict[str, Any],
+    undo: Callable[[Callable[[], None]], Any],
+    opening: Callable[[], None] = lambda: None,
+) -> None:
     """Give `pipe` a class whose `__call__` opens and closes a Request; `members` are added to that class.
 
-    Undos are handed to `undo`.
+    Undos are handed to `undo`; `opening` is called before each Request.
     """
     stock = type(pipe)
 
     @functools.wraps(stock.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        opening()
         # Each time, because the user may have put in another scheduler since.
         scheduler = getattr(self, "scheduler", None)
         count_steps(scheduler, undo)

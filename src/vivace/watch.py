@@ -80,8 +80,15 @@ class Watch:
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether a call of `module` does something besides its class's forward."""
-    return _hooked(vars(module))
+    return bool(module._forward_hooks or module._forward_pre_hooks) or replaced(module)
 
 
-def _hooked(state: dict[str, Any]) -> bool:
-    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+def replaced(module: torch.nn.Module) -> bool:
+    """Whether the instance holds another forward than its class's."""
+    return "forward" in vars(module) and not holds_own_forward(module)
+
+
+def holds_own_forward(module: torch.nn.Module) -> bool:
+    """Whether the instance holds its class's own forward, as accelerate's hooks leave it behind."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is type(module).forward

@@ -72,6 +72,26 @@ def test_copies_are_as_they_were(vae, made):
     assert [norm.eps for norm in vae_range._norms(again)] == [norm.eps for norm in vae_range._norms(stock)]
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_it_shows_and_what_is_loaded_into_it_is_not_scaled(vae, assign):
+    other = copy.deepcopy(vae)
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    exact = through(other)
+    half, loaded = vae.to(torch.float16), {n: t.half() for n, t in other.state_dict().items()}
+    stock = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    with ExitStack() as undo:
+        vae_range.Scaled(half, vae_range.exponent(half)).install(undo=undo)
+        shown = half.state_dict(prefix="vae.")
+        assert [*shown] == [f"vae.{name}" for name in stock]
+        assert all(torch.equal(shown[f"vae.{name}"], tensor) for name, tensor in stock.items())
+        half.load_state_dict({name: tensor.clone() for name, tensor in loaded.items()}, assign=assign)
+        for ours, wanted in zip(through(half), exact, strict=True):
+            assert (ours - wanted).norm() < 5e-3 * wanted.norm()
+        assert all(torch.equal(half.state_dict()[name], tensor) for name, tensor in loaded.items())
+    assert all(torch.equal(half.state_dict()[name], tensor) for name, tensor in loaded.items())
+
+
 def test_in_float32_a_power_of_two_changes_nothing(vae):
     """That every reader of what was scaled is a norm: a convolution forgotten would show here."""
     vae = vae.double()

@@ -310,3 +310,20 @@ def test_a_picture_does_not_depend_on_its_neighbours():
         together = denoiser(**loud)[0][:1]
     # One scale for both samples would cost 100 times the precision.
     assert distance(together, alone) < 2e-3
+
+
+def test_a_checkpoint_loaded_into_quantised_layers_is_what_restore_gives_back(sd3_pipe, sd3_latents):
+    stock = copy.deepcopy(sd3_pipe)
+    vivace.accelerate(sd3_pipe, quant="int8", keep_base="host")
+    sd3_pipe.transformer.load_state_dict(sd3_pipe.transformer.state_dict())  # what it shows is no other checkpoint
+    vivace.restore(sd3_pipe)
+    assert torch.equal(sd3_latents(sd3_pipe), sd3_latents(stock))
+    vivace.accelerate(sd3_pipe, quant="int8", keep_base="host")
+    other = {name: tensor * 1.5 for name, tensor in stock.transformer.state_dict().items()}
+    sd3_pipe.transformer.load_state_dict(other)
+    stock.transformer.load_state_dict(other)
+    assert distance(sd3_latents(sd3_pipe), sd3_latents(stock)) < 0.2
+    copied = copy.deepcopy(sd3_pipe.transformer)
+    copied.load_state_dict({name: tensor * 0 for name, tensor in other.items()})  # is none of ours
+    vivace.restore(sd3_pipe)
+    assert torch.equal(sd3_latents(sd3_pipe), sd3_latents(stock))

@@ -123,3 +123,41 @@ def test_every_decoder_can_be_rehearsed(family):
     with torch.no_grad():
         for kwargs in rehearsed_calls(vae):
             assert 3 in skeleton(vae).decode(**kwargs, return_dict=False)[0].shape
+
+
+def hook(vae):
+    """What an offload that came later leaves on every layer: a forward of the instance's around the one it found."""
+    from accelerate import cpu_offload
+
+    cpu_offload(vae, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "wan"])
+def test_hooks_that_came_later_compute_stock_again_after_restore(family):
+    pipe = FAMILIES[family].tiny()
+    z = torch.randn(1, 4, 8, 8) if family == "sdxl" else torch.randn(1, pipe.vae.config.z_dim, 2, 8, 8)
+
+    @torch.no_grad()
+    def decoded():
+        return pipe.vae.decode(z).sample
+
+    stock = decoded()
+    vivace.accelerate(pipe)
+    hook(pipe.vae)
+    torch.testing.assert_close(decoded(), stock, rtol=1e-3, atol=1e-4)
+    vivace.accelerate(pipe, fuse="off")
+    assert note(pipe).detail == "its blocks carry hooks"
+    assert torch.equal(decoded(), stock)
+    vivace.restore(pipe)
+    assert torch.equal(decoded(), stock)
+
+
+def test_a_compiled_autoencoder_is_fused_inside_of_its_wrapper(unet_pipe):
+    stock = picture(unet_pipe)
+    unet_pipe.vae = torch.compile(unet_pipe.vae, backend="eager")
+    assert isinstance(unet_pipe.vae, torch._dynamo.OptimizedModule)
+    vivace.accelerate(unet_pipe)
+    assert note(unet_pipe).done
+    assert np.abs(picture(unet_pipe) - stock).max() <= 1
+    vivace.restore(unet_pipe)
+    assert np.array_equal(picture(unet_pipe), stock)

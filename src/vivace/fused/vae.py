@@ -7,7 +7,7 @@ decode, tiles, slices, strips, frames that come one by one. With gradients enabl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -56,9 +56,12 @@ def check(vae: torch.nn.Module) -> str | None:
 def fuse(vae: torch.nn.Module, *, elementwise: Elementwise, undo: ExitStack) -> dict[str, int]:
     """Give the blocks of `vae` their fused forwards; returns how many of each kind."""
     counts: dict[str, int] = {}
+    serving: set[int] = set()
     for kind, module, forward in list(_forwards(vae, elementwise=elementwise)):
-        undo.callback(give_class(module, {"forward": _without_gradients(type(module), forward)}))
+        undo.callback(give_class(module, {"forward": _serving(type(module), forward, serving)}))
+        serving.add(id(module))
         counts[kind] = counts.get(kind, 0) + 1
+    undo.callback(serving.clear)
     return counts
 
 
@@ -80,10 +83,12 @@ def _forwards(vae: torch.nn.Module, *, elementwise: Elementwise) -> Iterator[tup
             yield "upsamplings", module, _upsampled
 
 
-def _without_gradients(stock: Any, forward: Forward) -> Forward:
+def _serving(stock: Any, forward: Forward, serving: Container[int]) -> Forward:
     @functools.wraps(stock.forward)
     def call(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return (stock.forward if torch.is_grad_enabled() else forward)(module, *args, **kwargs)
+        # An offload's hook that came later keeps this for good, and may have been copied to another module.
+        fused = id(module) in serving and not torch.is_grad_enabled()
+        return (forward if fused else stock.forward)(module, *args, **kwargs)
 
     return call
 

@@ -77,30 +77,61 @@ class Scaled:
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def install(self, *, undo: ExitStack) -> None:
-        """Scale it, and let its pipeline know that it need not widen it; what is saved or copied is as it was."""
-        scaled, stock = self, type(self.vae)
+        """Scale it, and let its pipeline know that it need not widen it.
+
+        What is saved, copied or loaded is as it was, and so is what it shows of itself.
+        """
+        self.put_on()
+        undo.callback(self.take_back)
+        undo.callback(give_class(self.vae, self._members(type(self.vae))))
+
+    def _members(self, stock: Any) -> dict[str, Any]:
+        scaled = self
 
         @functools.wraps(stock.save_pretrained)
         def save_pretrained(vae: Any, *args: Any, **kwargs: Any) -> Any:
             with scaled.lifted():
                 return stock.save_pretrained(vae, *args, **kwargs)
 
+        @functools.wraps(stock.state_dict)
+        def state_dict(vae: Any, *args: Any, **kwargs: Any) -> Any:
+            found = stock.state_dict(vae, *args, **kwargs)
+            if vae is scaled.vae and not kwargs.get("keep_vars"):
+                found.update(scaled.originals(prefix=kwargs.get("prefix", "")))
+            return found
+
+        @functools.wraps(stock.load_state_dict)
+        def load_state_dict(vae: Any, *args: Any, **kwargs: Any) -> Any:
+            with scaled.lifted():
+                result = stock.load_state_dict(vae, *args, **kwargs)
+                # Other weights, another range.
+                scaled.factor = 2.0 ** -(exponent(vae) or 0)
+            return result
+
         def __getstate__(vae: Any) -> dict[str, Any]:
             with scaled.lifted():
                 return copy.deepcopy(vae.__dict__)
 
-        self.put_on()
-        undo.callback(self.take_back)
-        undo.callback(give_class(self.vae, {"save_pretrained": save_pretrained, "__getstate__": __getstate__}))
+        members = (save_pretrained, state_dict, load_state_dict, __getstate__)
+        return {member.__name__: member for member in members}
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The weights as they were, for a while."""
-        self.take_back()
+        on = bool(self._originals)
+        if on:
+            self.take_back()
         try:
             yield
         finally:
-            self.put_on()
+            if on:
+                self.put_on()
+
+    def originals(self, *, prefix: str) -> dict[str, torch.Tensor]:
+        """What was scaled as it was, by its name; nothing while it is lifted."""
+        names = {id(parameter): name for name, parameter in self.vae.named_parameters()}
+        known = [(names.get(id(parameter)), parameter, original) for parameter, original in self._originals]
+        return {f"{prefix}{name}": original.to(one.device, one.dtype) for name, one, original in known if name}
 
     def put_on(self) -> None:
         for parameter in _writers(self.vae):

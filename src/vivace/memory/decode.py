@@ -69,9 +69,9 @@ def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way]) -> torch.Te
     for name, way in ways:
         try:
             return way(vae, z)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             failed.append(name)
-            logger.warning("the decode ran out of memory %s; the latents are kept", name)
+            logger.warning("the decode ran out of memory %s; the latents are kept: %s", name, error)
         # Outside of the handler: the error's traceback holds what the failed try had allocated.
         _return_unused(z.device)
     path = _keep(z)

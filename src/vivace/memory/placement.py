@@ -79,7 +79,7 @@ class Placement:
     parked: bool = False  # of several denoisers one at a time is on the device
     kept: int = 0  # bytes that a step cache holds during a request
     stock: str | None = None  # why the denoisers' blocks stay stock where some are streamed, None where they do not
-    small: bool = False  # nothing is recorded, since there is no room for that
+    small: bool = False  # nothing is recorded: more of the denoiser stays on the device instead
 
     @property
     def resident(self) -> int:
@@ -137,7 +137,7 @@ class Placement:
         """Why nothing can be recorded, None where something may be."""
         if self.parked:
             return f"{self.moves}, and a recording would keep their first place"
-        return "what a recording holds has no room in this budget" if self.small else None
+        return "what a recording holds is better used for weights in this budget" if self.small else None
 
     def place_of(self, name: str) -> Placed:
         """Where the component of that name lives; KeyError where there is none."""

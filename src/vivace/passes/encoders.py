@@ -41,6 +41,8 @@ def _check(target: Target) -> str | None:
     if reason := format_of(format).refuses(target.device):
         return reason
     for name, encoder in encoders.items():
+        if any(isinstance(module, EncoderLinear) for module in encoder.modules()):
+            return f"{name} is in few bits already, through another pipeline; call vivace.restore on that one first"
         if reason := foreign(encoder):
             return f"{name}: {reason}"
         chosen = [layer.name for layer in _layers(target, encoder) if layer.format]

@@ -9,7 +9,7 @@ from vivace.config import Config, Switch
 from vivace.lora import files
 from vivace.lora.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
 from vivace.lora.merged import Merged
-from vivace.lora.side import Sides
+from vivace.lora.side import Sides, hidden
 from vivace.passes.quantize import came_in_few_bits, quantises
 from vivace.passes.target import Pass, Target, device_of
 
@@ -27,6 +27,9 @@ def _check(target: Target) -> str | None:
             return f"a {type(denoiser).__name__} takes no LoRA"
         if why := refuses(denoiser):
             return f"{name}.{why}; PEFT computes it"
+        linears = ((at, m) for at, m in denoiser.named_modules() if target.config.lora == "side" and m._parameters)
+        if why := next((why for at, m in linears if (why := hidden(at, m))), None):
+            return f"{name}.{why}; lora='off' leaves adapters to PEFT"
     why = _only_beside(target) if target.config.lora == "merged" else None
     return f"{why}; lora='side' puts adapters beside them" if why else None
 

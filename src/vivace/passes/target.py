@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
 from vivace.config import Config, Switch
+from vivace.one_off import behind
 
 if TYPE_CHECKING:
     from vivace.family import Family
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from vivace.prompts import Prompts
     from vivace.quant.layers import Layer
     from vivace.quant.originals import Base
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,9 @@ class Target:
     undo: ExitStack = field(default_factory=ExitStack)
     bases: list[Base] = field(default_factory=list)  # originals of quantised layers; they outlive a re-acceleration
     layers: dict[str, tuple[Layer, ...]] = field(default_factory=dict)  # denoiser -> what became of its linears
+    parts: dict[str, ref[torch.nn.Module]] = field(default_factory=dict)  # the pipeline's components; not held
+    _told: set[str] = field(default_factory=set)
+    inference: bool = False  # whether weights are tensors of torch's inference mode
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +70,21 @@ class Target:
             for name in self.family.blocks if self.family else repeating_lists(denoiser):
                 for index, block in enumerate(denoiser.get_submodule(name).children()):
                     yield f"{name}.{index}", block
+
+    def remember_parts(self) -> None:
+        """Know from now on what was accelerated."""
+        self.parts = {name: ref(part) for name, part in modules_of(self.subject).items()}
+
+    def replaced(self) -> list[str]:
+        """The components in whose place the pipeline has others since: those are stock."""
+        now = {name: uncompiled(behind(getattr(self.subject, name, None))) for name in self.parts}
+        return [name for name, part in now.items() if part is not None and part is not self.parts[name]()]
+
+    def warn_of_replaced(self) -> None:
+        """Say once of each replaced component that it is stock."""
+        for name in (name for name in self.replaced() if name not in self._told):
+            logger.warning("the %s was replaced and is stock; call vivace.accelerate again", name)
+            self._told.add(name)
 
     def done(self, name: str, detail: str) -> None:
         self.notes.append(Note(name=name, done=True, detail=detail))
@@ -96,6 +119,18 @@ def types_of(module: torch.nn.Module) -> dict[torch.dtype, None]:
     return dict.fromkeys(dtype for dtype in parameters if dtype.is_floating_point)
 
 
+def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """A pipeline's components that are modules, by name; a bare module has none."""
+    parts = {} if isinstance(pipe, torch.nn.Module) else getattr(pipe, "components", None) or vars(pipe)
+    found = {name: uncompiled(behind(part)) for name, part in parts.items()}
+    return {name: part for name, part in found.items() if isinstance(part, torch.nn.Module)}
+
+
+def in_inference(module: torch.nn.Module) -> bool:
+    """Whether its weights were made in torch's inference mode."""
+    return any(parameter.is_inference() for parameter in module.parameters())
+
+
 def device_of(module: torch.nn.Module) -> torch.device:
     """Where `module` computes: the device its weights come to, else where its parameters lie."""
     if (placed := getattr(type(module), "vivace_device", None)) is not None:
@@ -114,6 +149,14 @@ def device_of(module: torch.nn.Module) -> torch.device:
 def hooks_of(module: torch.nn.Module) -> dict[str, Any]:
     """The diffusers hooks on a module; the empty registry that a call of `cache_context` leaves holds none."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def uncompiled(part: Any) -> Any:
+    """The module inside of the wrapper that `torch.compile` returns, whose class has none of its methods; else itself.
+
+    Of an autoencoder the wrapper compiles its `forward`, which no pipeline calls.
+    """
+    return part._orig_mod if isinstance(part, torch._dynamo.OptimizedModule) else part
 
 
 def repeating_lists(denoiser: torch.nn.Module) -> list[str]:

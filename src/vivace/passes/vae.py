@@ -16,7 +16,7 @@ from vivace.fused.elementwise import TORCH, elementwise_for
 from vivace.fused.postprocess import on_device
 from vivace.kernels.language import triton
 from vivace.kernels.rehearsal import rehearse, skeleton
-from vivace.passes.target import Pass, Target, hooks_of
+from vivace.passes.target import Pass, Target, hooks_of, uncompiled
 from vivace.watch import hooked
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ SIDES = (32, 160)
 
 def vae_of(target: Target) -> Any:
     """The pipeline's autoencoder, or None."""
-    vae = getattr(target.subject, "vae", None) if target.subject not in target.denoisers.values() else None
+    vae = uncompiled(getattr(target.subject, "vae", None)) if target.subject not in target.denoisers.values() else None
     return vae if isinstance(vae, torch.nn.Module) and hasattr(vae, "decode") else None
 
 

@@ -19,14 +19,14 @@ from vivace.memory.decode import rescue
 from vivace.memory.footprint import denoiser_work, work
 from vivace.memory.joined import planning
 from vivace.memory.pinned import available, gib
-from vivace.memory.placement import GIB, LEVELS, Part, Placed, Placement, budget_of, place
+from vivace.memory.placement import BANDWIDTH, GIB, LEVELS, Part, Placed, Placement, budget_of, place
 from vivace.memory.stream import Stream, Turn, tensors_of
 from vivace.one_off import give_class
 from vivace.passes import graphs
 from vivace.passes.cache import held_by
 from vivace.passes.fuse import check_fuse
 from vivace.passes.quantize import savings
-from vivace.passes.target import Pass, Target, hooks_of, repeating_lists
+from vivace.passes.target import Pass, Target, hooks_of, repeating_lists, uncompiled
 
 LARGE = 0.1
 """The share of a module from which on a block comes in parts: two of them have to be on the device."""
@@ -52,6 +52,8 @@ def _check(target: Target) -> str | None:
     for name, module in _modules(target).items():
         if hasattr(module, "_hf_hook") or hooks_of(module):
             return f"the {name} carries offload hooks already; pipe.remove_all_hooks() takes them off"
+        if uncompiled(module) is not module:
+            return f"the {name} is compiled already, which nothing can place; put `pipe.{name}._orig_mod` in its place"
     level = vram if vram in LEVELS else None
     target.placement = planned(target, budget=_budget(target, vram, device), level=level)
     # A plan made where there is no GPU is for another machine.
@@ -120,6 +122,7 @@ def _move(target: Target, module: Any) -> None:
 def planned(target: Target, *, budget: int | None, level: str | None = None) -> Placement:
     """The quickest placement: with fused blocks, and with room for recordings, where that fits.
 
+    Blocks that take longer to come than to launch leave a recording nothing to save: then weights have its room.
     Raises InputError, with the smallest budget that would do, where none fits.
     """
     saved, config, kept = savings(target), target.config, held_by(target)
@@ -135,10 +138,14 @@ def planned(target: Target, *, budget: int | None, level: str | None = None) -> 
         (stock, parts), small = way
         parts = [replace(part, recorded=0) for part in parts] if small else parts
         try:
-            return replace(place(parts, budget=budget, level=level, kept=kept), stock=stock, small=small)
+            found = replace(place(parts, budget=budget, level=level, kept=kept), stock=stock, small=small)
         except InputError:
             if way is ways[-1]:
                 raise
+            continue
+        copying = found.moved_per_call / BANDWIDTH
+        if small or way is ways[-1] or config.graphs == "on" or copying < graphs.LAUNCHED:
+            return found
     raise AssertionError("the last way is a placement or an error")
 
 
@@ -178,7 +185,7 @@ def parts_of(target: Target, *, saved: Mapping[int, int] | None = None) -> list[
 
     `saved` is what quantising will take off the modules of these ids; None: to be found.
     """
-    parts, graphed = [], graphs.recorded(target) is not None and not target.config.check_nan
+    parts, graphed = [], graphs.wanted(target) and not target.config.check_nan
     saved = savings(target) if saved is None else saved
     for name, module in _modules(target).items():
         kind = "denoiser" if name in target.denoisers else "vae" if name == "vae" else _kind(name)
@@ -219,7 +226,7 @@ def _modules(target: Target) -> dict[str, torch.nn.Module]:
 
 
 def _vae(target: Target) -> Any:
-    vae = _modules(target).get("vae")
+    vae = uncompiled(_modules(target).get("vae"))
     return vae if hasattr(vae, "decode") else None
 
 

@@ -43,6 +43,9 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", bias)
         self.cache: dict[str, Any] = {}  # what a product keeps beside the packed weight
+        self.keep: Callable[[torch.Tensor], None] | None = (
+            None  # takes a weight that is loaded, where originals are kept
+        )
         # From shapes: where blocks are streamed, what is large lies elsewhere than its scales.
         weight = format.unpack({k: torch.empty_like(t[:1], device="meta") for k, t in packed.items()}, dtype)
         self.in_features, self.out_features = weight.shape[1], next(iter(packed.values())).shape[0]
@@ -125,7 +128,7 @@ class QuantLinear(torch.nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}}
+        return {**self.__dict__, "cache": {}, "keep": None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.dequantised()
@@ -139,6 +142,9 @@ class QuantLinear(torch.nn.Module):
                 # There is no memory to write into.
                 self._buffers.update(self.format.pack(weight.detach(), self.how))
             else:
+                # What it shows of itself tells nothing of the original.
+                if self.keep is not None and not torch.equal(weight.to(self.device, self.dtype), self.dequantised()):
+                    self.keep(weight.detach())
                 # In place: it may be a part of what is joined, or streamed.
                 self.rewrite(self.format.pack(weight.to(self.device), self.how))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class Base:
             parent._modules[leaf] = stand_in
         self.swaps.append(Swap(name=name, original=original, stand_in=stand_in, **where))
         weight = original.weight
+        if self.kept == "host":
+            stand_in.keep = functools.partial(_keep, weight)
         if self.kept != "host":
             weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
         elif weight.device.type != "cpu":
@@ -100,6 +103,11 @@ class Base:
                 if parent._modules.get(leaf) is stand_in:
                     parent._modules[leaf] = swap.original
         self.swaps.clear()
+
+
+def _keep(weight: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Another original in the place of the one on the host: a checkpoint was loaded into the quantised layer."""
+    weight.data = loaded.to(weight.device, weight.dtype, copy=True)
 
 
 def never_kept(denoiser: torch.nn.Module, *, places: Mapping[torch.nn.Module, list[tuple[Any, str]]]) -> Base:
