@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
 
 import vivace
@@ -201,3 +202,26 @@ def test_kinds_left_to_peft(sd3_pipe, sd3_latents):
     assert any("to_q" in reason for reason in vivace.report(sd3_pipe).calls["transformer"])
     with pytest.raises(InputError, match="lora='merged' cannot be done here"):
         vivace.accelerate(stock, lora="merged")
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_the_two_spellings_that_diffusers_writes_into_one_file(unet_pipe, accelerated):
+    """Its training scripts spell a UNet's attention in one way, and convolutions in PEFT's."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import get_peft_model_state_dict
+
+    def adapted(pipe):
+        return {name for name, module in pipe.unet.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    trained, pipe = copy.deepcopy(unet_pipe), copy.deepcopy(unet_pipe)
+    trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    factors = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.unet))
+    file = {f"unet.{name}": tensor for name, tensor in factors.items()}
+    assert any(".lora.down." in name for name in file)
+    assert any(".lora_A." in name for name in file)
+    if accelerated:
+        vivace.accelerate(pipe)
+    files.load(pipe, file)
+    vivace.restore(pipe)
+    assert adapted(pipe) == adapted(trained)

@@ -105,3 +105,23 @@ def test_every_family_with_fused_blocks(family, mode, lora_of):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(outputs[0], plain, atol=1e-2)
     assert set(vivace.report(pipe).calls[name]) == {"fused blocks"}
+
+
+@pytest.mark.parametrize("order", ["load first", "cast first"])
+def test_layers_behind_hooks_stay_with_peft(sd3_pipe, lora_of, order):
+    """Hooks call the forward that they found, so what is beside a layer would be left out."""
+    stock, file = copy.deepcopy(sd3_pipe), lora_of(sd3_pipe.transformer)
+    steps = [
+        lambda pipe: pipe.load_lora_weights(dict(file)),
+        lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float32, torch.float32),
+    ]
+    bare = call(stock)
+    vivace.accelerate(sd3_pipe, lora="side")
+    for step in steps if order == "load first" else reversed(steps):
+        step(sd3_pipe)
+        step(stock)
+    assert not torch.allclose(call(stock), bare, atol=1e-2)
+    assert torch.equal(call(sd3_pipe), call(stock))
+    vivace.restore(sd3_pipe)
+    with pytest.raises(InputError, match="carries a hook, behind which nothing is added"):
+        vivace.accelerate(sd3_pipe, lora="side")

@@ -77,3 +77,39 @@ def test_those_of_one_mode_go_together_as_many_as_there_are_places(pipe, start, 
     assert first.started < other.started
     assert sum(job.started < other.started for job in more) == ahead
     assert last.started > other.started
+
+
+def test_nobody_goes_along_past_what_is_more_urgent(pipe, start, order, gated):
+    engine, gate = start(pipe), gated(pipe.transformer)
+    gate.shut()
+    jobs = [engine.submit(order())]
+    assert gate.reached.wait(120)
+    asked = [("balanced", 2), ("fast", 1), ("balanced", 0), ("balanced", 0)]
+    jobs += [engine.submit(order(quality=name, priority=priority)) for name, priority in asked]
+    gate.open.set()
+    for job in jobs:
+        job.result(60)
+    started = [job.started for job in jobs]
+    assert started == sorted(started)
+
+
+@pytest.mark.parametrize("why", ["cancelled", "late"])
+def test_who_does_not_wait_any_more_holds_nobody_back(pipe, start, order, gated, why):
+    engine, gate = start(pipe), gated(pipe.transformer)
+    gate.shut()
+    running = engine.submit(order())
+    assert gate.reached.wait(120)
+    other = engine.submit(order(quality="balanced", queue_seconds=1 if why == "late" else None))
+    same = engine.submit(order())
+    deadline = time.monotonic() + 60
+    while engine._backlog.idle < 15:  # all have looked, and found nothing
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if why == "cancelled":
+        other.cancel()
+    while same.status == "queued":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert running.status == "running"
+    gate.open.set()
+    same.result(60)

@@ -2,12 +2,15 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Img2ImgPipeline
 from PIL import Image
 
 import vivace
@@ -161,6 +164,14 @@ def test_what_is_no_model_or_is_asked_to_be_another_one(pipe):
         Engine(models={"tiny": Spec(source=pipe, device="cpu")})
 
 
+def test_one_denoiser_is_one_models(pipe):
+    """The other's preset would be on it."""
+    other = StableDiffusion3Img2ImgPipeline(**pipe.components)
+    for one in (pipe, other):
+        with pytest.raises(InputError, match="good and quick have the same transformer"):
+            Engine(models={"good": pipe, "quick": Spec(source=one, preset="fast")})
+
+
 def test_lora_scale_in_attention_kwargs_is_refused(order):
     with pytest.raises(FieldError, match="lora=\\{alias: weight\\}"):
         order(arguments={"joint_attention_kwargs": {"scale": 0.5}})
@@ -303,3 +314,18 @@ def test_alone_or_together_on_a_gpu(start, order, pixels, graphs):
     engine.submit(order()).result(60)
     gc.collect()
     assert torch.cuda.memory_allocated() <= memory + 2**20
+
+
+FORGETFUL = """
+from vivace.families import FAMILIES
+from vivace.serve import Engine, Request
+job = Engine(models={"tiny": FAMILIES["sd3"].tiny()}).submit(Request(prompt="a", size=(64, 64), steps=5000))
+while not job.events:
+    pass
+raise SystemExit(3)
+"""
+
+
+def test_a_process_that_does_not_close_its_engine_ends_as_it_would():
+    ended = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, timeout=120, check=False)
+    assert ended.returncode == 3, ended.stderr

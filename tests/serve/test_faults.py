@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from vivace.families import FAMILIES
-from vivace.serve import Engine, Spec
+from vivace.serve import Engine
 from vivace.serve.call import Axes
 from vivace.serve.engine import LOST_TO_MEMORY
 from vivace.serve.failures import Busy, Cancelled, DeadlineExceeded, Failure, FieldError, OutOfMemory, Unavailable
@@ -211,60 +210,6 @@ def test_a_device_that_is_lost_outside_of_a_call_is_lost_too(engine, pipe, order
         engine.submit(order()).result(60)
     assert engine.lost
     assert engine.health().reason == "the device is lost"
-
-
-@pytest.mark.parametrize("preset", ["exact", None])
-def test_a_lora_that_does_not_fit(pipe, start, order, tmp_path, preset):
-    other = tmp_path / "other.safetensors"
-    save_file({"transformer.no.such.lora_A.weight": torch.zeros(4, 8)}, other)
-    misfit = tmp_path / "misfit.safetensors"
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    save_file({f"{name}.lora_A.weight": torch.zeros(4, 999), f"{name}.lora_B.weight": torch.zeros(32, 4)}, misfit)
-    broken = tmp_path / "broken.safetensors"
-    save_file(
-        {f"{name}.lora_A.weight": torch.full((4, 32), torch.nan), f"{name}.lora_B.weight": torch.zeros(32, 4)}, broken
-    )
-    engine = start(Spec(source=pipe, preset=preset, loras={"other": other, "misfit": misfit, "broken": broken}))
-    before = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
-    for alias in ("other", "misfit", "broken"):
-        with pytest.raises(FieldError, match="does not fit") as error:
-            engine.submit(order(lora={alias: 1.0})).result(60)
-        assert error.value.field == "lora"
-        assert engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes() == before
-
-
-def test_loras_are_each_requests_own(pipe, start, order, tmp_path):
-    style = tmp_path / "style.safetensors"
-    width, generator = 32, torch.Generator().manual_seed(0)
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    parts = {"lora_A": (4, width), "lora_B": (width, 4)}
-    save_file({f"{name}.{key}.weight": torch.randn(*shape, generator=generator) for key, shape in parts.items()}, style)
-    engine = start(Spec(source=pipe, loras={"style": style}))
-    plain = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
-    with_style = engine.submit(order(lora={"style": 1.0}, deterministic=True)).result(60)
-    assert with_style.effective["lora"] == {"style": 1.0}
-    assert with_style.pictures[0].tobytes() != plain
-    weights = [{}, {"style": 1.0}, {"style": 0.5}, {}, {"style": 1.0}, {}]
-    jobs = [engine.submit(order(lora=lora, deterministic=True)) for lora in weights]
-    found = [job.result(60).pictures[0].tobytes() for job in jobs]
-    assert found[0] == found[3] == found[5] == plain
-    assert found[1] == found[4] == with_style.pictures[0].tobytes()
-    assert found[2] not in (plain, found[1])
-
-
-def test_a_lora_may_go_by_any_alias(pipe, start, order, lora_of, tmp_path):
-    """PEFT makes an attribute of an adapter's name."""
-    style = tmp_path / "style.safetensors"
-    save_file(lora_of(pipe.transformer), style)
-    engine = start(Spec(source=pipe, loras=dict.fromkeys(("style", "half", "style-v1.5"), style)))
-    found = [
-        engine.submit(order(lora={alias: 0.5}, deterministic=True)).result(60)
-        for alias in engine.models["tiny"].spec.loras
-    ]
-    assert len({one.pictures[0].tobytes() for one in found}) == 1
-    assert [dict(one.effective["lora"]) for one in found] == [{"style": 0.5}, {"half": 0.5}, {"style-v1.5": 0.5}]
-    both = engine.submit(order(lora={"half": 0.25, "style-v1.5": 0.25}, deterministic=True)).result(60)
-    assert both.pictures[0].tobytes() != engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
 
 
 def _outcome(job) -> str:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -37,8 +38,11 @@ def test_a_closed_loop_has_as_many_at_a_time_as_it_has_clients():
 
 
 def test_nobody_is_always_the_first_or_after_the_same_one():
-    orders = [rotated("abc", number=number) for number in range(4)]
-    assert orders == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b"), ("a", "b", "c")]
+    orders = ["".join(rotated("abc", number=number)) for number in range(7)]
+    assert orders == ["abc", "bca", "cab", "cba", "acb", "bac", "abc"]
+    after = Counter(pair for order in orders[:6] for pair in pairwise(order))
+    assert set(after.values()) == {2}
+    assert len(after) == 6
 
 
 def one_round(latencies, seconds, failed=0):

@@ -1,7 +1,9 @@
 """Models behind aliases: loaded when used, in one mode at a time, unloaded when others need the room."""
 
 import itertools
+import shutil
 import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -10,19 +12,20 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.nn import Module
 
 from vivace import Config, InputError
 from vivace.accelerate import accelerate, acceleration_of
 from vivace.config import resolve
 from vivace.evals.sample import draw
 from vivace.families import FAMILIES
-from vivace.few_step import FOLDER, use_few_step
+from vivace.few_step import FOLDER, WEIGHTS, use_few_step
 from vivace.load import Source, find, load_source
 from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
 from vivace.serve.failures import Cancelled, FieldError, OutOfMemory, Unavailable
-from vivace.serve.model import Mode, Model
+from vivace.serve.model import BUILDING, Mode, Model
 from vivace.serve.prepare import prepare
 from vivace.serve.room import Room
 
@@ -47,6 +50,49 @@ def test_loaded_at_first_use_and_unloaded_least_recently_used_first(folder, orde
         again = engine.submit(order(model="b", deterministic=True)).result(60)
         assert again.pictures[0].tobytes() == first["b"].pictures[0].tobytes()
         assert engine.models["a"].pipe is None
+
+
+def test_models_that_are_first_used_at_the_same_time(folder, pipe, order, lora_of, tmp_path):
+    """While diffusers, transformers and peft make modules they change torch's own class for all threads."""
+    save_file(lora_of(pipe.transformer), tmp_path / "style.safetensors")
+    spec, register = (
+        Spec(source=str(folder), loras={"style": tmp_path / "style.safetensors"}),
+        Module.register_parameter,
+    )
+    with Engine(models=dict.fromkeys("abcd", spec)) as engine:
+        engine.submit(order(model="a")).result(60)
+        jobs = [engine.submit(order(model=alias, deterministic=True)) for alias in "bcd"]
+        jobs += [engine.submit(order(model="a", lora={"style": weight})) for weight in (0.1, 0.2, 0.3)]
+        found = [job.result(60).pictures[0].tobytes() for job in jobs]
+    assert found[0] == found[1] == found[2]
+    assert Module.register_parameter is register
+
+
+def test_who_waits_for_anothers_load_can_be_cancelled(folder, order):
+    with Engine(models={"a": str(folder)}) as engine:
+        with BUILDING:
+            job = engine.submit(order())
+            deadline = time.monotonic() + 60
+            while job.status == "queued":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.result(30)
+        engine.submit(order()).result(60)
+
+
+def test_no_model_is_parked_while_modules_are_made(folder):
+    """Where it is parked, other accelerations hold, and those make modules too."""
+    model = Model("a", Spec(source=str(folder)))
+    model.ready(model.mode_of(Request()))
+    parking = threading.Thread(target=model.park)
+    with BUILDING:
+        parking.start()
+        parking.join(0.2)
+        assert parking.is_alive()
+    parking.join(60)
+    assert model.parked_bytes > 0
 
 
 def test_what_has_to_leave_is_parked_as_far_as_there_is_room(folder, order):
@@ -241,7 +287,7 @@ def test_a_place_that_this_machine_lacks_is_said_before_anything_is_served(folde
 
 def test_one_mode_at_a_time(pipe):
     model = Model("tiny", Spec(source=pipe))
-    plain, styled, alone = Mode(preset="exact"), Mode(preset="exact", loras=(("x", 1.0),)), Mode(preset=None, alone=1)
+    plain, styled, alone = Mode(preset=Config()), Mode(preset=Config(), loras=(("x", 1.0),)), Mode(preset=None, alone=1)
     assert model.reserve(plain)
     assert model.reserve(plain)
     assert not model.reserve(styled)
@@ -253,6 +299,13 @@ def test_one_mode_at_a_time(pipe):
     model.leave()
     assert model.reserve(styled)
     model.leave()
+
+
+def test_the_same_by_another_spelling_is_the_same_mode(pipe):
+    model = Model("tiny", Spec(source=pipe))
+    plain, *others = map(model.mode_of, (Request(), Request(quality="exact"), Request(cache="none")))
+    assert others == [plain, plain]
+    assert model.mode_of(Request(cache="firstblock")) != plain
 
 
 def test_what_changes_the_shared_denoiser_runs_alone(start, order):
@@ -283,7 +336,7 @@ def test_a_size_that_a_class_goes_without_is_no_request_for_it():
         prepare(replace(request, size=(64, 64)), source)
 
 
-@pytest.mark.parametrize("given", [None, Config(cache="firstblock:threshold=0.01")])
+@pytest.mark.parametrize("given", [None, Config(cache="firstblock:threshold=0.01", quant="int8")])
 def test_without_a_preset_a_request_gets_the_pipeline_as_it_came_whoever_was_before(pipe, order, given):
     if given is not None:
         accelerate(pipe, given)
@@ -291,6 +344,7 @@ def test_without_a_preset_a_request_gets_the_pipeline_as_it_came_whoever_was_bef
     with Engine(models={"tiny": Spec(source=pipe, preset=None)}) as engine:
         before = engine.submit(plain).result(60)
         assert engine.submit(rough).result(60).calls["skipped"] > 0
+        assert acceleration_of(pipe).target.config == resolve(given, cache=rough.cache)  # and else as it came
         after = engine.submit(plain).result(60)
         assert after.effective == before.effective
         assert after.pictures[0].tobytes() == before.pictures[0].tobytes()
@@ -331,3 +385,14 @@ def test_a_few_step_student_that_is_not_there_is_said_at_once(folder, pipe):
         Engine(models={"quick": Spec(source=str(folder), few_step=True)})
     with pytest.raises(InputError, match="put the student in"):
         Engine(models={"quick": Spec(source=pipe, few_step=True)})
+
+
+def test_a_few_step_student_that_does_not_fit_leaves_no_model_to_draw_without_it(tmp_path):
+    shutil.copytree(find("builtin").path, tmp_path / "model")
+    weights = tmp_path / "model" / FOLDER / WEIGHTS
+    save_file({name.replace("blocks.0", "blocks.99"): value for name, value in load_file(weights).items()}, weights)
+    with Engine(models={"quick": Spec(source=str(tmp_path / "model"), few_step=True)}) as engine:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="quick cannot be loaded"):
+                engine.submit(Request(prompt="a red circle")).result(100)
+        assert not engine.health().ready

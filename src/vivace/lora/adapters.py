@@ -126,6 +126,10 @@ class Effect(Protocol):
         """Whether something now has to be computed beside the weights."""
         ...
 
+    def refuses(self, place: Place) -> str | None:
+        """Why a layer cannot act so and stays with PEFT, or None."""
+        ...
+
     def settle(self, places: Iterable[Place], strength: Strength) -> None:
         """Make what the layers add now, times `strength`, part of what their modules compute."""
 
@@ -158,7 +162,9 @@ class Adapters:
             self._put_in()
             found = [*layers_of(self.denoiser, self._bases)]
             self._put_stand_ins()
-            self.refused = next((why for place in found if (why := _refuses(place))), None)
+            self.refused = next(
+                (why for place in found if (why := _refuses(place) or self.effect.refuses(place))), None
+            )
             self._settled = None
             if self.refused:
                 self.effect.withdraw()

@@ -161,7 +161,8 @@ def _complete(state: dict[str, torch.Tensor]) -> None:
 
 def _named_by_peft(part: dict[str, torch.Tensor], slot: str) -> dict[str, torch.Tensor]:
     """One component's keys in PEFT's spelling, which is the last of the conversions that diffusers makes."""
-    if not part or any("lora_A" in key or OTHER_KINDS.search(key) for key in part):
+    # Diffusers looks at the first key; some of its own files have one spelling for attention, PEFT's for convolutions.
+    if not part or "lora_A" in next(iter(part)) or any(OTHER_KINDS.search(key) for key in part):
         return part
     if slot.startswith("text_encoder"):
         return convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))

@@ -50,6 +50,9 @@ class Merged:
             found[base.value.device.type] = found.get(base.value.device.type, 0) + base.value.nbytes
         return found
 
+    def refuses(self, place: Place) -> str | None:
+        return None
+
     @torch.no_grad()
     def settle(self, places: Iterable[Place], strength: Strength) -> None:
         if not isinstance(strength, int | float):

@@ -118,6 +118,11 @@ def plain(module: Any) -> bool:
     return stock_class(type(module)) is torch.nn.Linear
 
 
+def hidden(name: str, module: torch.nn.Module) -> str | None:
+    """Why nothing can be added beside a layer, or None: layerwise casting and group offload call what they found."""
+    return f"{name} carries a hook, behind which nothing is added" if "forward" in vars(module) else None
+
+
 class Sides:
     """Adapters beside their modules: no weight gets another value."""
 
@@ -144,6 +149,9 @@ class Sides:
         for side, _ in self._sides.values():
             found[side.up.device.type] = found.get(side.up.device.type, 0) + side.up.nbytes + side.down.nbytes
         return found
+
+    def refuses(self, place: Place) -> str | None:
+        return hidden(place.name, place.module)
 
     @torch.no_grad()
     def settle(self, places: Iterable[Place], strength: Strength) -> None:

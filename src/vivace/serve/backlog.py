@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from vivace.serve.failures import Busy, DeadlineExceeded, Unavailable
 from vivace.serve.job import Job
@@ -35,8 +34,8 @@ class Entry:
 class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
     its model's mode holds back later ones of the same model, so that no mode starves another. When a mode begins, as
-    many as there are `places` of those who wait for it go together: one by one in turns with others, none would share
-    a call, and the model would be changed for each.
+    many as there are `places` of those who wait for it go together, unless something more urgent waits: one by one in
+    turns with others, none would share a call, and the model would be changed for each.
 
     A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
     With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
@@ -105,6 +104,8 @@ class Backlog:
         with self._lock:
             found = [entry for entry in self._waiting if entry.job is job]
             self._waiting = [entry for entry in self._waiting if entry.job is not job]
+            if found:  # it may have held back others
+                self._wake(len(self._waiting))
             return bool(found)
 
     def expire(self) -> None:
@@ -114,7 +115,7 @@ class Backlog:
             for entry in list(self._waiting):
                 limit = entry.job.request.queue_seconds
                 if limit is not None and now - entry.job.created > limit:
-                    self._waiting.remove(entry)
+                    self.remove(entry.job)
                     entry.job.finish(error=DeadlineExceeded(f"it waited longer than {limit:g} s"))
 
     def close(self) -> list[Job]:
@@ -137,9 +138,10 @@ class Backlog:
         return sum(entry.long for entry in self._waiting)
 
     def _next(self) -> Entry | None:
-        held: set[Any] = set()
+        held: dict[Model, int] = {}  # with the priority of the first that waits for it
         for entry in self._waiting:
-            if entry.model in held and not entry.along:
+            first = held.get(entry.model)
+            if first is not None and not (entry.along and entry.job.request.priority >= first):
                 continue
             if entry.long and self.videos is not None and self._videos >= self.videos:
                 continue
@@ -148,7 +150,7 @@ class Backlog:
                 if begins:
                     self._gather(entry)
                 return entry
-            held.add(entry.model)
+            held.setdefault(entry.model, entry.job.request.priority)
         return None
 
     def _gather(self, first: Entry) -> None:

@@ -5,6 +5,7 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -71,6 +72,7 @@ class Engine:
                 raise InputError(f"{name} is {value}; an engine takes {low} or more")
         given = models or {"builtin": "builtin"}
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
+        _check_apart(self.models)
         for model in self.models.values():
             resolve_dtype(model.spec.dtype, model.device)  # said now, not by the first request
         self.room, self.stale = Room(device=memory, host=parked), stale
@@ -96,6 +98,8 @@ class Engine:
         self._threads.append(threading.Thread(target=self._watch_clock, name="vivace-clock", daemon=True))
         for thread in self._threads:
             thread.start()
+        # What still computes when the interpreter is gone ends the process by an abort, whatever its exit code was.
+        atexit.register(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -164,7 +168,7 @@ class Engine:
                     self._open()
                     time.sleep(0.05)
                 try:
-                    model.ready(mode, room=partial(self._room_for, model, self._open))
+                    model.ready(mode, room=partial(self._room_for, model, self._open), check=self._open)
                 except Exception as error:
                     raise _public(error, {"model": model.alias}) from None
                 finally:
@@ -206,7 +210,9 @@ class Engine:
 
     def close(self, *, grace: float = 0.0, timeout: float = 10.0) -> None:
         """Drain, give running requests `grace` seconds, cancel the rest, end the threads, for which it waits `timeout`
-        seconds at most: what is in the middle of a load cannot be ended, and is given up."""
+        seconds at most: what is in the middle of a load cannot be ended, and is given up. The end of the process does
+        it too, where nobody did."""
+        atexit.unregister(self.close)
         self.drain()
         end = time.monotonic() + grace
         while self._running and time.monotonic() < end:
@@ -268,7 +274,7 @@ class Engine:
         job.begin()
         job.check()
         try:
-            model.ready(entry.mode, room=partial(self._room_for, model, job.check))
+            model.ready(entry.mode, room=partial(self._room_for, model, job.check), check=job.check)
         except InputError as error:
             raise _named(error, job.request) from None
         run = partial(Run, job, model=model, worker=self._worker(model))
@@ -342,6 +348,18 @@ def _spec(what: Any) -> Spec:
     return spec
 
 
+def _check_apart(models: Mapping[str, Model]) -> None:
+    """Raise InputError for pipelines of one denoiser: what one's requests do to it, the other's would get."""
+    known: dict[torch.nn.Module, str] = {}
+    for alias, model in models.items():
+        for name, part in model.denoisers.items():
+            if known.setdefault(part, alias) != alias:
+                raise InputError(
+                    f"{known[part]} and {alias} have the same {name}, which an engine changes as requests want it; "
+                    "give it one of them, and ask for presets by quality="
+                )
+
+
 def _sizes(module: torch.nn.Module, size: int) -> int:
     """How many of `size` waiting requests go into one call: a graph is recorded for 1, 2, 4, 8, ... of them."""
     return 1 << (size.bit_length() - 1) if _graphed(module) else size
@@ -351,7 +369,7 @@ def _graphed(module: torch.nn.Module) -> bool:
     from vivace.graph import Graphs
 
     lane = lane_of(module)
-    return lane is not None and isinstance(lane.run, Graphs) and not lane.run.only
+    return lane is not None and isinstance(lane.run, Graphs)
 
 
 def _named(error: InputError, request: Request) -> InputError:

@@ -97,9 +97,13 @@ def put(
 
 
 def rotated(servers: Sequence[str], *, number: int) -> tuple[str, ...]:
-    """Who is asked first, second, ... in a round of that number: nobody is always the first, or after the same one."""
-    start = number % len(servers)
-    return (*servers[start:], *servers[:start])
+    """Who is asked first, second, ... in a round of that number: nobody is always the first, or after the same one.
+
+    Every other turn of rounds goes backwards: of three, each comes after each other one as often (a Williams design).
+    """
+    backwards, start = divmod(number, len(servers))
+    order = (*servers[start:], *servers[:start])
+    return order[::-1] if backwards % 2 else order
 
 
 def pooled(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

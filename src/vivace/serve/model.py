@@ -8,8 +8,8 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,26 @@ import torch
 from vivace import few_step
 from vivace.accelerate import accelerate, acceleration_of, restore
 from vivace.cache import spell
-from vivace.checkpoint import header
 from vivace.config import PRESETS, Config, preset_name, resolve
 from vivace.errors import InputError, first_line
 from vivace.family import known_family
 from vivace.lane import Lane
 from vivace.load import Source, find, load_source
 from vivace.lora.files import in_few_bits
-from vivace.lora.files import load as load_lora
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
 from vivace.serve.failures import FieldError, OutOfMemory, Unavailable
 from vivace.serve.layout import Layouts
+from vivace.serve.loras import Chosen, Loras
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
 
 logger = logging.getLogger(__name__)
+
+BUILDING = threading.Lock()
+"""Held while modules are made, of any model: for as long as diffusers, transformers and peft make some, they change how
+all of torch's modules take their parameters. Two at a time break each other, and all that come after."""
+LOOK = 0.05  # seconds between two looks at whether who waits for that still wants to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,8 @@ class Spec:
 class Mode:
     """What is common to all requests that run on a model at the same time."""
 
-    preset: Any  # a name, a Config, or None: as it is
-    loras: tuple[tuple[str, float], ...] = ()
+    preset: Config | None  # None: as it is
+    loras: Chosen = ()
     alone: Hashable = None  # set: nobody else runs
 
 
@@ -83,9 +87,7 @@ class Model:
         self._inputs_on: torch.device | None = None  # once it was asked for
         self._given = _config(self.pipe)  # how it was accelerated before it was served
         self._classes: dict[type, Any] = {}  # the same components as another pipeline class
-        self._weights: dict[str, dict[str, torch.Tensor]] = {}  # LoRA alias -> its tensors
-        for path in spec.loras.values():
-            header(Path(path))
+        self._loras = Loras(spec.loras, pipe=self.pipe)
         if spec.preset is not None:
             resolve(spec.preset)  # said now, not by the first request
 
@@ -103,10 +105,18 @@ class Model:
         preset: Any = request.quality or self.spec.preset
         if request.cache is not None:
             try:
-                preset = resolve(preset, cache=None if request.cache == "none" else request.cache)
+                preset = resolve(preset or self._given, cache=None if request.cache == "none" else request.cache)
             except InputError as error:
                 raise FieldError("cache", str(error)) from None
-        return Mode(preset=preset, loras=tuple(sorted(request.lora.items())))
+        # The same by another spelling, such as exact without a cache, is the same mode.
+        config = None if preset is None else resolve(preset)
+        return Mode(preset=config, loras=tuple(sorted(request.lora.items())))
+
+    @property
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """By what the pipeline calls them."""
+        names = self.source.family.denoisers if self.source.family else ("transformer", "transformer_2", "unet")
+        return {name: part for name in names if isinstance(part := getattr(self.pipe, name, None), torch.nn.Module)}
 
     @property
     def media(self) -> str:
@@ -178,17 +188,24 @@ class Model:
             self.active += 1
             return True
 
-    def ready(self, mode: Mode, *, room: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def ready(
+        self,
+        mode: Mode,
+        *,
+        room: Callable[[], AbstractContextManager[None]] = nullcontext,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Load the model and bring it into the reserved mode, unless it is. Raises InputError.
 
-        Within `room()` weights are loaded.
+        Within `room()` weights are loaded. While others change theirs `check` is called, and may raise.
         """
-        with self._setup:
+        with _taken(self._setup, check):
             if self.pipe is None or self._home:
-                with room():
+                with room(), _taken(BUILDING, check):
                     self._load()
             if self._applied != mode:
-                self._apply(mode)
+                with _taken(BUILDING, check):
+                    self._apply(mode)
         self.used = time.monotonic()
 
     def leave(self) -> None:
@@ -211,7 +228,8 @@ class Model:
             self._moving.acquire()
         try:
             home = self.device
-            self.pipe.to("cpu")  # without the gate: whoever asks for a picture passes it
+            with BUILDING:  # what computes elsewhere is accelerated anew
+                self.pipe.to("cpu")  # without the gate: whoever asks for a picture passes it
             self._home, self._inputs_on = home, None
         finally:
             self._moving.release()
@@ -229,6 +247,7 @@ class Model:
             self._classes.clear()
             self.layouts.clear()
             self._applied = Mode(preset=None)
+            self._loras.forget()
         _free()
         logger.info("unloaded %s", self.alias)
         return True
@@ -239,8 +258,7 @@ class Model:
             pass
         if not self.unload() and self.pipe is not None:
             self._return()
-            if self._applied.loras:
-                self.pipe.unload_lora_weights()
+            self._loras.take_off(self.pipe)
             try:
                 self._accelerate(None)
             except InputError as error:
@@ -265,9 +283,13 @@ class Model:
             logger.info("%s is back after %.1f s", self.alias, time.monotonic() - started)
             return
         try:
-            self.pipe = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
+            pipe: Any = load_source(self.source, dtype=self.spec.dtype, device=self.spec.device)
             if self.spec.few_step and self.source.path is not None:
-                few_step.use_few_step(self.pipe, self.source.path / few_step.FOLDER)
+                few_step.use_few_step(pipe, self.source.path / few_step.FOLDER)
+            vae = getattr(pipe, "vae", None)
+            # The pipeline would cast it to and fro around each decode, under the hands of other requests.
+            if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+                vae.to(torch.float32)
         except (torch.OutOfMemoryError, MemoryError):
             self.broken = True
             raise OutOfMemory(f"the device has too little memory for the model {self.alias}") from None
@@ -276,11 +298,7 @@ class Model:
             # What it says names files; that is for the log.
             logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
             raise Unavailable(f"the model {self.alias} cannot be loaded") from error
-        self._given = _config(self.pipe)
-        vae = getattr(self.pipe, "vae", None)
-        # The pipeline would cast it to and fro around each decode, under the hands of other requests.
-        if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-            vae.to(torch.float32)
+        self.pipe, self._given = pipe, _config(pipe)
         self.load_seconds, self.broken = time.monotonic() - started, False
         logger.info("loaded %s in %.1f s", self.alias, self.load_seconds)
 
@@ -299,14 +317,13 @@ class Model:
 
     def _apply(self, mode: Mode) -> None:
         """Bring the pipeline into a mode. A failure leaves it in none, so that the next request starts over."""
-        before, self._applied = self._applied, Mode(preset=None, alone="changing")
+        self._applied = Mode(preset=None, alone="changing")
         self._inputs_on = None
         self.layouts.clear()
         few_bits = bool(mode.loras) and in_few_bits(self.pipe)
         if few_bits:
             accelerate(self.pipe, mode.preset or self._given or Config())
-        if before.loras != mode.loras:
-            self._adapt(mode)
+        self._loras.put(self.pipe, mode.loras, model=self.alias)
         if not few_bits:
             self._accelerate(mode.preset)
         self._applied = mode
@@ -318,30 +335,6 @@ class Model:
             restore(self.pipe)
         else:
             accelerate(self.pipe, wanted)
-
-    def _adapt(self, mode: Mode) -> None:
-        """Exactly the LoRAs of the mode, none of an earlier one. Raises FieldError for one that does not fit."""
-        if not hasattr(self.pipe, "load_lora_weights"):
-            raise FieldError("lora", f"{type(self.pipe).__name__} takes no LoRA")
-        self.pipe.unload_lora_weights()
-        # Not by their aliases: PEFT makes attributes of the names, which have no dots and are not such as "half".
-        adapters = [f"lora_{index}" for index, _ in enumerate(mode.loras)]
-        for adapter, (name, _) in zip(adapters, mode.loras, strict=True):
-            try:
-                load_lora(self.pipe, dict(self._lora(name)), adapter_name=adapter)
-            except Exception as error:  # diffusers and peft raise what the file's layout leads them to
-                self.pipe.unload_lora_weights()
-                logger.warning("LoRA %s does not fit %s: %s", name, self.alias, first_line(error))
-                raise FieldError("lora", f"LoRA {name!r} does not fit this model") from None
-        if adapters:
-            self.pipe.set_adapters(adapters, adapter_weights=[weight for _, weight in mode.loras])
-
-    def _lora(self, name: str) -> dict[str, torch.Tensor]:
-        if name not in self._weights:
-            from safetensors.torch import load_file
-
-            self._weights[name] = load_file(self.spec.loras[name])
-        return self._weights[name]
 
     @property
     def inputs_on(self) -> torch.device:
@@ -361,6 +354,17 @@ class Model:
             return resolve_device(self.spec.device)
         parts = [part for part in self._components if isinstance(part, torch.nn.Module)]
         return device_of(parts[0]) if parts else torch.device("cpu")
+
+
+@contextmanager
+def _taken(lock: threading.Lock, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock; while somebody else does, `check` is called, and may raise."""
+    while not lock.acquire(timeout=LOOK):
+        check()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _config(pipe: Any) -> Config | None:

@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, job: Job, prepared: Prepared, *, model: Model, worker: Worker, shown: bool = True) -> None:
         self.job, self.prepared, self.model, self.worker, self.shown = job, prepared, model, worker, shown
-        self._denoisers = _denoisers(model)
+        self._denoisers = set(model.denoisers.values())
         self._total = 0
         self._denoised = 0  # denoiser calls that were computed, if only in part
         self._batches: list[int] = []  # of these, or of each segment that a step cache computes: who shared it
@@ -205,11 +205,6 @@ def _hits(scope: Scope, model: Model) -> dict[str, int]:
     if not counts:
         return {}
     return {"computed": sum(one.computed for one in counts), "skipped": sum(one.skipped for one in counts)}
-
-
-def _denoisers(model: Model) -> set[torch.nn.Module]:
-    names = model.source.family.denoisers if model.source.family else ("transformer", "transformer_2", "unet")
-    return {part for name in names if isinstance(part := getattr(model.pipe, name, None), torch.nn.Module)}
 
 
 def _told(request: Request, pipe: Any, family: Family | None) -> dict[str, dict[str, Any]]:

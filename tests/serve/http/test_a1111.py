@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from vivace.families import FAMILIES
+from vivace.serve import Spec
 
 ORDER = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "seed": 5}
 
@@ -58,6 +60,11 @@ def test_pictures_from_text_and_from_pictures(server):
         ({"batch_size": True}, "batch_size"),
         ({"height": None}, "width"),
         ({"sampler_name": "best"}, "sampler_name"),
+        ({"prompt": "a <lora:other:1>"}, "prompt"),
+        ({"prompt": "a <lora:style:1:0.5>"}, "prompt"),
+        ({"prompt": "a <lora:style:1> <lora:style:1>"}, "prompt"),
+        ({"prompt": "a <lora:style:much>"}, "prompt"),
+        ({"prompt": "<lora:style:1>"}, "prompt"),
     ],
 )
 def test_what_is_refused(server, fields, param):
@@ -134,6 +141,20 @@ def test_what_clients_send_as_a_matter_of_course(launch, pipe):
         assert http.post("/sdapi/v1/img2img", json=edit).status_code == 200
         assert http.get("/sdapi/v1/options").json() == {"sd_model_checkpoint": "tiny"}
         assert [one["title"] for one in http.get("/sdapi/v1/sd-models").json()] == ["tiny"]
+
+
+def test_prompts_name_loras(launch, pipe, lora_of, tmp_path):
+    save_file(lora_of(pipe.transformer), tmp_path / "style.safetensors")
+    server = launch({"tiny": Spec(source=pipe, loras={"style": tmp_path / "style.safetensors"})}, a1111=True)
+    same = {"steps": 2, "size": "64x64", "seed": 5}
+    with server.http as http:
+        assert [one["name"] for one in http.get("/sdapi/v1/loras").json()] == ["style"]
+        for text, weight in (("<lora:style:0.5>", 0.5), ("<lora:style>", 1.0)):
+            found = http.post("/sdapi/v1/txt2img", json=ORDER | {"prompt": f"a red circle {text}"}).json()
+            assert json.loads(found["info"])["lora"] == {"style": weight}
+            other = same | {"prompt": "a red circle", "lora": {"style": weight}}
+            (entry,) = http.post("/v1/images/generations", json=other).json()["data"]
+            assert found["images"] == [entry["b64_json"]]
 
 
 def test_null_is_not_given(server):

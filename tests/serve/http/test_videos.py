@@ -173,6 +173,22 @@ def test_time_and_quota(tmp_path):
     assert [one["created_at"] for one in shelf.all()] == [10, 3, 2]
 
 
+def test_what_the_disk_does_not_let_go_of_keeps_nothing_else(tmp_path):
+    """A folder stands for a file that cannot be deleted, which root can all."""
+    for name in (record(2)["id"], record(9)["id"], ".x.part"):
+        (tmp_path / f"{name}.mp4").mkdir()
+    stale = {"status": "failed", "expires_at": int(time.time()) - 1}
+    for number in (1, 2, 3):
+        (tmp_path / f"{record(number)['id']}.json").write_text(json.dumps(record(number, **stale)))
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
+    assert [one["created_at"] for one in shelf.all()] == [2]
+    for number in (4, 5):
+        shelf.put(record(number, status="completed"))
+        shelf.video(record(number)["id"]).write_bytes(bytes(1000))
+    shelf = Shelf(tmp_path, seconds=1000, most_bytes=shelf.nbytes - 500)
+    assert [one["created_at"] for one in shelf.all()] == [5, 2]
+
+
 def test_a_video_that_came_after_its_record_was_deleted_goes(tmp_path):
     shelf = Shelf(tmp_path, seconds=1000, most_bytes=10**9)
     for number in (1, 2):

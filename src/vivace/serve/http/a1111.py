@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -38,7 +39,10 @@ SAMPLERS = {
 
 # An ImageOrder's field -> A1111's.
 FIELDS = {"guidance_scale": "cfg_scale", "scheduler": "sampler_name", "size": "width", "n": "batch_size"}
-FIELDS |= {"image": "init_images", "strength": "denoising_strength"}
+FIELDS |= {"image": "init_images", "strength": "denoising_strength", "lora": "prompt"}
+
+LORA = re.compile("<lora:([^<>]*)>")
+"""How prompts name LoRAs: <lora:alias:weight>, or <lora:alias>."""
 
 
 class Txt2Img(Fields):
@@ -75,14 +79,26 @@ class Txt2Img(Fields):
         if self.sampler_name is not None and self.sampler_name not in SAMPLERS:
             raise FieldError("sampler_name", f"no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
         # The limits are those of the OpenAI route.
-        with renamed(FIELDS):
+        with renamed(FIELDS | {f"lora.{alias}": "prompt" for alias in self.loras}):
             read(ImageOrder, self.order(), settings_of(info))
         return self
 
+    @property
+    def loras(self) -> dict[str, str | float]:
+        """The LoRAs that the prompt names, with their weights as they stand there. Raises FieldError."""
+        found: dict[str, str | float] = {}
+        for text in LORA.findall(self.prompt):
+            alias, *weights = text.split(":")
+            if alias in found or len(weights) > 1:
+                raise FieldError("prompt", f"<lora:{text:.100}>: a LoRA is named once, with one weight")
+            found[alias] = weights[0] if weights else 1.0
+        return found
+
     def order(self) -> dict[str, Any]:
-        """The same as the fields of an ImageOrder."""
+        """The same as the fields of an ImageOrder. Raises FieldError."""
         found = {
-            "prompt": self.prompt,
+            "prompt": LORA.sub("", self.prompt).strip() if self.loras else self.prompt,
+            "lora": self.loras or None,
             "negative_prompt": self.negative_prompt or None,
             "seed": None if self.seed < 0 else self.seed,
             "steps": self.steps,
@@ -154,6 +170,14 @@ async def sd_models(request: Request) -> Response:
 async def options(request: Request) -> Response:
     """The model that draws, which clients ask for before anything else; none of it can be set."""
     return JSONResponse({"sd_model_checkpoint": server_of(request).alias(None, media="image")})
+
+
+@router.get("/loras")
+async def loras(request: Request) -> Response:
+    """The LoRAs that prompts may name."""
+    server = server_of(request)
+    known = server.engine.model(server.alias(None, media="image")).spec.loras
+    return JSONResponse([{"name": alias, "alias": alias, "metadata": {}} for alias in known])
 
 
 @router.get("/samplers")

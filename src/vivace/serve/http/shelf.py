@@ -47,6 +47,15 @@ def held(folder: Path | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Log what the disk does not let go of: one file must not keep all others."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", name, error.strerror or type(error).__name__)
+
+
 class Shelf:
     """Keeps the records of video jobs, as the API shows them, and their files, for `seconds` and within `most_bytes`.
 
@@ -108,7 +117,8 @@ class Shelf:
     def sweep(self) -> None:
         """Delete what is over its time and what has no record, then the oldest finished ones until the quota holds.
 
-        It asks the disk for every file: not for an event loop, and only once at a time.
+        What the disk does not let go of stays, and is tried again the next time. It asks the disk for every file: not
+        for an event loop, and only once at a time.
         """
         if not self._sweeping.acquire(blocking=False):
             return
@@ -120,16 +130,24 @@ class Shelf:
     def _sweep(self, now: float) -> None:
         for record in self.all():
             if record.get("expires_at") and record["expires_at"] <= now:
-                self.delete(record["id"])
+                self._drop(record["id"])
         # The file may have come after its record was deleted.
         for path in self.folder.glob("video_*.mp4"):
             if path.stem not in self._records and not self._state(path.stem).exists():
-                path.unlink(missing_ok=True)
+                with _told(path.stem):
+                    path.unlink(missing_ok=True)
         over = self.nbytes - self._most
         for record in reversed(self.all()):
             if over > 0 and record["status"] in ("completed", "failed"):
-                over -= self._nbytes(record["id"])
-                self.delete(record["id"])
+                over -= self._drop(record["id"])
+
+    def _drop(self, name: str) -> int:
+        """Forget a job and its file; the bytes that this freed."""
+        nbytes = self._nbytes(name)
+        with _told(name):
+            self.delete(name)
+            return nbytes
+        return 0
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +192,8 @@ class Shelf:
 
     def _recover(self) -> None:
         for part in self.folder.glob(".*.part.*"):
-            part.unlink(missing_ok=True)
+            with _told(part.name):
+                part.unlink(missing_ok=True)
         for path in self.folder.glob("video_*.json"):
             try:
                 record = json.loads(path.read_text("utf-8"))

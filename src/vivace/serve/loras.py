@@ -1,0 +1,77 @@
+"""The LoRAs of one model: registered by alias, put onto its layers as requests want them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vivace.checkpoint import header
+from vivace.errors import InputError, first_line
+from vivace.lora.files import load
+from vivace.serve.failures import FieldError
+
+logger = logging.getLogger(__name__)
+
+Chosen = tuple[tuple[str, float], ...]
+"""Aliases with their weights."""
+
+
+class Loras:
+    """The LoRAs that a model's requests may name, and which of them are on its layers.
+
+    Raises InputError for a file that is none, and for a pipeline that wears LoRAs already.
+    """
+
+    def __init__(self, files: Mapping[str, Path], *, pipe: Any) -> None:
+        self.files = files
+        self._on: Chosen | None = ()  # None: not known
+        self._weights: dict[str, dict[str, torch.Tensor]] = {}  # by alias
+        for path in files.values():
+            header(Path(path))
+        own = pipe.get_list_adapters() if files and hasattr(pipe, "get_list_adapters") else {}
+        if names := sorted({name for several in own.values() for name in several}):
+            raise InputError(
+                f"the pipeline has LoRAs of its own ({', '.join(names)}), which those of a request would displace; "
+                "fuse them into it, or unload them and register their files too"
+            )
+
+    def put(self, pipe: Any, chosen: Chosen, *, model: str) -> None:
+        """Have exactly these on the layers of `pipe`. Raises FieldError for one that does not fit."""
+        if self._on == chosen:
+            return
+        if not hasattr(pipe, "load_lora_weights"):
+            raise FieldError("lora", f"{type(pipe).__name__} takes no LoRA")
+        self._on = None
+        pipe.unload_lora_weights()
+        # Not by their aliases: PEFT makes attributes of the names, which have no dots and are not such as "half".
+        adapters = [f"lora_{index}" for index, _ in enumerate(chosen)]
+        for adapter, (alias, _) in zip(adapters, chosen, strict=True):
+            try:
+                load(pipe, dict(self._read(alias)), adapter_name=adapter)
+            except Exception as error:  # diffusers and peft raise what the file's layout leads them to
+                pipe.unload_lora_weights()
+                logger.warning("LoRA %s does not fit %s: %s", alias, model, first_line(error))
+                raise FieldError("lora", f"LoRA {alias!r} does not fit this model") from None
+        if adapters:
+            pipe.set_adapters(adapters, adapter_weights=[weight for _, weight in chosen])
+        self._on = chosen
+
+    def take_off(self, pipe: Any) -> None:
+        """Give the pipeline back without them."""
+        if self._on != ():
+            pipe.unload_lora_weights()
+
+    def forget(self) -> None:
+        """The pipeline is gone."""
+        self._on = ()
+
+    def _read(self, alias: str) -> dict[str, torch.Tensor]:
+        if alias not in self._weights:
+            from safetensors.torch import load_file
+
+            self._weights[alias] = load_file(self.files[alias])
+        return self._weights[alias]
