@@ -89,6 +89,16 @@ def test_other_errors_keep_their_traceback(verb):
         cli.main(["odd"])
 
 
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "vivace", "families"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[0].startswith("vivace: the disk is full; free some of it")
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (lambda: typer.Exit(3), 3)])
 def test_exit_codes(verb, error, code):
     def odd():

@@ -34,6 +34,7 @@ def test_a_run_says_each_result_and_where_the_table_is(tmp_path, capsys, monkeyp
         (("fluks", "--tiny"), "unknown family 'fluks'"),
         (("flux:huge",), "flux has no variant 'huge'"),
         (("flux", "--model", "x", "--random"), "--model and --random exclude each other"),
+        (("flux", "--tiny", "--random"), "--tiny and --random exclude each other"),
         (("flux", "--size", "big"), "is not WxH"),
         (("flux", "--peers", "tensorrt", "--device", "cpu"), "unknown peer 'tensorrt'"),
         (("flux", "--presets", "exakt", "--device", "cpu"), "unknown preset 'exakt'; the nearest is 'exact'"),
@@ -65,6 +66,15 @@ def test_results_cannot_go_into_a_file(tmp_path, capsys):
         assert bench("sd", "--tiny", "--device", "cpu", "-o", where) == 2
         assert "mine is a file; name another" in capsys.readouterr().err
     assert file.read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    (tmp_path / "bench.jsonl").symlink_to("/dev/full")
+    assert bench("sd3", "--tiny", "--device", "cpu", "--peers", "none", "--no-reference", "-o", tmp_path) == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.startswith("vivace: the disk is full; free some of it, then give the same command again")
+    assert caught.err.count("\n") == 1
 
 
 def test_a_ladder_has_all_presets_on_top(tmp_path, capsys):

@@ -27,15 +27,16 @@ class Book:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.is_file() else ""
-        # A machine that stopped may have cut the last line short.
-        self.lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
+        self._cut = bool(text) and not text.endswith("\n")
+        self.lines = [line for line in map(_read, text.splitlines()) if line is not None]
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Keep a result, on disk at once."""
         self.lines.append(dict(line))
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._cut + json.dumps(line) + "\n")
+        self._cut = False
 
     def settled(
         self, workload: Workload, contestant: Contestant, *, machine: Mapping[str, Any], limit: float
@@ -64,6 +65,15 @@ class Book:
         """The last result of every kernel's case on every machine."""
         lines = (line for line in self.lines if "kernel" in line)
         return list({(line["kernel"], line["case"], place_of(line["machine"])): line for line in lines}.values())
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A line's values; None for one that a machine that stopped, or a disk that was full, has cut short."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def task_of(contestant: Contestant) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def run(
     """
     known, began = rows if rows is not None else {}, time.monotonic()
     result = {"command": COMMAND, "machine": machine(), "code": code(), "rows": known}
-    with Children("vivace.bench.budgets", ahead=True) as children:
+    with Children("vivace.bench.budgets", together=2) as children:
         measure = measure or partial(apart, children)
         for name, way in product(names, ways):
             row = known.setdefault(name, {"case": asdict(CASES[name])})

@@ -47,7 +47,8 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, where: str, path: Pat
             text(canvas, at, _cell(key, row[key]), size=12, fill=INK, anchor="ma")
     for line, (name, _) in enumerate(under):
         text(canvas, (MARGIN, floor + NAMES + line * ROW), name, size=12, fill=FAINT)
-    image.save(path, optimize=True)
+    # A few flat colours and their edges: half the bytes.
+    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _legend(canvas: ImageDraw.ImageDraw, right: float) -> None:

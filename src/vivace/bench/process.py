@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,31 +30,31 @@ class Ended:
 class Children:
     """Runs of `python -m module`, one after the other, each in a process of its own with compilers' caches of its own.
 
-    With `ahead` the next process starts beside the one that runs, imports what models need, and waits for its
-    arguments: that takes one processor for some seconds. Where models run on the CPU it would be in the way of who is
-    measured. Use as a context manager, which ends the one that waits.
+    Processes are started `together`, as many as that, and import what models need; each then waits for its arguments.
+    The first has them when all are ready: whoever is measured has no neighbour, and a run in a few waits for imports.
+    Use as a context manager, which ends those that wait.
     """
 
-    def __init__(self, module: str, *, ahead: bool = False) -> None:
-        self.module, self.ahead = module, ahead
-        self._next: _Child | None = None
+    def __init__(self, module: str, *, together: int = 1) -> None:
+        self.module, self.together = module, together
+        self.waiting: list[_Child] = []
 
     def run(self, arguments: Sequence[str], *, seconds: float) -> Ended:
         """One of them, for at most `seconds` from when it has its arguments."""
-        child, self._next = self._next or _Child(self.module), None
-        with contextlib.closing(child):
+        if not self.waiting:
+            self.waiting += [_Child(self.module) for _ in range(self.together)]
+            for child in self.waiting:
+                child.wait_until_ready()
+        with contextlib.closing(self.waiting.pop(0)) as child:
             child.begin(arguments)
-            if self.ahead:
-                self._next = _Child(self.module)
             return child.wait(seconds)
 
     def __enter__(self) -> Children:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._next is not None:
-            self._next.close()
-            self._next = None
+        while self.waiting:
+            self.waiting.pop().close()
 
 
 class _Child:
@@ -62,19 +63,24 @@ class _Child:
     def __init__(self, module: str) -> None:
         self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         folder = Path(self._scratch.name)
-        self._output = folder / "output"
+        self._output, self._ready = folder / "output", folder / "ready"
         environment = {
             **os.environ,
             "TRITON_CACHE_DIR": f"{folder}/triton",
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        command = [sys.executable, "-m", __name__, module]
+        command = [sys.executable, "-m", __name__, module, str(self._ready)]
         with self._output.open("wb") as file:
             # A session of its own, so that the compilers it starts can be ended with it.
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
             )
+
+    def wait_until_ready(self) -> None:
+        """Until it has imported everything, or has ended."""
+        while not self._ready.exists() and self._process.poll() is None:
+            time.sleep(0.02)
 
     def begin(self, arguments: Sequence[str]) -> None:
         assert self._process.stdin is not None
@@ -96,9 +102,10 @@ class _Child:
         self._scratch.cleanup()
 
 
-def main(module: str) -> None:
-    """Import what models need, wait for the arguments, and be `python -m module` with them."""
+def main(module: str, ready: str) -> None:
+    """Import what models need, say so, wait for the arguments, and be `python -m module` with them."""
     _import()
+    Path(ready).touch()
     arguments = sys.stdin.read()
     if arguments:  # else nobody is there any more
         sys.argv = [module, *json.loads(arguments)]

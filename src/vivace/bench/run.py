@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import tempfile
 import time
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 WORKER = "vivace.bench.worker"
 LEAST = 20.0
 """Seconds of the budget under which nothing more is begun: a process takes that long to load its model."""
+
+TOGETHER = 4
 
 
 @dataclass(kw_only=True)
@@ -47,7 +50,14 @@ class Bench:
         self.book = Book(self.folder)
         self._began = time.monotonic()
         self._references: dict[Workload, tuple[Path, str | None]] = {}
-        self._children = Children(WORKER, ahead=all(workload.device != "cpu" for workload in self.workloads))
+        self._children = Children(WORKER, together=self._together())
+
+    def _together(self) -> int:
+        """How many processes import at a time: each takes a processor, and a GiB of memory while it waits."""
+        if any(workload.device == "cpu" for workload in self.workloads):
+            return 1
+        contests = len(self.workloads) * (len(self.contestants) + self.reference)
+        return max(1, min(TOGETHER, contests, (os.cpu_count() or 1) // 4))
 
     def run(self) -> int:
         """Runs what has no result yet; returns how many are still without one."""

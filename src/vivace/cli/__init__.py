@@ -25,6 +25,14 @@ ORDER = """
 """
 VERBS = tuple(getattr(import_module(f"vivace.cli.{verb}"), verb) for verb in ORDER.split())
 
+FULL = "the disk is full; free some of it, then give the same command again: what was finished is kept"
+OUTSIDE = {
+    errno.ENAMETOOLONG: "{}... is too long for a file's name; give a shorter one",
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+}
+"""What the machine may refuse in the middle of any verb."""
+
 app = typer.Typer(name="vivace", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -56,9 +64,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except typer.TyperException as error:
         code = _complain(_usage(error))
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in OUTSIDE:
             raise
-        code = _complain(f"{Path(str(error.filename)).name[:40]}... is too long for a file's name; give a shorter one")
+        code = _complain(OUTSIDE[error.errno].format(Path(str(error.filename)).name[:40]))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

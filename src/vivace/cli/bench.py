@@ -140,6 +140,8 @@ def bench(
         return
     if model and random:
         raise InputError("--model and --random exclude each other; give one")
+    if tiny and random:
+        raise InputError("--tiny and --random exclude each other: one is a small model, one of true size; give one")
     if not families and not kernels:
         raise InputError("nothing to time; name a family (vivace families lists them), or give --kernels")
     if steps and not end_to_end:
