@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -77,10 +79,21 @@ def serve(
     if not ray:
         from vivace.serve.http.run import run
 
-        raise typer.Exit(run(plan.engine(), plan.settings(api_key=api_key, port=port)))
+        leave(run(plan.engine(), plan.settings(api_key=api_key, port=port)))
     from vivace.serve.cluster.run import run as run_on_ray
 
     raise typer.Exit(run_on_ray(plan, api_key=api_key, port=port, address=address, dashboard=dashboard))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process in order, but without waiting for what still loads, or for a device that does not answer.
+
+    Python's own end would abort it where a thread is in native code.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def planned(models: Sequence[str] | None, lora: Sequence[str] | None, **fields: Any) -> Plan:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vivace.cli.serve import DRAIN, planned
+from vivace.cli.serve import DRAIN, leave, planned
 
 
 def ui(
@@ -41,7 +41,7 @@ def ui(
 
     page = f"http://{_reached(host)}:{port}/ui/"
     settings = plan.settings(api_key=api_key, port=port)
-    raise typer.Exit(run(plan.engine(), settings, ready=partial(_announce, page, show=show)))
+    leave(run(plan.engine(), settings, ready=partial(_announce, page, show=show)))
 
 
 def _reached(host: str) -> str:
