@@ -10,22 +10,19 @@ accuracy at its own time. cache-dit's DBCache on stock diffusers is the peer, wh
 at as many evaluations. What is done is kept: run again, it goes on.
 
 A GPU draws so small a model so quickly that text, decoder and the loop around it are two thirds of a picture's time,
-and evaluations saved save little. `--times` adds the verdict at the times that the same recipe took on another device:
-
-    python recipes/builtin/caches.py --captions 12 --batch 4 --device cpu --out out
+and evaluations saved save little: cache_times.py has the verdict where the model is nearly all of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from paired import Bench, beside_exact, options
+from paired import STEPS, Bench, Way, accelerated, beside_exact, options
 
 from vivace.cache import parse
 from vivace.cache.calibration import SHIPPED
@@ -48,37 +45,60 @@ ON_SOLVER = (
     "planned:computed=0.67", "planned:computed=0.5", "planned:computed=0.36", EVERY_OTHER, "taylorseer:interval=2",
     "guidance:every=2",
 )  # fmt: skip  # with the last of SOLVERS
-CALIBRATED = ("planned", "teacache")  # which read the built-in model's calibration
 PEERS = (0.1, 0.2, 0.3, 0.4)  # cache-dit's residual_diff_threshold, with one block computed and two steps of warm-up
 CONTROLS = (20, 16, 14, 12, 10, 8, 7)  # steps
-VERDICTS = {True: "yes", False: "no", None: ""}
 SOLVERS = ("unipc", "dpmsolvermultistep")
+VERDICTS = {True: "yes", False: "no", None: ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """The pipeline at `exact` with a cache, or a control with fewer steps."""
+
+    solver: str | None = None
+    cache: str | None = None
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        kind = [self.solver] if self.solver else [] if self.cache else ["euler"]
+        return ", ".join([*kind, self.cache or f"{self.steps} steps"])
+
+    @property
+    def role(self) -> str:
+        return "cache" if self.cache else "control"
+
+    @property
+    def of(self) -> str:
+        """The built-in model's calibration, where the cache reads it."""
+        return fingerprint(SHIPPED) if (self.cache or "").startswith(("planned", "teacache")) else ""
+
+    def way(self, pipe: Any) -> Way:
+        """Raises InputError for what this pipeline cannot have."""
+        return accelerated(pipe, solver=self.solver, **({"cache": parse(self.cache)} if self.cache else {}))
+
+
+CONTESTANTS = (
+    *(Contestant(cache=cache) for cache in CACHES),
+    *(Contestant(solver=SOLVERS[-1], cache=cache) for cache in ON_SOLVER),
+    *(Contestant(solver=solver, steps=steps) for steps in CONTROLS for solver in (None, *SOLVERS)),
+)
 
 
 def main() -> None:
-    asked = options(__doc__, name="caches")
-    asked.add_argument("--times", type=Path, help="this table as another device had it: judged at its times too")
-    given = asked.parse_args()
-    elsewhere = times_of(json.loads(given.times.read_text("utf-8"))) if given.times else {}
+    given = options(__doc__, name="caches").parse_args()
     bench = Bench(given)
-    exact = bench.measure("exact", bench.ours(), role="exact")
-    rows = [exact]
-    for solver, cache in (*((None, cache) for cache in CACHES), *((SOLVERS[-1], cache) for cache in ON_SOLVER)):
-        name = f"{solver}, {cache}" if solver else cache
-        of = fingerprint(SHIPPED) if cache.startswith(CALIBRATED) else ""
+    rows = [bench.measure("exact", bench.ours(), role="exact")]
+    for one in CONTESTANTS:
         try:
-            rows.append(bench.measure(name, bench.ours(solver=solver, cache=parse(cache)), role="cache", of=of))
+            rows.append(bench.measure(one.name, one.way(bench.pipe), role=one.role, steps=one.steps, of=one.of))
         except InputError as error:
-            print(f"{name}: {error}")
-    for steps in CONTROLS:
-        for solver in (None, *SOLVERS):
-            name = f"{solver or 'euler'}, {steps} steps"
-            rows.append(bench.measure(name, bench.ours(solver=solver), role="control", steps=steps))
+            print(f"{one.name}: {error}")
     if importlib.util.find_spec("cache_dit") is None:
         print("cache-dit is not installed; pip install cache-dit to have it in the table")
     else:
         rows += [bench.measure(f"cache-dit, {one}", peer(bench.pipe, one), role="peer") for one in PEERS]
-    table = judged([row for row in rows if row], complete=not bench.left, elsewhere=elsewhere)
+    table = judged([row for row in rows if row], complete=not bench.left)
     file = bench.write(table, name="caches", out=given.out)
     print(markdown(table))
     print(file)
@@ -100,29 +120,14 @@ def peer(pipe: Any, threshold: float) -> Iterator[Callable[[int], float]]:
         cache_dit.disable_cache(pipe)
 
 
-def times_of(table: Mapping[str, Any]) -> dict[str, float]:
-    """Name -> share of exact's time, of a table that this recipe wrote."""
-    return {row["name"]: share_of(row) for row in table["rows"]}
-
-
-def judged(
-    rows: Sequence[dict[str, Any]], *, complete: bool = True, elsewhere: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """The rows beside exact and, for caches, beside what the controls reach in the same time, here and `elsewhere`.
+def judged(rows: Sequence[dict[str, Any]], *, complete: bool = True) -> list[dict[str, Any]]:
+    """The rows beside exact and, for caches, beside what the controls reach in the same time.
 
     While rows are left that is not judged: nothing has beaten a control that is still to be measured.
     """
-    here = {row["name"]: share_of(row) for row in rows}
-    verdicts = [verdicts_at(rows, shares) if complete else {} for shares in (here, elsewhere or {})]
-    return [
-        {
-            **beside_exact(row, rows[0]),
-            **verdicts[0].get(row["name"], {}),
-            **({"elsewhere": {"speedup": 1 / elsewhere[row["name"]], **verdicts[1].get(row["name"], {})}}
-               if elsewhere and row["name"] in elsewhere else {}),
-        }
-        for row in rows
-    ]  # fmt: skip
+    shares = {row["name"]: row["seconds"] / row["exact_seconds"] for row in rows}  # exact's of the same run
+    verdicts = verdicts_at(rows, shares) if complete else {}
+    return [{**beside_exact(row, rows[0]), **verdicts.get(row["name"], {})} for row in rows]
 
 
 def verdicts_at(rows: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> dict[str, dict[str, Any]]:
@@ -145,11 +150,6 @@ def verdicts_at(rows: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> 
     return found
 
 
-def share_of(row: dict[str, Any]) -> float:
-    """Of exact's time in the same run, which may have been on another day."""
-    return row["seconds"] / row["exact_seconds"]
-
-
 def at_time(curve: Sequence[dict[str, Any]], shares: Mapping[str, float], share: float, what: str) -> float:
     """`what` of a control in that share of exact's time, between the measured; exact itself bounds it above."""
     points = sorted((shares[row["name"]], min(row[what], 99.0)) for row in curve)
@@ -164,19 +164,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of the notes."""
     lines = [
         "| contestant | whole evaluations | speed | accuracy | difference from exact | FID | PSNR | worst "
-        "| beats controls | speed elsewhere | beats them there |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| beats controls |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["difference_interval"]
         distance = "" if row["fid"] is None else f"{row['fid']:.2f}"
-        other = row.get("elsewhere", {})
-        there = f"{other['speedup']:.2f}" if other else ""
         lines.append(
             f"| {row['name']} | {row['evaluations']:.1f} | {row['speedup']:.2f} | {row['accuracy']:.1f} % "
             f"| {row['difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {distance} | {row['psnr']:.1f} "
-            f"| {row['psnr_worst']:.1f} | {VERDICTS[row.get('beats_controls')]} | {there} "
-            f"| {VERDICTS[other.get('beats_controls')]} |"
+            f"| {row['psnr_worst']:.1f} | {VERDICTS[row.get('beats_controls')]} |"
         )
     return "\n".join(lines)
 

@@ -42,19 +42,34 @@ def test_no_cache_is_said_to_beat_controls_that_are_still_to_be_measured(recipe,
     assert "beats_controls" not in caches.judged([rows[0], cache], complete=False)[1]
 
 
-def test_a_cache_is_judged_at_the_times_of_another_device_too(recipe, rows):
+def test_a_cache_is_judged_at_the_times_of_another_device(recipe, rows):
     """Where the model is most of a picture's time the cache is as quick as a control that it is better than."""
     caches = recipe("caches")
     exact = {**rows[0], "accuracy": 95.0}
     poor = {**rows[0], "role": "control", "seconds": 1.0, "psnr": 30.0, "accuracy": 40.0}
     controls = [{**poor, "name": f"{kind}, 14 steps"} for kind in ("euler", *caches.SOLVERS)]
     cache = {**rows[0], "name": "planned", "role": "cache", "seconds": 1.8, "psnr": 35.0, "accuracy": 50.0}
-    there = caches.times_of({"rows": [exact, {**cache, "seconds": 1.0}, *controls]})
-    judged = caches.judged([exact, cache, *controls], elsewhere=there)[1]
-    assert judged["beats_controls"] is False
-    assert judged["elsewhere"]["beats_controls"] is True
-    assert judged["elsewhere"]["speedup"] == 2.0
-    assert judged["elsewhere"]["controls_at_its_time"]["euler"] == {"psnr": 30.0, "accuracy": 40.0}
+    table = [exact, cache, *controls]
+    assert caches.judged(table)[1]["beats_controls"] is False
+    quick = dict.fromkeys(("planned", *(one["name"] for one in controls)), 0.5)
+    there = recipe("cache_times").judged(table, [quick, {**quick, "planned": 0.4}, {**quick, "planned": 0.9}])[1]
+    assert there["beats_controls"] is True
+    assert (there["share"], there["rounds"]) == (0.5, [0.5, 0.4, 0.9])
+    assert there["controls_at_its_time"]["euler"] == {"psnr": 30.0, "accuracy": 40.0}
+
+
+def test_each_is_timed_beside_exact_and_leaves_the_pipeline_stock(recipe, monkeypatch):
+    times, caches = recipe("cache_times"), recipe("caches")
+    monkeypatch.setattr(times, "STEPS", 4)
+    clock = times.Clock("cpu", batch=3)
+    stock = clock.pipe.scheduler
+    some = [caches.Contestant(solver="unipc", steps=steps) for steps in (1, 2, 3, 4)]
+    shares = dict(clock.round(some))
+    assert list(shares) == [f"unipc, {steps} steps" for steps in (1, 2, 3, 4)]
+    assert len(clock.exact) == 3
+    assert shares["unipc, 1 steps"] < 0.8
+    assert acceleration_of(clock.pipe) is None
+    assert clock.pipe.scheduler is stock
 
 
 def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
@@ -67,21 +82,6 @@ def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
     kept.keep(rows[1])
     recipe("paired").Rows(kept.file, key="of another model").keep(rows[2])
     assert list(kept.kept()) == rows[:2]
-
-
-def test_where_speed_drifts_a_row_is_held_against_exact_of_its_own_minutes(recipe, tmp_path, monkeypatch):
-    paired = recipe("paired")
-    monkeypatch.setattr(paired, "STEPS", 4)
-    given = paired.options(None, name="drift").parse_args(
-        ["--captions", "3", "--batch", "2", "--device", "cpu", "--state", str(tmp_path / "rows.jsonl")]
-    )
-    bench = paired.Bench(given)
-    exact = bench.measure("exact", bench.ours(), role="exact", steps=4)
-    fewer = bench.measure("fewer", bench.ours(), role="control", steps=1)
-    assert exact["exact_seconds"] == exact["seconds"]
-    assert fewer["exact_seconds"] not in (exact["seconds"], fewer["seconds"])
-    assert fewer["exact_seconds"] > fewer["seconds"]
-    assert acceleration_of(bench.pipe) is None
 
 
 def test_every_way_is_a_configuration_that_is_made_or_refused_for_this_device(recipe):
