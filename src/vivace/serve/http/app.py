@@ -21,6 +21,7 @@ from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import OPEN, Guard
 from vivace.serve.http.links import Links
+from vivace.serve.http.schema import limited
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
@@ -92,6 +93,7 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         page = mount(app, server)
 
     _guard(app, server, page)
+    app.openapi_schema = limited(app.openapi(), settings)
     return app
 
 
