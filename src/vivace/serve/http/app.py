@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from vivace.errors import InputError
 from vivace.generation import video
+from vivace.memory import heap
 from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
@@ -59,7 +60,8 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         links=Links(seconds=settings.link_seconds, most_bytes=settings.link_bytes),
         shelf=Shelf(settings.folder, seconds=settings.video_seconds, most_bytes=settings.video_bytes),
     )
-    server.sweeps += [server.shelf.sweep, server.links.kept.sweep]
+    # What was refused left no request that the engine would tidy up after.
+    server.sweeps += [server.shelf.sweep, server.links.kept.sweep, heap.give_back]
     engine.observe(batch=gauges.batch, job=gauges.job)
 
     @asynccontextmanager
