@@ -1,12 +1,16 @@
 """LoRAs that requests name: each request's own, whatever was asked for before it."""
 
+import gc
+import weakref
+
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
 from vivace import InputError
 from vivace.serve import Spec
-from vivace.serve.failures import FieldError
+from vivace.serve.failures import FieldError, OutOfMemory, Unavailable
 
 
 @pytest.fixture
@@ -77,6 +81,57 @@ def test_a_request_that_fails_leaves_no_lora_to_the_next(pipe, start, order, sty
     assert engine.submit(styled).result(60).pictures[0].tobytes() == with_style
     engine.close()
     assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Unavailable),
+    ],
+)
+def test_what_befalls_the_device_is_not_the_loras_fault(pipe, start, order, style, monkeypatch, error, told):
+    engine = start(Spec(source=pipe, loras={"style": style}))
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("vivace.serve.loras.load", fail)
+    with pytest.raises(told):
+        engine.submit(order(lora={"style": 1.0})).result(60)
+    assert engine.lost == (told is Unavailable)
+
+
+def test_a_lora_whose_file_is_gone_is_the_servers_fault(pipe, start, order, style):
+    engine = start(Spec(source=pipe, loras={"style": style}))
+    before = engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes()
+    raw = style.read_bytes()
+    style.write_bytes(raw[:-100])
+    with pytest.raises(Unavailable, match="the LoRA style cannot be read"):
+        engine.submit(order(lora={"style": 1.0})).result(60)
+    style.unlink()
+    with pytest.raises(Unavailable, match="the LoRA style cannot be read"):
+        engine.submit(order(lora={"style": 1.0})).result(60)
+    assert engine.submit(order(deterministic=True)).result(60).pictures[0].tobytes() == before
+    style.write_bytes(raw)
+    assert engine.submit(order(lora={"style": 1.0}, deterministic=True)).result(60).pictures[0].tobytes() != before
+
+
+def test_no_lora_stays_in_memory_that_is_not_worn(pipe, start, order, style, monkeypatch):
+    engine = start(Spec(source=pipe, loras={"style": style}))
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def load_file(path):
+        weights = safetensors.torch.load_file(path)
+        read.extend(map(weakref.ref, weights.values()))
+        return weights
+
+    monkeypatch.setattr("vivace.serve.loras.load_file", load_file)
+    engine.submit(order(lora={"style": 1.0})).result(60)
+    engine.submit(order()).result(60)
+    gc.collect()
+    assert read
+    assert not any(one() is not None for one in read)
 
 
 def test_a_pipeline_with_loras_of_its_own_takes_none_from_requests(pipe, start, order, lora_of, style):

@@ -1,5 +1,6 @@
 """Models behind aliases: loaded when used, in one mode at a time, unloaded when others need the room."""
 
+import gc
 import itertools
 import shutil
 import threading
@@ -276,6 +277,56 @@ def test_a_model_that_has_no_room_is_said_where_it_is_loaded(folder, monkeypatch
         monkeypatch.undo()
         engine.load()
         assert engine.health().ready
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError])
+def test_what_was_loaded_of_a_model_goes_with_the_load_that_failed(folder, order, monkeypatch, error):
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def half(*args, **kwargs):
+        pipe = load_source(*args, **kwargs)
+        loaded.append(weakref.ref(pipe.transformer))
+        raise error
+
+    monkeypatch.setattr("vivace.serve.model.load_source", half)
+    with Engine(models={"tiny": str(folder)}) as engine:
+        job = engine.submit(order())
+        with pytest.raises((OutOfMemory, Unavailable)):
+            job.result(60)
+        gc.collect()
+        assert [one() for one in loaded] == [None]
+
+
+def test_a_device_that_is_lost_while_a_model_is_loaded_is_lost(folder, order, monkeypatch):
+    def illegal(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("vivace.serve.model.load_source", illegal)
+    for load in (Engine.load, lambda engine: engine.submit(order()).result(60)):
+        with Engine(models={"tiny": str(folder)}) as engine:
+            with pytest.raises(Unavailable, match="the device is lost"):
+                load(engine)
+            assert engine.lost
+
+
+def test_a_model_that_could_not_be_parked_is_brought_back_whole(folder):
+    model = Model("a", Spec(source=str(folder)))
+    mode = model.mode_of(Request())
+    model.ready(mode)
+    move, asked = model.pipe.to, list[object]()
+
+    def to(place):
+        asked.append(place)
+        if len(asked) == 1:
+            raise MemoryError
+        return move(place)
+
+    model.pipe.to = to
+    with pytest.raises(MemoryError):
+        model.park()
+    model.ready(mode)
+    assert asked == ["cpu", torch.device("cpu")]
+    assert model.nbytes > 0
 
 
 def test_a_place_that_this_machine_lacks_is_said_before_anything_is_served(folder):

@@ -170,7 +170,7 @@ class Engine:
                 try:
                     model.ready(mode, room=partial(self._room_for, model, self._open), check=self._open)
                 except Exception as error:
-                    raise _public(error, {"model": model.alias}) from None
+                    raise self._told(error, model, {"model": model.alias}) from None
                 finally:
                     model.leave()
                     self._backlog.wake()
@@ -254,8 +254,7 @@ class Engine:
         try:
             result = self._draw(entry)
         except BaseException as caught:
-            # A GPU says in whoever waits for it next what went wrong in a call.
-            error = self._worker(model).lose(caught) if fatal(caught) else _public(caught, {"job": job.id})
+            error = self._told(caught, model, {"job": job.id})
         finally:
             model.leave()
             for worker in list(self.workers.values()):
@@ -284,6 +283,10 @@ class Engine:
         result = run(entry.prepared)()
         self._recent.append(time.monotonic() - started)
         return result
+
+    def _told(self, error: BaseException, model: Model, facts: Mapping[str, str]) -> BaseException:
+        """What the waiting side gets to see. A GPU says in whoever waits for it next what went wrong in a call."""
+        return self._worker(model).lose(error) if fatal(error) else _public(error, facts)
 
     def _first(self) -> Iterator[Model]:
         """The models, without those that would drive one out which is loaded already."""

@@ -192,8 +192,8 @@ class Job:
         """Set the outcome, once; later ones are ignored."""
 
         if error is not None:
-            # It would keep the frames and tensors of the whole run alive; also of what was told to be over before.
-            error.__traceback__ = None
+            # They would keep the frames and tensors of the whole run alive; also of what was told to be over before.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
         first = False
 
         def end() -> None:

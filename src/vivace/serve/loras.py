@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from vivace.checkpoint import header
 from vivace.errors import InputError, first_line
 from vivace.lora.files import load
-from vivace.serve.failures import FieldError
+from vivace.serve.failures import FieldError, Unavailable
+from vivace.serve.worker import fatal, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,6 @@ class Loras:
     def __init__(self, files: Mapping[str, Path], *, pipe: Any) -> None:
         self.files = files
         self._on: Chosen | None = ()  # None: not known
-        self._weights: dict[str, dict[str, torch.Tensor]] = {}  # by alias
         for path in files.values():
             header(Path(path))
         own = pipe.get_list_adapters() if files and hasattr(pipe, "get_list_adapters") else {}
@@ -40,7 +42,8 @@ class Loras:
             )
 
     def put(self, pipe: Any, chosen: Chosen, *, model: str) -> None:
-        """Have exactly these on the layers of `pipe`. Raises FieldError for one that does not fit."""
+        """Have exactly these on the layers of `pipe`. Raises FieldError for one that does not fit, Unavailable for one
+        whose file is not what it was at the start."""
         if self._on == chosen:
             return
         if not hasattr(pipe, "load_lora_weights"):
@@ -50,10 +53,13 @@ class Loras:
         # Not by their aliases: PEFT makes attributes of the names, which have no dots and are not such as "half".
         adapters = [f"lora_{index}" for index, _ in enumerate(chosen)]
         for adapter, (alias, _) in zip(adapters, chosen, strict=True):
+            weights = self._read(alias)
             try:
-                load(pipe, dict(self._read(alias)), adapter_name=adapter)
+                load(pipe, weights, adapter_name=adapter)
             except Exception as error:  # diffusers and peft raise what the file's layout leads them to
                 pipe.unload_lora_weights()
+                if out_of_memory(error) or fatal(error):
+                    raise
                 logger.warning("LoRA %s does not fit %s: %s", alias, model, first_line(error))
                 raise FieldError("lora", f"LoRA {alias!r} does not fit this model") from None
         if adapters:
@@ -70,8 +76,8 @@ class Loras:
         self._on = ()
 
     def _read(self, alias: str) -> dict[str, torch.Tensor]:
-        if alias not in self._weights:
-            from safetensors.torch import load_file
-
-            self._weights[alias] = load_file(self.files[alias])
-        return self._weights[alias]
+        try:
+            return load_file(self.files[alias])
+        except (OSError, SafetensorError) as error:
+            logger.error("LoRA %s cannot be read: %s", alias, first_line(error))
+            raise Unavailable(f"the LoRA {alias} cannot be read") from None

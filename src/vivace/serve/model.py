@@ -23,7 +23,7 @@ from vivace.config import PRESETS, Config, preset_name, resolve
 from vivace.errors import InputError, first_line
 from vivace.family import known_family
 from vivace.lane import Lane
-from vivace.load import Source, find, load_source
+from vivace.load import Source, find, load_source, resolve_device
 from vivace.lora.files import in_few_bits
 from vivace.passes.target import device_of, hooks_of
 from vivace.serve.call import Axes
@@ -32,6 +32,7 @@ from vivace.serve.layout import Layouts
 from vivace.serve.loras import Chosen, Loras
 from vivace.serve.request import Request
 from vivace.serve.sketch import Sketch
+from vivace.serve.worker import fatal, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -227,10 +228,10 @@ class Model:
                 return False
             self._moving.acquire()
         try:
-            home = self.device
+            # Before anything moves: what is left half way by a failure is brought back whole.
+            self._home, self._inputs_on = self.device, None
             with BUILDING:  # what computes elsewhere is accelerated anew
                 self.pipe.to("cpu")  # without the gate: whoever asks for a picture passes it
-            self._home, self._inputs_on = home, None
         finally:
             self._moving.release()
         _free()
@@ -290,11 +291,12 @@ class Model:
             # The pipeline would cast it to and fro around each decode, under the hands of other requests.
             if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
                 vae.to(torch.float32)
-        except (torch.OutOfMemoryError, MemoryError):
-            self.broken = True
-            raise OutOfMemory(f"the device has too little memory for the model {self.alias}") from None
         except Exception as error:
             self.broken = True
+            if fatal(error):
+                raise
+            if out_of_memory(error):
+                raise OutOfMemory(f"the device has too little memory for the model {self.alias}") from None
             # What it says names files; that is for the log.
             logger.error("%s cannot be loaded: %s", self.alias, first_line(error))
             raise Unavailable(f"the model {self.alias} cannot be loaded") from error
@@ -346,8 +348,6 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where its denoiser computes, loaded or not."""
-        from vivace.load import resolve_device
-
         if self._home:
             return self._home
         if self.pipe is None:

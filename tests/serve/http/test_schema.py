@@ -66,6 +66,22 @@ def test_the_description_has_the_bounds_as_json_schema_spells_them(http):
     assert '"minimum":' in described
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "steps", "n", "frames", "batch_size"])
+def test_what_the_description_allows_at_most_is_taken_and_no_more(launch, pipe, name):
+    most = {"most_prompt": 50, "most_steps": 2, "most_frames": 5, "most_pictures": 2}
+    clip = FAMILIES["wan"].tiny()
+    http = launch({"tiny": pipe, "clip": clip}, a1111=True, **most).http
+    described = http.get("/openapi.json").json()["paths"]
+    path = {"frames": "/v1/videos", "batch_size": "/sdapi/v1/txt2img"}.get(name, "/v1/images/generations")
+    body = described[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"][name]
+    (limit,) = [one[word] for one in body.get("anyOf", [body]) for word in ("maximum", "maxLength") if word in one]
+    size = {"width": 64, "height": 64} if name == "batch_size" else {"size": "64x64"}
+    for value, taken in ((limit, True), (limit + 1, False)):
+        fields = {"prompt": "a", "steps": 1, **size, name: "a" * value if "prompt" in name else value}
+        answer = http.post(path, json=fields)
+        assert (answer.status_code == 200) is taken, answer.text
+
+
 def test_the_description_knows_the_envelope_and_no_422(http):
     answers = [one["responses"] for path in http.get("/openapi.json").json()["paths"].values() for one in path.values()]
     assert not [found for found in answers if "422" in found]

@@ -1,13 +1,19 @@
 """Forms and their pictures: what is taken, what is refused before it is decoded, and what is left of it."""
 
+import gc
 import io
 import os
 import resource
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
+from vivace.serve.http import uploads
+from vivace.serve.http.server import DECODED
 from vivace.serve.http.settings import Settings
 
 
@@ -55,6 +61,57 @@ def test_uploads_are_bounded(launch, pipe):
         assert "64x640 pixels" in edit(http, picture(size=(64, 640))).json()["error"]["message"]
         assert edit(http, *[picture()] * 3).status_code == 400
         assert edit(http, picture()).status_code == 200
+
+
+def test_few_bytes_do_not_become_much_memory_for_many_at_a_time(http, monkeypatch):
+    at_once, most, guard = 0, 0, threading.Lock()
+
+    def decode(*args, **options):
+        nonlocal at_once, most
+        with guard:
+            at_once += 1
+            most = max(most, at_once)
+        try:
+            time.sleep(0.1)
+            return stock(*args, **options)
+        finally:
+            with guard:
+                at_once -= 1
+
+    stock = uploads.decode
+    monkeypatch.setattr(uploads, "decode", decode)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(edit, http, picture(), picture()) for _ in range(6)]
+    # The model takes one, which it is asked about only then.
+    assert {answer.result().status_code for answer in answers} == {400}
+    assert most == DECODED
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_picture_is_held_as_it_is_drawn_over_not_as_it_came(launch, pipe, gated, mask):
+    server, gate = launch({"tiny": pipe}), gated(pipe.transformer)
+    gate.shut()
+    raw = picture(size=(640, 672))
+    files = {"image": ("x.png", raw, "image/png"), **({"mask": ("y.png", raw, "image/png")} if mask else {})}
+    fields = {"prompt": "a", "steps": "2", "size": "64x64"}
+    with server.http as http, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, "/v1/images/edits", files=files, data=fields)
+        assert gate.reached.wait(60)
+        gc.collect()
+        held = [one for one in gc.get_objects() if isinstance(one, Image.Image) and one.size == (640, 672)]
+        gate.open.set()
+        assert answer.result().status_code == 200
+    assert not held
+
+
+def test_memory_of_refused_pictures_goes_back_to_the_system(launch, pipe, monkeypatch):
+    given = threading.Event()
+    monkeypatch.setattr("vivace.serve.http.app.SWEEP", 0.1)
+    monkeypatch.setattr("vivace.memory.heap.give_back", given.set)
+    with launch({"tiny": pipe}).http as http:
+        assert edit(http, picture(), picture()).status_code == 400
+        given.clear()
+        assert given.wait(10)
 
 
 def test_animations_and_broken_pictures_are_refused(http):

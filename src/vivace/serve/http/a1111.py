@@ -19,11 +19,12 @@ from starlette.responses import JSONResponse, Response
 
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, renamed
-from vivace.serve.http.images import json_body, make
+from vivace.serve.http.images import first_of, fitting, json_body, make
 from vivace.serve.http.schema import PLAIN, Fields, ImageOrder, Number, Whole, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
 from vivace.serve.job import Progress
+from vivace.serve.request import Request as EngineRequest
 
 router = APIRouter(prefix="/sdapi/v1")
 
@@ -123,8 +124,11 @@ class Img2Img(Txt2Img):
 @router.post("/txt2img", openapi_extra=json_body(Txt2Img))
 async def txt2img(request: Request) -> Response:
     """Pictures from a prompt."""
-    server = server_of(request)
-    return await _answer(request, read(Txt2Img, await read_json(request), server.settings))
+    asked: Txt2Img = read(Txt2Img, await read_json(request), server_of(request).settings)
+    order = _order(request, asked)
+    with renamed(FIELDS):
+        first = first_of(request, order)
+    return await _answer(request, asked, order, first)
 
 
 @router.post("/img2img", openapi_extra=json_body(Img2Img))
@@ -132,11 +136,21 @@ async def img2img(request: Request) -> Response:
     """Pictures from a prompt and another picture; white in the mask is painted anew."""
     server = server_of(request)
     asked: Img2Img = read(Img2Img, await read_json(request), server.settings)
+    order = _order(request, asked)
+    async with server.decoding:
+        first = await _first(request, asked, order)
+    return await _answer(request, asked, order, first)
+
+
+async def _first(request: Request, asked: Img2Img, order: ImageOrder) -> EngineRequest:
+    """The request of the first picture. Here, so that nothing holds the pictures as they came while it waits."""
+    server = server_of(request)
     image = await asyncio.to_thread(_decode, asked.init_images[0], server, "init_images")
     fields: dict[str, Any] = {"images": (image.convert("RGB"),), "strength": asked.denoising_strength}
     if asked.mask:
         fields["mask"] = (await asyncio.to_thread(_decode, asked.mask, server, "mask")).convert("L")
-    return await _answer(request, asked, **fields)
+    with renamed(FIELDS):
+        return await fitting(request, order, **fields)
 
 
 @router.get("/progress")
@@ -186,11 +200,13 @@ async def samplers() -> Response:
     return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in SAMPLERS])
 
 
-async def _answer(request: Request, asked: Txt2Img, **fields: Any) -> Response:
-    server = server_of(request)
-    order: ImageOrder = read(ImageOrder, asked.order(), server.settings)
+def _order(request: Request, asked: Txt2Img) -> ImageOrder:
+    return read(ImageOrder, asked.order(), server_of(request).settings)
+
+
+async def _answer(request: Request, asked: Txt2Img, order: ImageOrder, first: EngineRequest) -> Response:
     with renamed(FIELDS):
-        results, entries = await make(request, order, watch=server.interruptible, **fields)
+        results, entries = await make(request, order, first, watch=server_of(request).interruptible)
     facts = dict(results[0].effective) | {"all_seeds": [one.effective["seed"] for one in results]}
     parameters = asked.model_dump(exclude={"init_images", "mask"})
     return JSONResponse(

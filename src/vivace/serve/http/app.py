@@ -15,12 +15,14 @@ from starlette.types import Scope
 
 from vivace.errors import InputError
 from vivace.generation import video
+from vivace.memory import heap
 from vivace.serve.failures import Failure
 from vivace.serve.http import a1111, envelope, images, status, videos
 from vivace.serve.http.envelope import ApiError
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.guard import OPEN, Guard
 from vivace.serve.http.links import Links
+from vivace.serve.http.schema import limited
 from vivace.serve.http.server import Server
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
@@ -58,7 +60,8 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         links=Links(seconds=settings.link_seconds, most_bytes=settings.link_bytes),
         shelf=Shelf(settings.folder, seconds=settings.video_seconds, most_bytes=settings.video_bytes),
     )
-    server.sweeps += [server.shelf.sweep, server.links.kept.sweep]
+    # What was refused left no request that the engine would tidy up after.
+    server.sweeps += [server.shelf.sweep, server.links.kept.sweep, heap.give_back]
     engine.observe(batch=gauges.batch, job=gauges.job)
 
     @asynccontextmanager
@@ -92,6 +95,7 @@ def create_app(engine: Studio, settings: Settings | None = None, *, warm: bool =
         page = mount(app, server)
 
     _guard(app, server, page)
+    app.openapi_schema = limited(app.openapi(), settings)
     return app
 
 

@@ -53,7 +53,7 @@ async def generations(request: Request) -> Response:
     """Pictures from a prompt."""
     server = server_of(request)
     order: ImageOrder = read(ImageOrder, await read_json(request), server.settings)
-    return await _answer(request, order, name="image_generation")
+    return await _answer(request, order, first_of(request, order), name="image_generation")
 
 
 @router.post(
@@ -61,23 +61,31 @@ async def generations(request: Request) -> Response:
 )
 async def edits(request: Request) -> Response:
     """Pictures from a prompt and other pictures; what is transparent in the mask is painted anew."""
+    order, first = await _edit(request)
+    return await _answer(request, order, first, name="image_edit")
+
+
+async def _edit(request: Request) -> tuple[EditOrder, EngineRequest]:
+    """An edit's order and request. Here, so that nothing holds its pictures as they came while it waits."""
     server = server_of(request)
     async with read_form(request, most_files=server.settings.most_files) as form:
         order: EditOrder = from_form(EditOrder, form, server.settings, files=FILES)
-        images = await pictures(form, "image", "image[]", settings=server.settings)
-        masks = await pictures(form, "mask", settings=server.settings)
-    if not images:
-        raise ApiError(400, "the field 'image' is missing", code="missing_field", param="image")
-    if len(masks) > 1:
-        raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
-    fields = await asyncio.to_thread(_inputs, images, masks)
-    fields["strength"] = order.strength
-    return await _answer(request, order, name="image_edit", **fields)
+        async with server.decoding:
+            images = await pictures(form, "image", "image[]", settings=server.settings)
+            masks = await pictures(form, "mask", settings=server.settings)
+            if not images:
+                raise ApiError(400, "the field 'image' is missing", code="missing_field", param="image")
+            if len(masks) > 1:
+                raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
+            fields = await asyncio.to_thread(_inputs, images, masks)
+            return order, await fitting(request, order, strength=order.strength, **fields)
 
 
 def _inputs(images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> dict[str, Any]:
     """A request's fields of these pictures."""
-    found: dict[str, Any] = {"images": tuple(image.convert("RGB") for image in images)}
+    # Not converted where there is nothing to: that would be a copy of each.
+    plain = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in images)
+    found: dict[str, Any] = {"images": plain}
     return found | ({"mask": mask_of(masks[0], images[0])} if masks else {})
 
 
@@ -90,25 +98,26 @@ def mask_of(mask: Image.Image, image: Image.Image) -> Image.Image:
     return mask.convert("L")
 
 
-async def _answer(request: Request, order: ImageOrder, *, name: str, **fields: Any) -> Response:
+async def _answer(request: Request, order: ImageOrder, first: EngineRequest, *, name: str) -> Response:
     if order.stream:
-        (job,) = _submit(request, order, await _first(request, order, **fields))
+        (job,) = _submit(request, order, first)
         # Some proxies keep an answer back until much of it is there, unless they are told.
         headers = {"X-Accel-Buffering": "no"}
         return StreamingResponse(_events(job, order, name=name), media_type="text/event-stream", headers=headers)
-    results, data = await make(request, order, **fields)
+    results, data = await make(request, order, first)
     return JSONResponse(_envelope(order, results) | {"data": data})
 
 
 async def make(
-    request: Request, order: ImageOrder, *, watch: set[Job] | None = None, **fields: Any
+    request: Request, order: ImageOrder, first: EngineRequest, *, watch: set[Job] | None = None
 ) -> tuple[list[Result], list[dict[str, Any]]]:
-    """The pictures of an order and their entries in the answer; ended when the client goes away.
+    """The pictures of an order, from its first one's request on, and their entries in the answer; ended when the client
+    goes away.
 
     While they are made their jobs are in `watch`.
     """
     server, watch = server_of(request), set() if watch is None else watch
-    jobs = _submit(request, order, await _first(request, order, **fields))
+    jobs = _submit(request, order, first)
     watch.update(jobs)
     try:
         results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
@@ -123,7 +132,13 @@ async def _result(job: Job) -> Result:
     return await job
 
 
-async def _first(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
+async def fitting(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
+    """The request of an order's first picture, those it is made of brought to its size."""
+    first = first_of(request, order, **fields)
+    return await asyncio.to_thread(fitted, first, server_of(request).engine.model(first.model).source)
+
+
+def first_of(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
     """The request of an order's first picture."""
     server = server_of(request)
     settings, engine = server.settings, server.engine
@@ -131,7 +146,7 @@ async def _first(request: Request, order: ImageOrder, **fields: Any) -> EngineRe
         # Not a full queue, which would have room some time.
         raise FieldError("n", f"n is {order.n}; this server has room for {engine.most_taken} at once")
     alias = server.alias(order.model, media="image")
-    first = order.request(
+    return order.request(
         **fields,
         model=alias,
         quality=order.preset,
@@ -139,7 +154,6 @@ async def _first(request: Request, order: ImageOrder, **fields: Any) -> EngineRe
         run_seconds=settings.run_seconds,
         previews=order.partial_images,
     )
-    return await asyncio.to_thread(fitted, first, engine.model(alias).source) if first.images else first
 
 
 def _submit(request: Request, order: ImageOrder, first: EngineRequest) -> list[Job]:

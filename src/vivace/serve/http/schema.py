@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,6 +29,16 @@ from vivace.serve.request import Request
 
 SIZE = r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$"
 MOST_LORAS = 8
+
+# Field -> how JSON Schema calls its limit, and the setting that is its limit.
+LIMITS = {
+    "prompt": ("maxLength", "most_prompt"),
+    "negative_prompt": ("maxLength", "most_prompt"),
+    "steps": ("maximum", "most_steps"),
+    "n": ("maximum", "most_pictures"),
+    "batch_size": ("maximum", "most_pictures"),
+    "frames": ("maximum", "most_frames"),
+}
 
 # OpenAI's words for quality -> presets, best first; the first one that exists is taken.
 QUALITIES = {
@@ -245,6 +257,18 @@ def read(kind: type[Any], fields: Any, settings: Settings) -> Any:
         return kind.model_validate(fields, context=settings)
     except ValidationError as error:
         raise wrong_fields(list(error.errors(include_url=False))) from None
+
+
+def limited(description: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """An API's own description with the limits that these settings set."""
+    found = copy.deepcopy(dict(description))
+    operations = [one for path in found["paths"].values() for one in path.values() if "requestBody" in one]
+    for body in [kind for one in operations for kind in one["requestBody"]["content"].values()]:
+        for name, schema in body["schema"]["properties"].items():
+            if name in LIMITS:
+                keyword, most = LIMITS[name]
+                schema.get("anyOf", [schema])[0][keyword] = getattr(settings, most)
+    return found
 
 
 def settings_of(info: ValidationInfo) -> Settings:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+DECODED = 2  # requests at a time whose pictures are decoded and fitted: few bytes may become many
 LOOK = 0.1  # seconds between two looks at whether the client is still there
 
 
@@ -42,6 +43,7 @@ class Server:
     sweeps: list[Callable[[], None]] = field(default_factory=list)  # what lets go of things that are over their time
     interruptible: set[Job] = field(default_factory=set)  # what the A1111 routes make now
     answering: set[str] = field(default_factory=set)  # ids of the API's requests that are not answered to the end
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODED))
     _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
 
     def full(self) -> ApiError | None:

@@ -25,6 +25,7 @@ from vivace.serve.http.server import Server, is_form, note, read_form, read_json
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Progress, Result
 from vivace.serve.prepare import fitted
+from vivace.serve.request import Request as EngineRequest
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -63,22 +64,10 @@ class Clip(FileResponse):
 async def create(request: Request) -> Response:
     """Begin a video; its record comes back at once."""
     server = server_of(request)
-    settings, images = server.settings, []
-    if is_form(request):
-        async with read_form(request, most_files=1) as form:
-            order: VideoOrder = from_form(VideoOrder, form, settings, files=("input_reference",))
-            images = await pictures(form, "input_reference", settings=settings)
-    else:
-        order = read(VideoOrder, await read_json(request), settings)
-    alias = server.alias(order.model, media="video")
-    frames = _frames(order, server, alias)
-    wanted = order.request(
-        model=alias,
-        quality=preset(order.quality),
-        frames=frames,
-        fps=order.fps,
-        images=tuple(image.convert("RGB") for image in images),
-    )
+    with renamed({"image": "input_reference"}):
+        order, wanted = await _asked(request)
+        job = server.engine.submit(wanted, most_pixels=server.settings.most_video_pixels)
+    note(request, [job])
     record = {
         "id": f"video_{secrets.token_hex(12)}",
         "object": "video",
@@ -88,17 +77,12 @@ async def create(request: Request) -> Response:
         "completed_at": None,
         "expires_at": None,
         "error": None,
-        "model": alias,
+        "model": wanted.model,
         "prompt": order.prompt,
-        "seconds": order.seconds or (f"{frames / (order.fps or FPS):g}" if frames else "auto"),
+        "seconds": order.seconds or (f"{wanted.frames / (order.fps or FPS):g}" if wanted.frames else "auto"),
         "size": order.size or "auto",
         "remixed_from_video_id": None,
     }
-    with renamed({"image": "input_reference"}):
-        if images:
-            wanted = await asyncio.to_thread(fitted, wanted, server.engine.model(alias).source)
-        job = server.engine.submit(wanted, most_pixels=settings.most_video_pixels)
-    note(request, [job])
     try:
         server.shelf.put(record)
     except OSError as error:
@@ -106,6 +90,26 @@ async def create(request: Request) -> Response:
         raise disk_error(error) from None
     server.follow(record["id"], job, follow(server, record["id"], job))
     return JSONResponse(record)
+
+
+async def _asked(request: Request) -> tuple[VideoOrder, EngineRequest]:
+    """A video's order and request. Here, so that nothing holds its picture as it came while it waits."""
+    server = server_of(request)
+    if not is_form(request):
+        order: VideoOrder = read(VideoOrder, await read_json(request), server.settings)
+        return order, _request(order, server)
+    async with read_form(request, most_files=1) as form:
+        order = from_form(VideoOrder, form, server.settings, files=("input_reference",))
+        async with server.decoding:
+            images = await pictures(form, "input_reference", settings=server.settings)
+            wanted = _request(order, server, images=tuple(image.convert("RGB") for image in images))
+            return order, await asyncio.to_thread(fitted, wanted, server.engine.model(wanted.model).source)
+
+
+def _request(order: VideoOrder, server: Server, **fields: Any) -> EngineRequest:
+    alias = server.alias(order.model, media="video")
+    frames = _frames(order, server, alias)
+    return order.request(model=alias, quality=preset(order.quality), frames=frames, fps=order.fps, **fields)
 
 
 @router.get("/v1/videos")

@@ -62,10 +62,10 @@ def routes(inputs: Inputs, *, path: str) -> APIRouter:
 
     @router.post(path, include_in_schema=False)
     async def upload(request: Request) -> Response:
-        settings = server_of(request).settings
-        async with read_form(request, most_files=2, most_fields=0) as form:
-            images = await pictures(form, "image", settings=settings)
-            masks = await pictures(form, "mask", settings=settings)
+        server = server_of(request)
+        async with read_form(request, most_files=2, most_fields=0) as form, server.decoding:
+            images = await pictures(form, "image", settings=server.settings)
+            masks = await pictures(form, "mask", settings=server.settings)
         if len(images) != 1 or len(masks) > 1:
             raise ApiError(400, "one image is taken, and one mask at most", code="invalid_value", param="image")
         mask = mask_of(masks[0], images[0]) if masks else None
