@@ -106,6 +106,13 @@ def test_on_the_command_line(capsys):
     assert {"name": "graphs", "done": False, "detail": "switched off"} in said["passes"]
 
 
+@pytest.mark.parametrize(("cache", "held"), [("steps:compute=0", 1), ("firstblock", 2), ("pab", 7)])
+def test_forecasts_a_caches_memory_at_the_size_that_a_model_has_positions_for(cache, held):
+    """The built-in model's 256 pixels, where published ones of its family have 1024."""
+    (note,) = (note for note in vivace.plan("builtin", cache=cache, device="cpu").passes if note.name == "cache")
+    assert note.detail == f"{cache}, at most {held} MiB in a request of the usual size"
+
+
 def test_the_table():
     text = str(vivace.plan("sdxl", device="cpu", dtype=torch.float16)).splitlines()
     assert text[0] == "sdxl: StableDiffusionXLPipeline (sdxl), preset exact, float16 on cpu"

@@ -199,6 +199,14 @@ class Family:
         same = (one for one in self.variants.values() if all(config.get(k) == v for k, v in one.denoiser.items()))
         return next(same, self.variant())
 
+    def usual(self, denoiser: Any) -> dict[str, Any]:
+        """The arguments of `inputs` for a call as a model like this is used, no larger than it has positions for."""
+        found = self.nearest(denoiser.config).usual
+        if self.largest is None:
+            return found
+        longest = self.largest(denoiser)
+        return {**found, "size": tuple(min(side, longest) for side in found["size"])}
+
 
 class UnknownFamilyError(InputError):
     """No family is recorded for a pipeline class."""

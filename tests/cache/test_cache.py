@@ -159,6 +159,8 @@ def test_spelling_round_trip():
         ("taylorseer:order=9", "from 0 to 2"),
         ("steps:compute=0,order=3", "from 0 to 2"),
         ("steps:compute=9-3", "goes from 9 to 3"),
+        (f"steps:compute=0-{'9' * 5000}", "names step 9+; the last that a run may have is 9999"),
+        (f"firstblock:order={'9' * 400}", "order is a whole number from 0 to 2, got 9+"),
         ("guidance:begin=0.8,end=0.3", "no step with guidance"),
         ("guidance:end=5", "from 0 to 1"),
         ("blockdance:begin=0.8,end=0.3", "no step to reuse"),

@@ -11,6 +11,8 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, PND
 
 import vivace
 from vivace import request
+from vivace.cache import parse
+from vivace.cache.call import Call, Schedule
 from vivace.families import FAMILIES
 from vivace.fused import FUSED
 from vivace.watch import Watch
@@ -145,6 +147,26 @@ def test_heun_of_a_flow_model(pipe, draw, last):
     fast = draw(pipe, steps=6)
     assert last(pipe)["skipped"] >= 3
     assert 0 < (fast - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("spelled", ["meancache:of50=10", "steps:compute=0,2,order=0", "taylorseer:interval=3"])
+def test_whoever_writes_into_an_output_changes_nothing_that_is_remembered(spelled):
+    """Also where two steps have one time, as Heun's have."""
+    policy = parse(spelled)
+
+    def outputs(after) -> list[torch.Tensor]:
+        times, memory, found = tuple(9.0 - (i + 1) // 2 for i in range(17)), policy.fresh(), []
+        for step in range(len(times)):
+            call = Call(step=step, schedule=Schedule(times=times), kwargs={}, forward=dict, run=run)
+            out = policy.serve(memory, call)
+            found.append(out.clone())
+            after(out)
+        return found
+
+    def run(name, forward, **kwargs):
+        return torch.ones(1, 3)
+
+    assert torch.equal(torch.stack(outputs(lambda out: None)), torch.stack(outputs(lambda out: out.zero_())))
 
 
 def test_image_to_image_starts_late(last):

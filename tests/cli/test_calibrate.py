@@ -49,6 +49,7 @@ def test_writes_a_file_that_generate_takes(model, tmp_path, capsys):
         (("-o", "none/calibration.json"), "cannot be written"),
         (("-o", "/proc/calibration.json"), "-o /proc/calibration.json cannot be written"),
         (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
+        (("--seed", "9223372036854775808"), "--seed must be from 0 to 9223372036854775807, got 9223372036854775808"),
         (("--steps", "0"), "--steps must be 1 or more, got 0"),
         (("--size", "0x64"), "--size '0x64' is not WxH"),
     ],

@@ -72,6 +72,7 @@ def test_compares_videos_of_so_many_frames(run, tmp_path):
         (("--captions", 2), "at least 3 captions"),
         (("--captions", 0), "Invalid value for '--captions'"),
         (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
+        (("--seed", 2**63), "--seed must be from 0 to 9223372036854775807, got 9223372036854775808"),
         (("folder",), "eval examines builtin, got 'folder'"),
         (("--workers", 2), "need --ray"),
         (("--json", "none/figures.json"), "cannot be written"),

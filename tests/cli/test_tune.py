@@ -63,6 +63,7 @@ def test_writes_the_frontier_and_goes_on_with_what_is_the_same(run, tmp_path, ca
         (("--size", "4096x4096"), "--size 4096x4096 cannot be made: the longest side of builtin is"),
         (("--steps", "0"), "--steps must be 1 or more, got 0"),
         (("--guidance", "nan"), "--guidance must be from 0 to 1000, got nan"),
+        (("--seed", "9223372036854775808"), "--seed must be from 0 to 9223372036854775807, got 9223372036854775808"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):

@@ -109,6 +109,21 @@ def test_a_long_name_is_a_folder_of_its_own(tiny, tmp_path):
     assert all(contest.store.picture(name, 0).is_file() for name in names)
 
 
+def test_names_that_differ_in_what_no_folder_has_are_folders_of_their_own(tmp_path):
+    store = Store(tmp_path)
+    names = ["planned:file=a/c.json", "planned:file=a_c.json", "planned_file=a_c.json", "exact", "EXACT é"]
+    assert len({store.picture(name, 0) for name in names}) == len(names)
+
+
+def test_a_picture_that_is_gone_is_drawn_anew(tiny, tmp_path):
+    contest = contest_in(tmp_path, tiny, steps=2, prompts=("a fox",))
+    reference, _ = contestants(presets=["exact"], configs={}, steps=2)
+    contest.run(reference)
+    contest.store.picture(reference.name, 0).unlink()
+    contest.run(reference)
+    assert contest.store.picture(reference.name, 0).is_file()
+
+
 def test_stopped_and_resumed(tiny, tmp_path):
     contest = contest_in(tmp_path, tiny)
     reference, _ = contestants(presets=["exact"], configs={}, steps=8)

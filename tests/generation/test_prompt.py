@@ -18,7 +18,7 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"holds no prompt|cannot be read as text"):
         read_prompts(tmp_path / "prompts.txt")
-    with pytest.raises(InputError, match="cannot be read as text"):
+    with pytest.raises(InputError, match="cannot be read as text: No such file"):
         read_prompts(tmp_path / "none.txt")
 
 

@@ -84,11 +84,12 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
         if key in NEUTRAL and value not in (None, NEUTRAL[key]):
             raise InputError(f"{key}={value!r} has no counterpart here; the only value that has is {NEUTRAL[key]!r}")
     order = _whole(section, "taylorseer_order", 1)
-    order = order if any(map(section.get, CALIBRATED)) else 0
-    mask = section.get(MASK)
+    asked = [key for key in CALIBRATED if _flag(section, key)]
+    order = order if asked else 0
+    mask, when = section.get(MASK), section.get(POLICY, "dynamic")
+    if when != ("dynamic" if mask is None else "static"):
+        raise InputError(f"{MASK} and {POLICY}: static have a counterpart only together, got {POLICY}: {when}")
     if mask is not None:
-        if section.get(POLICY, "dynamic") != "static":
-            raise InputError(f"{MASK} has a counterpart only with {POLICY}: static; set that")
         digits = "".join(map(str, mask)) if isinstance(mask, list) else str(mask)
         if not is_mask(digits):
             raise InputError(f"{MASK} is a list of 0 and 1, one a step and at least three, got {mask!r}")
@@ -96,6 +97,8 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
     kind = str(section.get("cache_type", "DBCache"))
     if kind.upper() not in DEFAULTS:
         raise InputError(f"cache_type={kind!r} has no counterpart here; DBCache, FBCache and DiCache have")
+    if kind.upper() == "DICACHE" and asked:
+        raise InputError(f"{asked[0]} has no counterpart with cache_type={kind!r}; DBCache and FBCache have one")
     given = {ours: section[theirs] for theirs, ours in FIELDS.items() if theirs in section}
     fields = {**DEFAULTS[kind.upper()], **given, "warmup": max(1, _whole(section, "max_warmup_steps", WARMUP))}
     fields.pop("order", None)
@@ -106,6 +109,13 @@ def policy_of(section: Mapping[str, Any]) -> Policy:
 
 def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
     value = section.get(key, default)
-    if type(value) is not int:
-        raise InputError(f"{key} is a whole number, got {value!r}; for example {key}: {default}")
+    if type(value) is not int or value < 0:
+        raise InputError(f"{key} is a whole number from 0 on, got {value!r}; for example {key}: {default}")
+    return value
+
+
+def _flag(section: Mapping[str, Any], key: str) -> bool:
+    value = section.get(key, False)
+    if type(value) is not bool:
+        raise InputError(f"{key} is true or false, got {value!r}; for example {key}: true")
     return value

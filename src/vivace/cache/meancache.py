@@ -111,7 +111,8 @@ def _carried(memory: Memory, *, span: int, step: float) -> list[Any]:
     end, after = memory.end
     last = memory.steps[-1][2]
     if end == start:
-        return last
+        # Whoever gets an output may write into it.
+        return [velocity.clone() for velocity in last]
     found = []
     for low, high, v, newest in zip(before, after, first, last, strict=True):
         average = (high - low) / (end - start)

@@ -73,7 +73,7 @@ class Policy:
             what, example = "numbers", "1.0+0.5"
         elif float in allowed or kind in (int, int | None):
             least, most = self.least.get(name, 0), self.most.get(name, math.inf)
-            right = _is_number(value, whole=float not in allowed) and least <= float(value) <= most
+            right = _is_number(value, whole=float not in allowed) and least <= value <= most
             reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
             what, example = f"{'a number' if float in allowed else 'a whole number'} {reach}", least
         else:
@@ -113,7 +113,9 @@ class Policy:
 
 
 def _is_number(value: Any, *, whole: bool = False) -> TypeGuard[float]:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, float):
+        return not whole and not math.isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def spell(policy: Policy) -> str:

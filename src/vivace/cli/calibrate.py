@@ -36,8 +36,8 @@ def calibrate(
     source = find(model)
     wanted = _shares(shares)
     check_writable(output, option="-o")
+    settings = settings_of(source, steps=steps, guidance=guidance, seed=seed)
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
-    settings = settings_of(source, steps=steps, guidance=guidance)
     call = call_of(source, settings, size=size, frames=frames)
 
     from vivace.cache.calibrate import calibrate as fit

@@ -82,7 +82,7 @@ def eval(
     _check_use(compares, alone={"--json": json}, comparing=presets is not None or bool(cache))
     folder = output or Path("eval")
     source = find(model)
-    settings = settings_of(source, steps=steps, guidance=guidance)
+    settings = settings_of(source, steps=steps, guidance=guidance, seed=seed)
     if presets is None and not cache:
         if json is not None:
             check_writable(json, option="--json")

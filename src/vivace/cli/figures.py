@@ -21,8 +21,12 @@ WIDE = 200
 """Columns of a table that goes into a pipe or file, which has no width to keep to."""
 
 
-def settings_of(source: Source, *, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """Steps and guidance as given or as the model's own. Raises InputError for what cannot be."""
+def settings_of(source: Source, *, steps: int | None, guidance: float | None, seed: int) -> dict[str, Any]:
+    """Steps and guidance as given or as the model's own. Raises InputError for what cannot be, a seed too."""
+    from vivace.generation.job import SEEDS
+
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"--seed must be from 0 to {SEEDS - 1}, got {seed}")
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be 1 or more, got {steps}")
     # Written so that NaN fails too.

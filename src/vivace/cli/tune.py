@@ -45,7 +45,7 @@ def tune(
     for spelled in cache or ():
         parse(spelled)
     source = find(model)
-    settings = settings_of(source, steps=steps, guidance=guidance)
+    settings = settings_of(source, steps=steps, guidance=guidance, seed=seed)
     texts = prompts_of(prompts, builtin=model == "builtin", captions=captions, seed=seed)
     order = Order(
         model=source.name, contents=contents_of(source), folder=output, prompts=texts, steps=settings["steps"],

@@ -72,7 +72,10 @@ class Store:
 
     def holds(self, record: Record | None, *, key: str) -> bool:
         """Whether there is such a drawing, made by the very same settings, and its files are still there."""
-        return record is not None and record.key == key and self._path(record.contestant, record.index).is_file()
+        if record is None or record.key != key:
+            return False
+        place = record.contestant, record.index
+        return self._path(*place).is_file() and self.picture(*place).is_file()
 
     def keep(self, record: Record, *, latents: torch.Tensor, frames: torch.Tensor) -> None:
         """Write a drawing: its tensors, its picture (the middle frame), and last the record that makes it count."""
@@ -102,9 +105,9 @@ class Store:
 
 
 def slug(name: str) -> str:
-    """A contestant's name as a folder's; of a long one, as with a file's path in it, the beginning and a digest."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_=." else "_" for letter in name)
-    return safe if len(safe) <= LONGEST else f"{safe[:LONGEST]}-{key_of({'name': name})}"
+    """A contestant's name as a folder's; of one that a folder cannot have, what it can, and a digest."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_=." else "_" for letter in name)[:LONGEST]
+    return safe if safe == name else f"{safe}-{key_of({'name': name})}"
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text; give a UTF-8 file with one prompt a line") from error
+        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
+        raise InputError(f"{path} cannot be read as text{reason}; give a UTF-8 file with one prompt a line") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise InputError(f"{path} holds no prompt; write one a line")

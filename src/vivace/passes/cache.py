@@ -53,7 +53,7 @@ def _forecast(target: Target) -> str:
     kept = target.placement.kept if target.placement else 0
     plain = all(p.is_meta for denoiser in target.denoisers.values() for p in denoiser.parameters())
     held = kept or (held_by(target) if plain else 0)
-    return f"{spell(policy)}, at most {held / 2**20:.0f} MiB in a request of the usual size" if held else spell(policy)
+    return f"{spell(policy)}, at most {-(-held // 2**20)} MiB in a request of the usual size" if held else spell(policy)
 
 
 def held_by(target: Target) -> int:
@@ -66,7 +66,7 @@ def held_by(target: Target) -> int:
 def _held(policy: Policy, family: Family, denoiser: Any) -> int:
     """Bytes for one denoiser, from the shapes of one call of it."""
     variant = family.nearest(denoiser.config)
-    arguments = family.inputs(denoiser, **variant.usual)
+    arguments = family.inputs(denoiser, **family.usual(denoiser))
     found = on_shapes(denoiser, family.split(denoiser).prologue, **arguments)
     if found is None:
         return 0

@@ -117,8 +117,7 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
     largest = family.largest(lane.denoiser) if family.largest else max(SIDES)
     sides = sorted({min(side, largest) for side in SIDES})
     small = {"batch": 2, "frames": 1, "text_tokens": family.variant().text_tokens}
-    config: Any = lane.denoiser.config
-    shapes = [{"size": (side, side), **small} for side in sides] + [family.nearest(config).usual]
+    shapes = [{"size": (side, side), **small} for side in sides] + [family.usual(lane.denoiser)]
     calls = []
     for shape in shapes:
         kwargs = family.inputs(lane.denoiser, seed=0, **shape)

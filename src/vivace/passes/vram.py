@@ -234,7 +234,7 @@ def _work(target: Target, kind: str, module: Any) -> tuple[int, int | None]:
     """What a component needs beside its weights, and what of it when it works in strips."""
     family = target.family
     if kind == "denoiser" and family is not None:
-        return denoiser_work(module, family.inputs, **family.nearest(module.config).usual) or UNKNOWN, None
+        return denoiser_work(module, family.inputs, **family.usual(module)) or UNKNOWN, None
     if kind == "vae" and hasattr(module, "decode"):
         return _vae_work(target, module)
     return min(GIB // 2, _nbytes(module) // 8 + GIB // 16), None
