@@ -108,16 +108,39 @@ def test_altered(copied):
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 99}, {"layers": {"a": {"format": "fp2"}}}, {"layers": None}, {"class": 3}]
+    "change",
+    [
+        {"layers": {}},
+        {"layers": {"transformer_blocks.0.attn.to_q": {"format": "int8_weights", "how": "rowwise"}}},
+        {"class": "SD3Transformer2DModel"},
+        {"dtype": "load"},
+        {"sha256": {}},
+        {"seal": None},
+    ],
 )
-def test_a_record_of_something_else(copied, change):
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_an_altered_record(copied, change, reads):
     path = copied / folder.RECORD
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(InputError, match="another version"):
+    with pytest.raises(InputError, match=r"quantised\.json was altered since it was written"):
+        reads(copied.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"version": 2}', "another version")]
+)
+def test_a_record_of_something_else(copied, text, said):
+    (copied / folder.RECORD).write_text(text)
+    with pytest.raises(InputError, match=rf"quantised\.json .*{said}"):
         vivace.load(copied.parent)
-    path.write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
-        vivace.load(copied.parent)
+
+
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_an_altered_configuration(copied, reads):
+    path = copied / folder.CONFIG
+    path.write_text(path.read_text().replace('"num_layers": 2', '"num_layers": 1'))
+    with pytest.raises(InputError, match=r"config\.json is not the file that quantised\.json"):
+        reads(copied.parent)
 
 
 def test_a_missing_weight_file(copied):
