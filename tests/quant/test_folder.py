@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -75,6 +76,19 @@ def test_every_format(format, tmp_path):
     again = folder.read(tmp_path / "unet", device=torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(again(**arguments)[0], pipe.unet(**arguments)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_of_no_known_family(tmp_path):
+    small = {"sample_size": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 8}
+    pipe = DiTPipeline(DiTTransformer2DModel(**small).eval(), AutoencoderKL(), DDIMScheduler())
+    vivace.accelerate(pipe, quant="int8", keep_base="no")
+    folder.write(pipe, tmp_path, denoisers={"transformer": pipe.transformer})
+    arguments = {"timestep": torch.tensor([3]), "class_labels": torch.tensor([1])}
+    with torch.no_grad():
+        made, again = (
+            one.transformer(torch.ones(1, 4, 4, 4), **arguments).sample for one in (pipe, vivace.load(tmp_path))
+        )
+    assert torch.equal(made, again)
 
 
 def test_every_tensor_lies_where_kernels_want_it(tmp_path):
