@@ -1,5 +1,7 @@
 """Text encoders stored in few bits: near the stock embeddings, smaller, and back to the bit."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -44,6 +46,18 @@ def test_near_and_back(family, format):
 
 def encoders(pipe):
     return [(n, m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None]
+
+
+@pytest.mark.parametrize("fields", [{}, {"vram": "8GB"}], ids=["", "placed"])
+def test_weights_that_are_not_finite_are_named(fields, monkeypatch):
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    pipe = FAMILIES["sdxl"].tiny()
+    name = next(n for n, m in pipe.text_encoder_2.named_modules() if n.endswith("layers.1.mlp.fc1"))
+    pipe.text_encoder_2.get_submodule(name).weight.data[3, 5] = float("nan")
+    with pytest.raises(InputError, match=rf"text_encoder_2\.{name}\.weight holds NaN or infinity"):
+        vivace.accelerate(pipe, encoders="int8_weights", **fields)
+    assert packed(pipe) == 0
 
 
 def test_what_is_kept_in_float32_stays():

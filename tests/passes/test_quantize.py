@@ -1,6 +1,7 @@
 """Quantising a pipeline: what is done to every linear, what is refused, and the way back."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -133,8 +134,6 @@ def test_saved_as_a_stock_folder(sd3_pipe, tmp_path):
 def test_base_in_the_file(sd3_pipe, sd3_latents, tmp_path):
     stock = sd3_latents(sd3_pipe)
     sd3_pipe.transformer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="loaded from a folder"):
-        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
     sd3_pipe.transformer = type(sd3_pipe.transformer).from_pretrained(tmp_path)
     vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
     assert "in the model's file" in str(vivace.report(sd3_pipe))
@@ -177,12 +176,27 @@ def alter(data: bytes) -> bytes:
     return save({name: -tensor for name, tensor in load(data).items()}, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(sd3_pipe, value):
+@pytest.fixture(params=[{}, {"vram": "8GB"}], ids=["", "placed"])
+def budget(request, monkeypatch):
+    """Without a budget of memory and with one, for which the CPU stands for the GPU."""
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    return request.param
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(sd3_pipe, value, budget):
     sd3_pipe.transformer.transformer_blocks[1].attn.to_k.weight.data[3, 5] = value
     with pytest.raises(InputError, match=r"transformer\.transformer_blocks\.1\.attn\.to_k\.weight holds NaN or inf"):
-        vivace.accelerate(sd3_pipe, quant="int8")
+        vivace.accelerate(sd3_pipe, quant="int8", **budget)
     assert type(sd3_pipe.transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+
+
+def test_a_base_in_the_file_needs_a_file(sd3_pipe, sd3_latents, budget):
+    stock = sd3_latents(sd3_pipe)
+    with pytest.raises(InputError, match="loaded from a folder"):
+        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file", **budget)
+    assert torch.equal(sd3_latents(sd3_pipe), stock)
 
 
 def test_quantised_by_another_library_is_refused(sd3_pipe):

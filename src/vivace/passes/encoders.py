@@ -46,7 +46,7 @@ def _check(target: Target) -> str | None:
         if reason := foreign(encoder):
             return f"{name}: {reason}"
         chosen = [layer.name for layer in _layers(target, encoder) if layer.format]
-        if target.place is None and (bad := not_finite(encoder, chosen)):
+        if encoder.device.type != "meta" and (bad := not_finite(encoder, chosen)):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
     if not any(layer.format for _, layer in _all_layers(target)):
         return f"no linear of {', '.join(encoders)} can be in {format}"

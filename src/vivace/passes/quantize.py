@@ -82,17 +82,17 @@ def _check(target: Target) -> str | None:
     if before is not None:
         return None
     layers = _survey(target, format)
-    chosen = {name: [layer.name for layer in found if layer.format] for name, found in layers.items()}
     if not any(layer.format == format for found in layers.values() for layer in found):
         reasons = Counter(layer.why for found in layers.values() for layer in found)
         return f"no linear of it can be in {format}: {_listed(reasons)}"
-    if target.place is not None:
-        return None
     for name, denoiser in target.denoisers.items():
-        if bad := not_finite(denoiser, chosen[name]):
+        chosen = [layer.name for layer in layers[name] if layer.format]
+        if any(weight_of(denoiser, one).is_meta for one in chosen):
+            continue  # a plan has shapes alone
+        if bad := not_finite(denoiser, chosen):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
-    if config.keep_base == "file":
-        return next((why for n, d in target.denoisers.items() if (why := _unfiled(d, chosen[n]))), None)
+        if config.keep_base == "file" and (why := _unfiled(denoiser, chosen)):
+            return why
     return None
 
 

@@ -109,8 +109,8 @@ def not_finite(denoiser: torch.nn.Module, names: Sequence[str]) -> str | None:
     """The first of these linears whose weight holds a NaN or an infinity. Waits for the device once."""
     if not names:
         return None
-    largest = [torch.linalg.vector_norm(weight_of(denoiser, name), float("inf")).float() for name in names]
-    bad = (~torch.stack(largest).isfinite()).nonzero().flatten().tolist()
+    ends = [torch.stack(weight_of(denoiser, name).aminmax()).float() for name in names]
+    bad = (~torch.stack(ends).isfinite().all(1)).nonzero().flatten().tolist()
     return f"{names[bad[0]]}.weight" if bad else None
 
 
