@@ -100,3 +100,13 @@ def test_refusals_and_the_plan():
     small = vivace.plan("flux", encoders="int8_weights", device="cpu", dtype="bfloat16")
     assert small.weight_bytes < full.weight_bytes - 3.5e9
     assert "int8_weights" in str(small)
+
+
+def test_quantised_by_another_library_is_refused():
+    pipe = FAMILIES["sdxl"].tiny()
+    foreign = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    next(m for m in pipe.text_encoder.modules() if type(m) is torch.nn.Linear).__class__ = foreign
+    with pytest.raises(
+        InputError, match="quantised by bitsandbytes already; load it in 16 bit, or leave encoders='off'"
+    ):
+        vivace.accelerate(pipe, encoders="int8_weights")

@@ -199,11 +199,55 @@ def test_a_base_in_the_file_needs_a_file(sd3_pipe, sd3_latents, budget):
     assert torch.equal(sd3_latents(sd3_pipe), stock)
 
 
-def test_quantised_by_another_library_is_refused(sd3_pipe):
-    foreign = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-    sd3_pipe.transformer.transformer_blocks[0].attn.to_q.__class__ = foreign
-    with pytest.raises(InputError, match=r"attn\.to_q is quantised by bitsandbytes already"):
-        vivace.accelerate(sd3_pipe, quant="fp8")
+class Q8Linear(torch.nn.Linear):
+    """As diffusers' for GGUF: 32 values and their scale are 34 bytes of the weight."""
+
+    __module__ = "diffusers.quantizers.gguf.utils"
+
+    def pack(self):
+        values = self.weight.detach().reshape(-1, 32)
+        scale = (values.abs().amax(1, keepdim=True) / 127).half()
+        raw = torch.cat((scale.view(torch.uint8), (values / scale).round().to(torch.int8).view(torch.uint8)), 1)
+        self.weight = torch.nn.Parameter(raw.reshape(self.out_features, -1), requires_grad=False)
+
+    def forward(self, x):
+        raw = self.weight.view(-1, 34)
+        values = raw[:, 2:].contiguous().view(torch.int8) * raw[:, :2].contiguous().view(torch.float16)
+        return torch.nn.functional.linear(x, values.view(self.out_features, -1).to(x.dtype), self.bias)
+
+
+@pytest.fixture
+def foreign_pipe(sd3_pipe):
+    """Its blocks' linears are quantised by another library."""
+    for module in sd3_pipe.transformer.transformer_blocks.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Q8Linear
+            module.pack()
+    return sd3_pipe
+
+
+def test_quantised_by_another_library(foreign_pipe, sd3_latents):
+    stock = sd3_latents(foreign_pipe)
+    with pytest.raises(InputError, match=r"norm1\.linear is quantised by GGUF already; load the model in 16 bit"):
+        vivace.accelerate(foreign_pipe, quant="fp8")
+    vivace.accelerate(foreign_pipe)
+    assert torch.equal(sd3_latents(foreign_pipe), stock)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before", "loaded after"])
+def test_adapters_on_layers_of_another_library_are_pefts(foreign_pipe, sd3_latents, lora_of, before):
+    factors = lora_of(foreign_pipe.transformer)
+    stock = copy.deepcopy(foreign_pipe)
+    stock.load_lora_weights(dict(factors))
+    if before:
+        foreign_pipe.load_lora_weights(dict(factors))
+    vivace.accelerate(foreign_pipe)
+    if not before:
+        foreign_pipe.load_lora_weights(dict(factors))
+    assert torch.equal(sd3_latents(foreign_pipe), sd3_latents(stock))
+    assert "is quantised by GGUF already; PEFT computes it" in str(vivace.report(foreign_pipe))
+    with pytest.raises(InputError, match=r"lora='merged' cannot be done here: .* quantised by GGUF"):
+        vivace.accelerate(foreign_pipe, lora="merged")
 
 
 def test_auto_leaves_the_cpu_alone(sd3_pipe):

@@ -44,7 +44,7 @@ def _check(target: Target) -> str | None:
         if any(isinstance(module, EncoderLinear) for module in encoder.modules()):
             return f"{name} is in few bits already, through another pipeline; call vivace.restore on that one first"
         if reason := foreign(encoder):
-            return f"{name}: {reason}"
+            return f"{name}: {reason}; load it in 16 bit, or leave encoders='off'"
         chosen = [layer.name for layer in _layers(target, encoder) if layer.format]
         if encoder.device.type != "meta" and (bad := not_finite(encoder, chosen)):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"

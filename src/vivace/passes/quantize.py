@@ -76,7 +76,7 @@ def _check(target: Target) -> str | None:
     if before not in (None, format):
         return f"its layers are in {before} already; load the 16-bit model for {format}"
     if reason := next((why for denoiser in target.denoisers.values() if (why := foreign(denoiser))), None):
-        return reason
+        return f"{reason}; load the model in 16 bit, or leave quant='off'"
     if reason := format_of(format).refuses(target.device):
         return reason
     if before is not None:

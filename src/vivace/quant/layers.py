@@ -101,7 +101,7 @@ def foreign(denoiser: torch.nn.Module) -> str | None:
         rooms = {room for origin in origins for room in origin.__module__.split(".")}
         if titles := [title for room, title in FOREIGN.items() if room in rooms]:
             at = name or "the denoiser"
-            return f"{at} is quantised by {titles[0]} already; load the model in 16 bit, or leave quant='off'"
+            return f"{at} is quantised by {titles[0]} already"
     return None
 
 
