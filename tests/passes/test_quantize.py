@@ -176,6 +176,36 @@ def alter(data: bytes) -> bytes:
     return save({name: -tensor for name, tensor in load(data).items()}, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("keep", ["host", "file"])
+def test_what_fails_halfway_is_put_back(sd3_pipe, sd3_latents, tmp_path, monkeypatch, keep):
+    sd3_pipe.transformer.save_pretrained(tmp_path)
+    sd3_pipe.transformer = type(sd3_pipe.transformer).from_pretrained(tmp_path)
+    stock, made, of = sd3_latents(sd3_pipe), [], QuantLinear.of
+
+    def scarce(linear, **how):
+        if len(made) == 9:
+            raise torch.OutOfMemoryError("no memory left")
+        made.append(of(linear, **how))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "of", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        vivace.accelerate(sd3_pipe, quant="int8", keep_base=keep)
+    assert not any(isinstance(module, QuantLinear) for module in sd3_pipe.transformer.modules())
+    assert torch.equal(sd3_latents(sd3_pipe), stock)
+
+
+@pytest.mark.parametrize("keep", ["host", "no"])
+def test_a_weight_that_two_layers_share_stays(sd3_pipe, sd3_latents, keep):
+    first, second = (block.attn for block in sd3_pipe.transformer.transformer_blocks[:2])
+    second.to_q.weight = first.to_q.weight
+    vivace.accelerate(sd3_pipe, quant="int8", keep_base=keep)
+    whys = [one.why for one in vivace.report(sd3_pipe).layers["transformer"] if one.name.endswith("attn.to_q")]
+    assert whys == ["its weight is another layer's too"] * 2
+    assert second.to_q.weight is first.to_q.weight
+    assert sd3_latents(sd3_pipe).isfinite().all()
+
+
 @pytest.fixture(params=[{}, {"vram": "8GB"}], ids=["", "placed"])
 def budget(request, monkeypatch):
     """Without a budget of memory and with one, for which the CPU stands for the GPU."""

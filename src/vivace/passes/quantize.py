@@ -115,7 +115,8 @@ def _apply(target: Target) -> None:
     if loaded and not target.bases:
         target.bases += [never_kept(d, places=_places(d)) for d in target.denoisers.values()]
     elif present(target) is None:
-        target.bases += [_quantise(target, name, found) for name, found in layers.items()]
+        for name, found in layers.items():
+            _quantise(target, name, found)
     for lane in target.lanes.values():
         if lane.adapters is not None:
             lane.adapters.lift()  # what it held out stood in front of the originals
@@ -155,11 +156,12 @@ def savings(target: Target) -> dict[int, int]:
     return found
 
 
-def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
+def _quantise(target: Target, name: str, layers: list[Layer]) -> None:
     denoiser, chosen = target.denoisers[name], {layer.name: layer for layer in layers if layer.format}
     files = _files(target, denoiser, list(chosen))
     keep = target.config.keep_base
     base = Base(kept="file" if files else "host" if keep == "auto" else keep)  # pyright: ignore[reportArgumentType]
+    target.bases.append(base)  # before the first swap: what fails halfway is put back
     places, leave = _places(denoiser), Leaving()
     for layer_name, layer in chosen.items():
         linear = denoiser.get_submodule(layer_name)
@@ -168,7 +170,6 @@ def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
         assert layer.how
         stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how, on=target.place)
         base.swap(layer_name, linear, stand_in, leave=leave, places=places[linear], file=files.get(layer_name))
-    return base
 
 
 def _files(target: Target, denoiser: torch.nn.Module, names: list[str]) -> Mapping[str, Path]:

@@ -72,6 +72,7 @@ def survey(
     shapes and no weights yet.
     """
     found = []
+    shares = Counter(id(m.weight) for _, m in linears(denoiser) if isinstance(m, torch.nn.Linear))
     for name, module in linears(denoiser):
         outputs, inputs = int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
         facts = {"name": name, "outputs": outputs, "inputs": inputs}
@@ -81,7 +82,8 @@ def survey(
         alone = matches(name, one_row)
         wanted, kept = (format_of(ONE_ROW), None) if alone else (format, _kept(name, keep, within))
         rule = rule_for(outputs=outputs, inputs=inputs, format=wanted, device=device)
-        why = _untouchable(module, planned=planned) or kept or _misfit(outputs, inputs, wanted)
+        untouchable = _untouchable(module, planned=planned, shared=shares[id(module.weight)] > 1)
+        why = untouchable or kept or _misfit(outputs, inputs, wanted)
         if not why and not all_that_fit and (rule is None or rule.how is None):
             why = rule.why if rule else f"{outputs} x {inputs} is not measured to pay"
         how = (rule and rule.how) or "rowwise"
@@ -126,11 +128,13 @@ def condensed_name(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _untouchable(module: torch.nn.Module, *, planned: bool) -> str | None:
+def _untouchable(module: torch.nn.Module, *, planned: bool, shared: bool) -> str | None:
     if type(module).forward is not torch.nn.Linear.forward or "NonDynamically" in type(module).__name__:
         return f"a {type(module).__name__} computes more than a linear"
     if type(module.weight) is not torch.nn.Parameter or not module.weight.dtype.is_floating_point:
         return f"its weight is a {type(module.weight).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
+    if shared:
+        return "its weight is another layer's too"
     if module.weight.is_meta and not planned:
         return "its weight is offloaded"
     if hooked(module) or hasattr(module, "_hf_hook"):
