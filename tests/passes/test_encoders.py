@@ -110,3 +110,19 @@ def test_quantised_by_another_library_is_refused():
         InputError, match="quantised by bitsandbytes already; load it in 16 bit, or leave encoders='off'"
     ):
         vivace.accelerate(pipe, encoders="int8_weights")
+
+
+def test_what_fails_halfway_is_put_back(monkeypatch):
+    pipe, made, of = FAMILIES["sdxl"].tiny(), [], QuantLinear.of.__func__
+
+    def scarce(cls, linear, **how):
+        if len(made) == 9:
+            raise torch.OutOfMemoryError("no memory left")
+        made.append(of(cls, linear, **how))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "of", classmethod(scarce))
+    with pytest.raises(torch.OutOfMemoryError):
+        vivace.accelerate(pipe, encoders="int8_weights")
+    assert len(made) == 9
+    assert packed(pipe) == 0

@@ -76,13 +76,13 @@ def _apply(target: Target) -> None:
     said, held = _forecast(target), 0
     for encoder in encoders_of(target).values():
         base, leave = Base(kept="host"), Leaving()
+        target.undo.callback(base.put_back)
         for layer in _layers(target, encoder):
             if layer.format and layer.how:
                 parent, _, leaf = layer.name.rpartition(".")
                 place, linear = encoder.get_submodule(parent), encoder.get_submodule(layer.name)
                 stand_in = EncoderLinear.of(linear, format=format_of(layer.format), how=layer.how)
                 base.swap(layer.name, linear, stand_in, leave=leave, places=[(place, leaf)])
-        target.undo.callback(base.put_back)
         held += base.nbytes
     target.done("encoders", f"{said}; originals: on the host, {held / 2**30:.2f} GiB")
 
