@@ -111,7 +111,7 @@ def test_twice(sd3_pipe):
     [
         ({"graphs": "on"}, "graphs='on' cannot be done here: CUDA graphs need a CUDA device"),
         ({"channels_last": "on"}, "no convolutional model"),
-        ({"attention": "flash"}, "pip install flash-attn"),
+        ({"attention": "flash"}, "it runs on cuda, not on cpu"),
         ({"attention": "cudnn"}, "runs on cuda, not on cpu"),
         ({"fuse": "on", "compile": "on"}, "one of the two"),
     ],

@@ -172,8 +172,7 @@ def _quantised(source: Source, *, device: torch.device, dtype: torch.dtype) -> d
     """The denoisers that a folder holds quantised, read straight onto their device."""
     from vivace.quant import folder
 
-    names = source.family.denoisers if source.family and source.path else ()
-    rooms = {name: source.path / name for name in names if source.path}
+    rooms = {name: source.path / name for name in source.index} if source.path else {}
     return {name: folder.read(room, device=device, dtype=dtype) for name, room in rooms.items() if folder.holds(room)}
 
 

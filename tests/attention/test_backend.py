@@ -21,11 +21,17 @@ def test_declares_itself(name):
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if backend_of(name).package])
-def test_not_installed_says_what_to_install(name):
+def test_not_installed_says_what_to_install(name, monkeypatch):
+    """Where it would run: nobody is sent for a package that is of no use there."""
     backend = backend_of(name)
     if importlib.util.find_spec(backend.package) is not None:
         pytest.skip(f"{backend.package} is installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: backend.since)
     assert backend.install in backend.refuses(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert "not on cpu" in backend.refuses(device=torch.device("cpu"), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    old = backend.refuses(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert (backend.since is None) == (backend.install in old)
 
 
 def test_a_head_or_a_mask_that_it_does_not_take_is_named():

@@ -6,6 +6,7 @@ import pytest
 
 from vivace import cli
 from vivace.attention import BACKENDS
+from vivace.families import FAMILIES
 
 
 def code_of(*arguments: str) -> object:
@@ -38,3 +39,10 @@ def test_a_table_of_attention(capsys, monkeypatch):
 def test_nothing_to_measure(capsys):
     assert code_of("errors", "sd", "--tiny", "--device", "cpu", "--quant", "none") == 2
     assert "nothing to measure: --quant and --attention are both none" in capsys.readouterr().err
+
+
+def test_a_model_that_came_in_few_bits(tmp_path, capsys):
+    FAMILIES["flux"].tiny().save_pretrained(tmp_path / "model")
+    assert code_of("quantize", str(tmp_path / "model"), "-o", str(tmp_path / "small"), "--quant", "int8") == 0
+    assert code_of("errors", "flux", "--model", str(tmp_path / "small"), "--device", "cpu") == 2
+    assert "came in few bits, so what they cost cannot be told; give it in 16 bit" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`vivace quantize`: writes a folder that loads, and refuses what it cannot do in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import vivace
 from vivace import cli
 from vivace.families import FAMILIES
+from vivace.load import find
 
 
 def code_of(*arguments: str) -> object:
@@ -32,6 +34,14 @@ def test_writes_a_folder_that_loads(model, tmp_path, capsys):
     assert any(layer["format"] == "int8" for layer in made["layers"]["unet"])
     picture = vivace.load(out)("a fox", num_inference_steps=2, output_type="pt").images
     assert torch.isfinite(torch.as_tensor(picture)).all()
+
+
+def test_what_a_model_was_made_for_goes_with_it(model, tmp_path):
+    source, out = tmp_path / "model", tmp_path / "small"
+    shutil.copytree(model, source)
+    (source / "vivace.json").write_text('{"steps": 7, "guidance": 1.5}')
+    assert code_of("quantize", str(source), "-o", str(out), "--quant", "int8") == 0
+    assert find(out).defaults == find(source).defaults == {"steps": 7, "guidance": 1.5}
 
 
 def test_an_unknown_format_writes_nothing(model, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Text encoders stored in few bits: near the stock embeddings, smaller, and back to the bit."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -46,6 +48,18 @@ def encoders(pipe):
     return [(n, m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None]
 
 
+@pytest.mark.parametrize("fields", [{}, {"vram": "8GB"}], ids=["", "placed"])
+def test_weights_that_are_not_finite_are_named(fields, monkeypatch):
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    pipe = FAMILIES["sdxl"].tiny()
+    name = next(n for n, m in pipe.text_encoder_2.named_modules() if n.endswith("layers.1.mlp.fc1"))
+    pipe.text_encoder_2.get_submodule(name).weight.data[3, 5] = float("nan")
+    with pytest.raises(InputError, match=rf"text_encoder_2\.{name}\.weight holds NaN or infinity"):
+        vivace.accelerate(pipe, encoders="int8_weights", **fields)
+    assert packed(pipe) == 0
+
+
 def test_what_is_kept_in_float32_stays():
     pipe = FAMILIES["flux"].tiny().to(torch.bfloat16)
     for block in pipe.text_encoder_2.encoder.block:
@@ -86,3 +100,29 @@ def test_refusals_and_the_plan():
     small = vivace.plan("flux", encoders="int8_weights", device="cpu", dtype="bfloat16")
     assert small.weight_bytes < full.weight_bytes - 3.5e9
     assert "int8_weights" in str(small)
+
+
+def test_quantised_by_another_library_is_refused():
+    pipe = FAMILIES["sdxl"].tiny()
+    foreign = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    next(m for m in pipe.text_encoder.modules() if type(m) is torch.nn.Linear).__class__ = foreign
+    with pytest.raises(
+        InputError, match="quantised by bitsandbytes already; load it in 16 bit, or leave encoders='off'"
+    ):
+        vivace.accelerate(pipe, encoders="int8_weights")
+
+
+def test_what_fails_halfway_is_put_back(monkeypatch):
+    pipe, made, of = FAMILIES["sdxl"].tiny(), [], QuantLinear.of.__func__
+
+    def scarce(cls, linear, **how):
+        if len(made) == 9:
+            raise torch.OutOfMemoryError("no memory left")
+        made.append(of(cls, linear, **how))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "of", classmethod(scarce))
+    with pytest.raises(torch.OutOfMemoryError):
+        vivace.accelerate(pipe, encoders="int8_weights")
+    assert len(made) == 9
+    assert packed(pipe) == 0

@@ -1,6 +1,7 @@
 """Quantising a pipeline: what is done to every linear, what is refused, and the way back."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -133,8 +134,6 @@ def test_saved_as_a_stock_folder(sd3_pipe, tmp_path):
 def test_base_in_the_file(sd3_pipe, sd3_latents, tmp_path):
     stock = sd3_latents(sd3_pipe)
     sd3_pipe.transformer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="loaded from a folder"):
-        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
     sd3_pipe.transformer = type(sd3_pipe.transformer).from_pretrained(tmp_path)
     vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file")
     assert "in the model's file" in str(vivace.report(sd3_pipe))
@@ -177,19 +176,108 @@ def alter(data: bytes) -> bytes:
     return save({name: -tensor for name, tensor in load(data).items()}, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(sd3_pipe, value):
+@pytest.mark.parametrize("keep", ["host", "file"])
+def test_what_fails_halfway_is_put_back(sd3_pipe, sd3_latents, tmp_path, monkeypatch, keep):
+    sd3_pipe.transformer.save_pretrained(tmp_path)
+    sd3_pipe.transformer = type(sd3_pipe.transformer).from_pretrained(tmp_path)
+    stock, made, of = sd3_latents(sd3_pipe), [], QuantLinear.of
+
+    def scarce(linear, **how):
+        if len(made) == 9:
+            raise torch.OutOfMemoryError("no memory left")
+        made.append(of(linear, **how))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "of", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        vivace.accelerate(sd3_pipe, quant="int8", keep_base=keep)
+    assert not any(isinstance(module, QuantLinear) for module in sd3_pipe.transformer.modules())
+    assert torch.equal(sd3_latents(sd3_pipe), stock)
+
+
+@pytest.mark.parametrize("keep", ["host", "no"])
+def test_a_weight_that_two_layers_share_stays(sd3_pipe, sd3_latents, keep):
+    first, second = (block.attn for block in sd3_pipe.transformer.transformer_blocks[:2])
+    second.to_q.weight = first.to_q.weight
+    vivace.accelerate(sd3_pipe, quant="int8", keep_base=keep)
+    whys = [one.why for one in vivace.report(sd3_pipe).layers["transformer"] if one.name.endswith("attn.to_q")]
+    assert whys == ["its weight is another layer's too"] * 2
+    assert second.to_q.weight is first.to_q.weight
+    assert sd3_latents(sd3_pipe).isfinite().all()
+
+
+@pytest.fixture(params=[{}, {"vram": "8GB"}], ids=["", "placed"])
+def budget(request, monkeypatch):
+    """Without a budget of memory and with one, for which the CPU stands for the GPU."""
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    return request.param
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(sd3_pipe, value, budget):
     sd3_pipe.transformer.transformer_blocks[1].attn.to_k.weight.data[3, 5] = value
     with pytest.raises(InputError, match=r"transformer\.transformer_blocks\.1\.attn\.to_k\.weight holds NaN or inf"):
-        vivace.accelerate(sd3_pipe, quant="int8")
+        vivace.accelerate(sd3_pipe, quant="int8", **budget)
     assert type(sd3_pipe.transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear
 
 
-def test_quantised_by_another_library_is_refused(sd3_pipe):
-    foreign = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-    sd3_pipe.transformer.transformer_blocks[0].attn.to_q.__class__ = foreign
-    with pytest.raises(InputError, match=r"attn\.to_q is quantised by bitsandbytes already"):
-        vivace.accelerate(sd3_pipe, quant="fp8")
+def test_a_base_in_the_file_needs_a_file(sd3_pipe, sd3_latents, budget):
+    stock = sd3_latents(sd3_pipe)
+    with pytest.raises(InputError, match="loaded from a folder"):
+        vivace.accelerate(sd3_pipe, quant="fp8", keep_base="file", **budget)
+    assert torch.equal(sd3_latents(sd3_pipe), stock)
+
+
+class Q8Linear(torch.nn.Linear):
+    """As diffusers' for GGUF: 32 values and their scale are 34 bytes of the weight."""
+
+    __module__ = "diffusers.quantizers.gguf.utils"
+
+    def pack(self):
+        values = self.weight.detach().reshape(-1, 32)
+        scale = (values.abs().amax(1, keepdim=True) / 127).half()
+        raw = torch.cat((scale.view(torch.uint8), (values / scale).round().to(torch.int8).view(torch.uint8)), 1)
+        self.weight = torch.nn.Parameter(raw.reshape(self.out_features, -1), requires_grad=False)
+
+    def forward(self, x):
+        raw = self.weight.view(-1, 34)
+        values = raw[:, 2:].contiguous().view(torch.int8) * raw[:, :2].contiguous().view(torch.float16)
+        return torch.nn.functional.linear(x, values.view(self.out_features, -1).to(x.dtype), self.bias)
+
+
+@pytest.fixture
+def foreign_pipe(sd3_pipe):
+    """Its blocks' linears are quantised by another library."""
+    for module in sd3_pipe.transformer.transformer_blocks.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Q8Linear
+            module.pack()
+    return sd3_pipe
+
+
+def test_quantised_by_another_library(foreign_pipe, sd3_latents):
+    stock = sd3_latents(foreign_pipe)
+    with pytest.raises(InputError, match=r"norm1\.linear is quantised by GGUF already; load the model in 16 bit"):
+        vivace.accelerate(foreign_pipe, quant="fp8")
+    vivace.accelerate(foreign_pipe)
+    assert torch.equal(sd3_latents(foreign_pipe), stock)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before", "loaded after"])
+def test_adapters_on_layers_of_another_library_are_pefts(foreign_pipe, sd3_latents, lora_of, before):
+    factors = lora_of(foreign_pipe.transformer)
+    stock = copy.deepcopy(foreign_pipe)
+    stock.load_lora_weights(dict(factors))
+    if before:
+        foreign_pipe.load_lora_weights(dict(factors))
+    vivace.accelerate(foreign_pipe)
+    if not before:
+        foreign_pipe.load_lora_weights(dict(factors))
+    assert torch.equal(sd3_latents(foreign_pipe), sd3_latents(stock))
+    assert "is quantised by GGUF already; PEFT computes it" in str(vivace.report(foreign_pipe))
+    with pytest.raises(InputError, match=r"lora='merged' cannot be done here: .* quantised by GGUF"):
+        vivace.accelerate(foreign_pipe, lora="merged")
 
 
 def test_auto_leaves_the_cpu_alone(sd3_pipe):
@@ -290,10 +378,11 @@ def test_merging_needs_the_originals(sd3_pipe):
         vivace.accelerate(sd3_pipe, quant="int8", keep_base="no", lora="merged")
 
 
-def test_a_picture_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_picture_does_not_depend_on_its_neighbours(format):
     pipe = FAMILIES["flux"].tiny()
     denoiser = pipe.transformer
-    vivace.accelerate(pipe, quant="fp8")
+    vivace.accelerate(pipe, quant=format)
     arguments = FAMILIES["flux"].inputs(denoiser, size=(64, 64), batch=2, frames=1, text_tokens=8, seed=0)
     shared = {"img_ids", "txt_ids"}
 

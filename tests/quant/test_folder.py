@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -77,6 +78,19 @@ def test_every_format(format, tmp_path):
         torch.testing.assert_close(again(**arguments)[0], pipe.unet(**arguments)[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_pipeline_of_no_known_family(tmp_path):
+    small = {"sample_size": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 8}
+    pipe = DiTPipeline(DiTTransformer2DModel(**small).eval(), AutoencoderKL(), DDIMScheduler())
+    vivace.accelerate(pipe, quant="int8", keep_base="no")
+    folder.write(pipe, tmp_path, denoisers={"transformer": pipe.transformer})
+    arguments = {"timestep": torch.tensor([3]), "class_labels": torch.tensor([1])}
+    with torch.no_grad():
+        made, again = (
+            one.transformer(torch.ones(1, 4, 4, 4), **arguments).sample for one in (pipe, vivace.load(tmp_path))
+        )
+    assert torch.equal(made, again)
+
+
 def test_every_tensor_lies_where_kernels_want_it(tmp_path):
     """In the file they lie close together, from any address on; torch's int8 kernel ends the process there."""
     pipe = FAMILIES["sdxl"].tiny().to(torch.float16)
@@ -108,16 +122,39 @@ def test_altered(copied):
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 99}, {"layers": {"a": {"format": "fp2"}}}, {"layers": None}, {"class": 3}]
+    "change",
+    [
+        {"layers": {}},
+        {"layers": {"transformer_blocks.0.attn.to_q": {"format": "int8_weights", "how": "rowwise"}}},
+        {"class": "SD3Transformer2DModel"},
+        {"dtype": "load"},
+        {"sha256": {}},
+        {"seal": None},
+    ],
 )
-def test_a_record_of_something_else(copied, change):
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_an_altered_record(copied, change, reads):
     path = copied / folder.RECORD
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(InputError, match="another version"):
+    with pytest.raises(InputError, match=r"quantised\.json was altered since it was written"):
+        reads(copied.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"version": 2}', "another version")]
+)
+def test_a_record_of_something_else(copied, text, said):
+    (copied / folder.RECORD).write_text(text)
+    with pytest.raises(InputError, match=rf"quantised\.json .*{said}"):
         vivace.load(copied.parent)
-    path.write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
-        vivace.load(copied.parent)
+
+
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_an_altered_configuration(copied, reads):
+    path = copied / folder.CONFIG
+    path.write_text(path.read_text().replace('"num_layers": 2', '"num_layers": 1'))
+    with pytest.raises(InputError, match=r"config\.json is not the file that quantised\.json"):
+        reads(copied.parent)
 
 
 def test_a_missing_weight_file(copied):

@@ -51,14 +51,14 @@ class Backend:
 
     def refuses(self, *, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run on that device and dtype, and what to do; None when it can."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"the package {self.package} is not installed; {self.install}"
         if device.type not in self.devices:
             return f"it runs on {_listed(self.devices)}, not on {device.type}; use attention='native'"
         have = torch.cuda.get_device_capability(device) if self.since and device.type == "cuda" else None
         if self.since and have and have < self.since:
             wanted, got = (".".join(map(str, sm)) for sm in (self.since, have))
             return f"it needs a GPU of compute capability {wanted} or newer, this one has {got}; use attention='native'"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed; {self.install}"
         if dtype not in self.dtypes:
             wanted = _listed(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it takes {wanted}, not {str(dtype).removeprefix('torch.')}; use one or attention='native'"

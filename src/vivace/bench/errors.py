@@ -15,14 +15,15 @@ from vivace.bench.workload import Workload
 from vivace.errors import InputError
 from vivace.quant import format_of
 from vivace.quant.error import by_kind, layer_errors
-from vivace.quant.layers import survey
+from vivace.quant.layers import linears, survey
+from vivace.quant.linear import QuantLinear
 
 
 def errors_of(workload: Workload, *, quant: str | None, attention: str | None) -> dict[str, dict[str, float]]:
     """`{"quant=fp8": {kind of layer: worst error, ..., "whole forward": error}, "attention=...": ...}`.
 
     Errors are against the same model in its own type, on the workload's inputs. Raises InputError for what the device
-    cannot do, before anything is built.
+    cannot do, before anything is built, and for `quant` of a model that came in few bits.
     """
     family, device, dtype = workload.facts, torch.device(workload.device), getattr(torch, workload.dtype)
     reasons = {
@@ -33,6 +34,8 @@ def errors_of(workload: Workload, *, quant: str | None, attention: str | None) -
         if reason:
             raise InputError(f"{asked} cannot be done here: {reason}")
     denoiser = build(workload)
+    if quant and any(isinstance(module, QuantLinear) for _, module in linears(denoiser)):
+        raise InputError(f"{workload.model} came in few bits, so what they cost cannot be told; give it in 16 bit")
     arguments = inputs_of(denoiser, workload)
     exact = _called(denoiser, arguments)
     found = {}

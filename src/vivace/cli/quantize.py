@@ -46,7 +46,7 @@ def quantize(
         accelerate(pipe, quant=quant, keep_base="no", fuse="off", compile="off", graphs="off")
         acceleration = acceleration_of(pipe)
         assert acceleration is not None
-        folder.write(pipe, output, denoisers=acceleration.target.denoisers)
+        folder.write(pipe, output, denoisers=acceleration.target.denoisers, own=source.own)
     made = report(pipe)
     sizes = {name: (output / name / folder.WEIGHTS).stat().st_size for name in made.layers}
     if as_json:

@@ -19,6 +19,7 @@ from peft.tuners.lora import Conv2d, Conv3d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from vivace.errors import InputError
+from vivace.quant.layers import foreign
 
 if TYPE_CHECKING:
     from vivace.quant.originals import Base
@@ -298,7 +299,7 @@ def _tuned(denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
 
 def refuses(denoiser: torch.nn.Module) -> str | None:
     """Why a denoiser's LoRA layers have to stay with PEFT, or None."""
-    return next((why for place in layers_of(denoiser) if (why := _refuses(place))), None)
+    return foreign(denoiser) or next((why for place in layers_of(denoiser) if (why := _refuses(place))), None)
 
 
 def _refuses(place: Place) -> str | None:

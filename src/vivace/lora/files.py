@@ -204,8 +204,10 @@ def _misfit(module: Any, down: torch.Tensor, up: torch.Tensor | None, *, grows: 
     if weight is None or weight.ndim != down.ndim:
         return f"is a {type(module).__name__}, which takes no such factors; is it of another model?"
     made = (up.shape[0], *down.shape[1:])
-    if made != tuple(weight.shape) and not grows:
-        return f"is {[*weight.shape]} in the model, and the LoRA's {[*made]}; is it of another model?"
+    # Other libraries keep a linear's weight in shapes of their own.
+    shape = (base.out_features, base.in_features) if isinstance(base, torch.nn.Linear) else tuple(weight.shape)
+    if made != shape and not grows:
+        return f"is {[*shape]} in the model, and the LoRA's {[*made]}; is it of another model?"
     return None
 
 

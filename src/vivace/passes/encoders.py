@@ -44,9 +44,9 @@ def _check(target: Target) -> str | None:
         if any(isinstance(module, EncoderLinear) for module in encoder.modules()):
             return f"{name} is in few bits already, through another pipeline; call vivace.restore on that one first"
         if reason := foreign(encoder):
-            return f"{name}: {reason}"
+            return f"{name}: {reason}; load it in 16 bit, or leave encoders='off'"
         chosen = [layer.name for layer in _layers(target, encoder) if layer.format]
-        if target.place is None and (bad := not_finite(encoder, chosen)):
+        if encoder.device.type != "meta" and (bad := not_finite(encoder, chosen)):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
     if not any(layer.format for _, layer in _all_layers(target)):
         return f"no linear of {', '.join(encoders)} can be in {format}"
@@ -76,13 +76,13 @@ def _apply(target: Target) -> None:
     said, held = _forecast(target), 0
     for encoder in encoders_of(target).values():
         base, leave = Base(kept="host"), Leaving()
+        target.undo.callback(base.put_back)
         for layer in _layers(target, encoder):
             if layer.format and layer.how:
                 parent, _, leaf = layer.name.rpartition(".")
                 place, linear = encoder.get_submodule(parent), encoder.get_submodule(layer.name)
                 stand_in = EncoderLinear.of(linear, format=format_of(layer.format), how=layer.how)
                 base.swap(layer.name, linear, stand_in, leave=leave, places=[(place, leaf)])
-        target.undo.callback(base.put_back)
         held += base.nbytes
     target.done("encoders", f"{said}; originals: on the host, {held / 2**30:.2f} GiB")
 

@@ -76,23 +76,23 @@ def _check(target: Target) -> str | None:
     if before not in (None, format):
         return f"its layers are in {before} already; load the 16-bit model for {format}"
     if reason := next((why for denoiser in target.denoisers.values() if (why := foreign(denoiser))), None):
-        return reason
+        return f"{reason}; load the model in 16 bit, or leave quant='off'"
     if reason := format_of(format).refuses(target.device):
         return reason
     if before is not None:
         return None
     layers = _survey(target, format)
-    chosen = {name: [layer.name for layer in found if layer.format] for name, found in layers.items()}
     if not any(layer.format == format for found in layers.values() for layer in found):
         reasons = Counter(layer.why for found in layers.values() for layer in found)
         return f"no linear of it can be in {format}: {_listed(reasons)}"
-    if target.place is not None:
-        return None
     for name, denoiser in target.denoisers.items():
-        if bad := not_finite(denoiser, chosen[name]):
+        chosen = [layer.name for layer in layers[name] if layer.format]
+        if any(weight_of(denoiser, one).is_meta for one in chosen):
+            continue  # a plan has shapes alone
+        if bad := not_finite(denoiser, chosen):
             return f"{name}.{bad} holds NaN or infinity, which no scale can cover; load a sound checkpoint"
-    if config.keep_base == "file":
-        return next((why for n, d in target.denoisers.items() if (why := _unfiled(d, chosen[n]))), None)
+        if config.keep_base == "file" and (why := _unfiled(denoiser, chosen)):
+            return why
     return None
 
 
@@ -115,7 +115,8 @@ def _apply(target: Target) -> None:
     if loaded and not target.bases:
         target.bases += [never_kept(d, places=_places(d)) for d in target.denoisers.values()]
     elif present(target) is None:
-        target.bases += [_quantise(target, name, found) for name, found in layers.items()]
+        for name, found in layers.items():
+            _quantise(target, name, found)
     for lane in target.lanes.values():
         if lane.adapters is not None:
             lane.adapters.lift()  # what it held out stood in front of the originals
@@ -155,11 +156,12 @@ def savings(target: Target) -> dict[int, int]:
     return found
 
 
-def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
+def _quantise(target: Target, name: str, layers: list[Layer]) -> None:
     denoiser, chosen = target.denoisers[name], {layer.name: layer for layer in layers if layer.format}
     files = _files(target, denoiser, list(chosen))
     keep = target.config.keep_base
     base = Base(kept="file" if files else "host" if keep == "auto" else keep)  # pyright: ignore[reportArgumentType]
+    target.bases.append(base)  # before the first swap: what fails halfway is put back
     places, leave = _places(denoiser), Leaving()
     for layer_name, layer in chosen.items():
         linear = denoiser.get_submodule(layer_name)
@@ -168,7 +170,6 @@ def _quantise(target: Target, name: str, layers: list[Layer]) -> Base:
         assert layer.how
         stand_in = QuantLinear.of(linear, format=format_of(layer.format), how=layer.how, on=target.place)
         base.swap(layer_name, linear, stand_in, leave=leave, places=places[linear], file=files.get(layer_name))
-    return base
 
 
 def _files(target: Target, denoiser: torch.nn.Module, names: list[str]) -> Mapping[str, Path]:

@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 
 from vivace import checkpoint
 from vivace.errors import InputError, first_line
-from vivace.quant import FORMATS, format_of
+from vivace.load import OWN
+from vivace.quant import format_of
 from vivace.quant.layers import linears
 from vivace.quant.linear import QuantLinear
 
-WEIGHTS, RECORD = "quantised.safetensors", "quantised.json"
+WEIGHTS, RECORD, CONFIG = "quantised.safetensors", "quantised.json", "config.json"
 PART = ".part"  # in a folder: what is not complete yet
-VERSION = 2
+VERSION = 3
 STORED = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,10 +47,13 @@ ALIGNED = 64
 """Bytes to whose multiples torch aligns what it makes on the CPU."""
 
 
-def write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> None:
+def write(
+    pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module], own: Mapping[str, Any] | None = None
+) -> None:
     """Write `pipe`, whose `denoisers` are quantised, into `folder`, in the place of what an earlier call left there.
 
-    What was there stays until all is written. Raises InputError where that fails, and for a folder of other things.
+    `own` is what the model was made for, as its `vivace.json` says. What was there stays until all is written. Raises
+    InputError where that fails, and for a folder of other things.
     """
     check_replaceable(folder)
     part, fresh = folder / PART, not folder.exists()
@@ -57,6 +61,8 @@ def write(pipe: Any, folder: Path, *, denoisers: dict[str, torch.nn.Module]) -> 
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _write(pipe, part, denoisers=denoisers)
+        if own:
+            (part / OWN).write_text(json.dumps(dict(own)) + "\n", encoding="utf-8")
         for old in folder.iterdir():
             if old.name != PART:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -91,10 +97,9 @@ def _write_denoiser(denoiser: Any, room: Path) -> None:
         "class": type(denoiser).__name__,
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         "layers": {name: {"format": layer.format.name, "how": layer.how} for name, layer in layers.items()},
-        "bytes": (room / WEIGHTS).stat().st_size,
-        "sha256": digests(room / WEIGHTS),
+        "sha256": {name: digests(room / name) for name in (WEIGHTS, CONFIG)},
     }
-    (room / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (room / RECORD).write_text(json.dumps({**record, "seal": _seal(record)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,8 +128,7 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         if reason := format_of(name).refuses(device):
             raise InputError(f"{room} is in {name}: {reason}")
     held = checkpoint.header(path)
-    if digests(path) != record["sha256"]:
-        raise InputError(f"{path} is not the file that {RECORD} beside it was written for; copy or quantise it again")
+    _check_written(path, record)
     made: Any = getattr(diffusers, record["class"], None)
     if made is None:
         raise InputError(f"{room / RECORD} names a {record['class']}, which diffusers {diffusers.__version__} lacks")
@@ -134,7 +138,7 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         plain = _put_layers(denoiser, record, {key: _placed(opened.get_tensor(key)) for key in held})
     missing, unexpected = denoiser.load_state_dict(plain, strict=False, assign=True)
     if missing or unexpected:
-        raise InputError(f"{path} does not fit {room / 'config.json'}: {', '.join([*missing, *unexpected][:3])}")
+        raise InputError(f"{path} does not fit {room / CONFIG}: {', '.join([*missing, *unexpected][:3])}")
     denoiser.to(device, dtype or getattr(torch, record["dtype"]))
     return denoiser.eval()
 
@@ -184,17 +188,28 @@ def _shape(tensor: checkpoint.Tensor) -> torch.Tensor:
 
 
 def _record(room: Path) -> dict[str, Any]:
+    """What was written of a quantised denoiser, itself and its configuration unchanged since."""
+    path = room / RECORD
     try:
-        record = json.loads((room / RECORD).read_text("utf-8"))
-        layers = record["layers"]
-        known = record["version"] == VERSION and isinstance(layers, dict)
-        known = known and {layer["format"] for layer in layers.values()} <= {*FORMATS}
-        complete = known and all(isinstance(record[key], str) for key in ("class", "dtype")) and record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{room / RECORD} cannot be read; quantise the model again") from error
-    if not complete:
-        raise InputError(f"{room / RECORD} is of another version; quantise the model again with this vivace")
+        record = json.loads(path.read_text("utf-8"))
+        version, seal = record["version"], record.pop("seal", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read; quantise the model again") from error
+    if version != VERSION:
+        raise InputError(f"{path} is of another version; quantise the model again with this vivace")
+    if seal != _seal(record):
+        raise InputError(f"{path} was altered since it was written; copy or quantise it again")
+    _check_written(room / CONFIG, record)
     return record
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _check_written(path: Path, record: Mapping[str, Any]) -> None:
+    if not path.is_file() or digests(path) != record["sha256"][path.name]:
+        raise InputError(f"{path} is not the file that {RECORD} beside it was written for; copy or quantise it again")
 
 
 def digests(path: Path) -> list[str]:

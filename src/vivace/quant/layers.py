@@ -72,6 +72,7 @@ def survey(
     shapes and no weights yet.
     """
     found = []
+    shares = Counter(id(m.weight) for _, m in linears(denoiser) if isinstance(m, torch.nn.Linear))
     for name, module in linears(denoiser):
         outputs, inputs = int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
         facts = {"name": name, "outputs": outputs, "inputs": inputs}
@@ -81,7 +82,8 @@ def survey(
         alone = matches(name, one_row)
         wanted, kept = (format_of(ONE_ROW), None) if alone else (format, _kept(name, keep, within))
         rule = rule_for(outputs=outputs, inputs=inputs, format=wanted, device=device)
-        why = _untouchable(module, planned=planned) or kept or _misfit(outputs, inputs, wanted)
+        untouchable = _untouchable(module, planned=planned, shared=shares[id(module.weight)] > 1)
+        why = untouchable or kept or _misfit(outputs, inputs, wanted)
         if not why and not all_that_fit and (rule is None or rule.how is None):
             why = rule.why if rule else f"{outputs} x {inputs} is not measured to pay"
         how = (rule and rule.how) or "rowwise"
@@ -101,7 +103,7 @@ def foreign(denoiser: torch.nn.Module) -> str | None:
         rooms = {room for origin in origins for room in origin.__module__.split(".")}
         if titles := [title for room, title in FOREIGN.items() if room in rooms]:
             at = name or "the denoiser"
-            return f"{at} is quantised by {titles[0]} already; load the model in 16 bit, or leave quant='off'"
+            return f"{at} is quantised by {titles[0]} already"
     return None
 
 
@@ -109,8 +111,8 @@ def not_finite(denoiser: torch.nn.Module, names: Sequence[str]) -> str | None:
     """The first of these linears whose weight holds a NaN or an infinity. Waits for the device once."""
     if not names:
         return None
-    largest = [torch.linalg.vector_norm(weight_of(denoiser, name), float("inf")).float() for name in names]
-    bad = (~torch.stack(largest).isfinite()).nonzero().flatten().tolist()
+    ends = [torch.stack(weight_of(denoiser, name).aminmax()).float() for name in names]
+    bad = (~torch.stack(ends).isfinite().all(1)).nonzero().flatten().tolist()
     return f"{names[bad[0]]}.weight" if bad else None
 
 
@@ -126,11 +128,13 @@ def condensed_name(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _untouchable(module: torch.nn.Module, *, planned: bool) -> str | None:
+def _untouchable(module: torch.nn.Module, *, planned: bool, shared: bool) -> str | None:
     if type(module).forward is not torch.nn.Linear.forward or "NonDynamically" in type(module).__name__:
         return f"a {type(module).__name__} computes more than a linear"
     if type(module.weight) is not torch.nn.Parameter or not module.weight.dtype.is_floating_point:
         return f"its weight is a {type(module.weight).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
+    if shared:
+        return "its weight is another layer's too"
     if module.weight.is_meta and not planned:
         return "its weight is offloaded"
     if hooked(module) or hasattr(module, "_hf_hook"):
