@@ -72,7 +72,7 @@ def stock() -> Any:
 
 def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows beside exact; whether those in few bits are within the bar."""
-    found = [beside_exact(row, rows[0]) for row in rows]
+    found = [beside_exact(row) for row in rows]
     return [
         {**row, **({"within_a_point": row["difference_interval"][0] >= BAR} if row["role"] == "bits" else {})}
         for row in found

@@ -127,7 +127,7 @@ def judged(rows: Sequence[dict[str, Any]], *, complete: bool = True) -> list[dic
     """
     shares = {row["name"]: row["seconds"] / row["exact_seconds"] for row in rows}  # exact's of the same run
     verdicts = verdicts_at(rows, shares) if complete else {}
-    return [{**beside_exact(row, rows[0]), **verdicts.get(row["name"], {})} for row in rows]
+    return [{**beside_exact(row), **verdicts.get(row["name"], {})} for row in rows]
 
 
 def verdicts_at(rows: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> dict[str, dict[str, Any]]:

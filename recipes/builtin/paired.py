@@ -74,13 +74,16 @@ class Rows:
         self.file, self.key = file, key
 
     def kept(self) -> Iterator[dict[str, Any]]:
-        """Every row so far."""
+        """Every row so far, with what exact, which begins each run, had right in the row's own run."""
         text = self.file.read_text("utf-8") if self.file.is_file() else ""
+        exact = ""
         for line in text.splitlines():
             with suppress(ValueError):  # a line that was cut short
                 row = json.loads(line)
                 if row.pop("key") == self.key:
-                    yield {**row, "right": f"{int(row['right'], 16):b}"[1:]}
+                    right = f"{int(row['right'], 16):b}"[1:]
+                    exact = right if row["role"] == "exact" else exact
+                    yield {**row, "right": right, "exact_right": exact}
 
     def keep(self, row: Mapping[str, Any]) -> None:
         """One row more."""
@@ -104,6 +107,7 @@ class Bench:
         self.reader = load_reader(device=self.pipe.device)
         self.exact: list[torch.Tensor] = []  # 8-bit pictures, batch by batch
         self.usual = 0.0  # exact's seconds a picture in this run
+        self.right = ""  # and its verdicts
         # What every row is of, beside its name: a model made anew has none yet.
         key = key_of(
             {
@@ -131,12 +135,12 @@ class Bench:
             return None
         with way as computed:
             row = {"name": name, "of": of, "role": role, **self._run(steps, computed, batch or self.batch)}
-        self.usual = self.usual or row["seconds"]
+        self.usual, self.right = self.usual or row["seconds"], self.right or row["right"]
         row["exact_seconds"] = self.usual
         self.longest = max(self.longest, time.monotonic() - began)
         self.rows.keep(row)
         print(f"{name}: {row['seconds']:.4f} s a picture, {row['accuracy']:.1f} %, {row['psnr']:.1f} dB", flush=True)
-        return row
+        return {**row, "exact_right": self.right}
 
     def ours(self, preset: str | Config = "exact", /, **fields: Any) -> Way:
         """The pipeline accelerated by that preset: `accelerated`."""
@@ -213,11 +217,13 @@ def verdicts_of(right: str) -> list[bool]:
     return [one == "1" for one in right]
 
 
-def beside_exact(row: Mapping[str, Any], exact: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without its single verdicts, and with what it is beside exact: speed, and the paired difference."""
-    paired = compare(verdicts_of(row["right"]), verdicts_of(exact["right"]))
+def beside_exact(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its single verdicts, and with what it is beside exact of its run: speed, the paired difference."""
+    exact = verdicts_of(row["exact_right"])
+    paired = compare(verdicts_of(row["right"]), exact)
     return {
-        **{name: value for name, value in row.items() if name not in ("right", "of")},
+        **{name: value for name, value in row.items() if name not in ("right", "exact_right", "of")},
+        "exact_accuracy": 100 * Accuracy.of(exact).share,
         "speedup": row["exact_seconds"] / row["seconds"],
         "difference": 100 * paired.difference,
         "difference_interval": [100 * end for end in paired.interval],

@@ -50,7 +50,7 @@ def main() -> None:
             row = bench.measure(name, bench.ours(solver=solver, cache=policy), role="plan", of=str(compute))
             if row:
                 rows.append({**row, "compute": compute})
-    table = [beside_exact(row, exact) for row in rows]
+    table = [beside_exact(row) for row in rows]
     seen = {"times": errors.times, "gain": errors.gain, "effect": errors.effect, "products": errors.products.tolist()}
     said = f" --solver {solver}" if solver else ""
     file = bench.write(table, name="plans", out=given.out, asked=said, of=solver or "", observed=seen)

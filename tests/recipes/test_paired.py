@@ -16,7 +16,7 @@ def rows():
     # Measured on a machine that was half as fast.
     fp8 = {"name": "fp8", "role": "bits", "seconds": 2.0, "exact_seconds": 4.0, "right": "1" * 400, "psnr": 40.0}
     poor = {**fp8, "name": "poor", "right": "1" * 380 + "0" * 20}
-    return [{**shared, **row} for row in (exact, fp8, poor)]
+    return [{**shared, **row, "exact_right": exact["right"]} for row in (exact, fp8, poor)]
 
 
 def test_few_bits_are_held_to_a_point(recipe, rows):
@@ -26,6 +26,7 @@ def test_few_bits_are_held_to_a_point(recipe, rows):
     assert poor["difference"] == pytest.approx(-5)
     assert "within_a_point" not in exact
     assert "right" not in fp8
+    assert fp8["exact_accuracy"] == 100
 
 
 def test_a_control_is_read_at_the_share_of_exacts_time(recipe, rows):
@@ -82,6 +83,16 @@ def test_rows_outlive_a_line_that_was_cut(recipe, rows, tmp_path):
     kept.keep(rows[1])
     recipe("paired").Rows(kept.file, key="of another model").keep(rows[2])
     assert list(kept.kept()) == rows[:2]
+
+
+def test_a_row_is_held_against_exact_of_its_own_run(recipe, rows, tmp_path):
+    """A later one, whose kernels round in another way, has other captions right."""
+    kept = recipe("paired").Rows(tmp_path / "rows.jsonl", key="k")
+    exact, fp8, poor = rows
+    later = {**exact, "right": poor["right"]}
+    for row in (exact, fp8, later, {**poor, "exact_right": later["right"]}):
+        kept.keep(row)
+    assert [recipe("paired").beside_exact(row)["difference"] for row in kept.kept()] == [0, 0, 0, 0]
 
 
 def test_every_way_is_a_configuration_that_is_made_or_refused_for_this_device(recipe):
