@@ -120,12 +120,17 @@ async def make(
     jobs = _submit(request, order, first)
     watch.update(jobs)
     try:
-        results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
+        results = await while_connected(request, _all(jobs))
         return results, [await asyncio.to_thread(_entry, server, order, result) for result in results]
     finally:
         watch.difference_update(jobs)
         for job in jobs:
             job.cancel()
+
+
+async def _all(jobs: Sequence[Job]) -> list[Result]:
+    """Their results. Here, so that no frame holds the `gather`: one that is cancelled would stay, and its jobs."""
+    return await asyncio.gather(*map(_result, jobs))
 
 
 async def _result(job: Job) -> Result:

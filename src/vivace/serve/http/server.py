@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -157,14 +157,9 @@ async def read_form(request: Request, *, most_files: int, most_fields: int = 64)
         await form.close()
 
 
-async def while_connected(request: Request, work: Awaitable[Answer]) -> Answer:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """The answer of `work`, which is cancelled when the client goes away. Raises ApiError then."""
-
-    async def all_of_it() -> Answer:
-        return await work
-
-    # A task: of a cancelled `gather`, whose end nobody waits for, asyncio writes an error to the log.
-    task = asyncio.create_task(all_of_it())
+    task = asyncio.create_task(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK)
