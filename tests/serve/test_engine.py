@@ -162,7 +162,7 @@ def test_what_is_no_model_or_is_asked_to_be_another_one(pipe):
         Engine(models={"tiny": 5})
     for several in (["builtin"], "builtin"):
         with pytest.raises(InputError, match="give aliases with their models"):
-            Engine(models=several)  # pyright: ignore[reportArgumentType]
+            Engine(models=several)
     with pytest.raises(InputError, match="leave out dtype and device"):
         Engine(models={"tiny": Spec(source=pipe, device="cpu")})
 
