@@ -160,8 +160,16 @@ def test_an_engine_that_could_not_work_is_none(fields, pipe):
 def test_what_is_no_model_or_is_asked_to_be_another_one(pipe):
     with pytest.raises(InputError, match="5 is no model"):
         Engine(models={"tiny": 5})
+    for several in (["builtin"], "builtin"):
+        with pytest.raises(InputError, match="give aliases with their models"):
+            Engine(models=several)
     with pytest.raises(InputError, match="leave out dtype and device"):
         Engine(models={"tiny": Spec(source=pipe, device="cpu")})
+
+
+def test_what_is_no_request_is_told_what_one_is(engine):
+    with pytest.raises(InputError, match=r"'a frog' is no request; give vivace.serve.Request\(prompt=...\)"):
+        engine.submit("a frog")
 
 
 def test_one_denoiser_is_one_models(pipe):

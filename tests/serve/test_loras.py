@@ -96,7 +96,7 @@ def test_what_befalls_the_device_is_not_the_loras_fault(pipe, start, order, styl
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("vivace.serve.loras.load", fail)
+    monkeypatch.setattr(pipe, "load_lora_weights", fail)
     with pytest.raises(told):
         engine.submit(order(lora={"style": 1.0})).result(60)
     assert engine.lost == (told is Unavailable)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import Module
@@ -25,7 +25,7 @@ from vivace.few_step import FOLDER, WEIGHTS, use_few_step
 from vivace.load import Source, find, load_source
 from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
-from vivace.serve.failures import Cancelled, FieldError, OutOfMemory, Unavailable
+from vivace.serve.failures import Cancelled, DeadlineExceeded, FieldError, OutOfMemory, Unavailable
 from vivace.serve.model import BUILDING, Mode, Model
 from vivace.serve.prepare import prepare
 from vivace.serve.room import Room
@@ -295,6 +295,49 @@ def test_what_was_loaded_of_a_model_goes_with_the_load_that_failed(folder, order
             job.result(60)
         gc.collect()
         assert [one() for one in loaded] == [None]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Unavailable),
+    ],
+)
+def test_what_befalls_the_device_while_weights_are_read_is_not_the_models_fault(
+    folder, order, monkeypatch, error, told
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    with Engine(models={"tiny": str(folder)}) as engine:
+        with pytest.raises(told):
+            engine.submit(order()).result(60)
+        assert engine.lost == (told is Unavailable)
+
+
+@pytest.mark.parametrize("told", [Cancelled, DeadlineExceeded])
+def test_the_end_of_a_request_does_not_wait_for_the_load_that_it_began(folder, order, monkeypatch, told):
+    begun, over = threading.Event(), threading.Event()
+
+    def slowly(*args, **kwargs):
+        begun.set()
+        assert over.wait(60)
+        return load_source(*args, **kwargs)
+
+    monkeypatch.setattr("vivace.serve.model.load_source", slowly)
+    with Engine(models={"tiny": str(folder)}) as engine:
+        job = engine.submit(order(run_seconds=0.5 if told is DeadlineExceeded else None))
+        assert begun.wait(60)
+        if told is Cancelled:
+            job.cancel()
+        try:
+            with pytest.raises(told):
+                job.result(10)
+        finally:
+            over.set()
+        assert engine.submit(order()).result(60).pictures
 
 
 def test_a_device_that_is_lost_while_a_model_is_loaded_is_lost(folder, order, monkeypatch):

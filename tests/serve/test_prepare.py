@@ -27,3 +27,10 @@ def test_a_picture_that_is_fitted_beforehand_makes_the_same_request():
             assert early.call.keys() == plain.call.keys()
             assert early.call["image"].tobytes() == plain.call["image"].tobytes()
     assert {"sd", "sdxl", "sd3", "flux"} <= set(seen)
+
+
+def test_pictures_that_are_looked_at_are_not_copied_for_each_that_is_made_of_them():
+    source = Model("flux2", Spec(source=FAMILIES["flux2"].tiny())).source
+    images = tuple(Image.new("RGB", (640, 480), colour) for colour in ("red", "blue"))
+    found = prepare(fitted(Request(prompt="a", images=images), source), source).call["image"]
+    assert [*map(id, found)] == [*map(id, images)]

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
+from vivace.errors import InputError
 from vivace.serve.backlog import Entry
 from vivace.serve.failures import FieldError, UnknownModelError
 from vivace.serve.job import Job
@@ -19,6 +20,8 @@ def admit(request: Request, models: Mapping[str, Model], *, most_pixels: int | N
 
     `most_pixels`, of all its frames, also holds for a size that the model chooses.
     """
+    if not isinstance(request, Request):
+        raise InputError(f"{request!r:.100} is no request; give vivace.serve.Request(prompt=...)")
     model = model_of(models, request.model)
     prepared = prepare(request, model.source)
     if most_pixels is not None and (prepared.pixels or 0) > most_pixels:

@@ -71,6 +71,10 @@ class Engine:
             if value is not None and value < low:
                 raise InputError(f"{name} is {value}; an engine takes {low} or more")
         given = models or {"builtin": "builtin"}
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"models is {given!r:.100}; give aliases with their models, as in {{'sdxl': '~/models/sdxl'}}"
+            )
         self.models = {alias: Model(alias, _spec(what)) for alias, what in given.items()}
         _check_apart(self.models)
         for model in self.models.values():
@@ -83,6 +87,7 @@ class Engine:
         self._backlog = Backlog(queue, places=threads, videos=videos)
         self.workers: dict[torch.device, Worker] = {}  # of the devices that were computed on so far
         self._running: set[Job] = set()
+        self._preparing: set[Job] = set()  # of these, those whose model is loaded or changed for them
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests ran
         self._lost = 0  # requests in a row that ran out of memory
         self._lost_at = 0.0  # when the last of them did
@@ -240,6 +245,9 @@ class Engine:
         tidied = time.monotonic()
         while not self._closed.wait(CLOCK):
             self._backlog.expire()
+            for job in list(self._preparing):
+                if job.time_left() == 0:
+                    job.finish(error=job.late())
             for worker in list(self.workers.values()):
                 worker.expire()
             if self._untidy and time.monotonic() - tidied > TIDY:
@@ -271,11 +279,16 @@ class Engine:
     def _draw(self, entry: Entry) -> Result:
         job, model = entry.job, entry.model
         job.begin()
-        job.check()
+        self._preparing.add(job)
         try:
+            job.check()
             model.ready(entry.mode, room=partial(self._room_for, model, job.check), check=job.check)
         except InputError as error:
+            if out_of_memory(error) or fatal(error):
+                raise
             raise _named(error, job.request) from None
+        finally:
+            self._preparing.discard(job)
         run = partial(Run, job, model=model, worker=self._worker(model))
         if entry.warm is not None:
             run(entry.warm, shown=False)()
@@ -314,6 +327,9 @@ class Engine:
         if self._backlog.remove(job):
             job.finish(error=job.stop)
             return
+        if job in self._preparing:
+            # A load may take minutes, and nothing ends it: its thread comes after it.
+            job.finish(error=job.stop)
         for worker in list(self.workers.values()):
             worker.withdraw(job)
 
@@ -383,10 +399,12 @@ def _named(error: InputError, request: Request) -> InputError:
 
 def _public(error: BaseException, facts: Mapping[str, str]) -> BaseException:
     """What the waiting side gets to see: a Failure or an InputError, never the inside."""
-    if isinstance(error, InputError | Failure):
+    if isinstance(error, Failure):
         return error
     if out_of_memory(error):
         return OutOfMemory("the device has too little memory for it")
+    if isinstance(error, InputError):
+        return error
     logger.error("a request failed", exc_info=error, extra={"facts": facts})
     if type(error) is ValueError:  # how pipelines refuse what they were called with
         return InputError("the model's pipeline refuses these arguments")

@@ -167,7 +167,9 @@ def _pictures(request: Request, *, size: tuple[int, int] | None, pipeline: type[
     def placed(image: Image.Image) -> Image.Image:
         return image.resize(size) if size and inputs.goes_by_image(pipeline, source) else image
 
-    images = [placed(image.convert("RGB")) for image in request.images]
+    # Converted to what it is already, one would be copied, for each picture that is made of it.
+    plain = [image if image.mode == "RGB" else image.convert("RGB") for image in request.images]
+    images = [placed(image) for image in plain]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}
     if request.mask is not None:
         found["mask_image"] = placed(request.mask.convert("L"))

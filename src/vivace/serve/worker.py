@@ -359,12 +359,21 @@ class Worker:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the device or the host."""
+    error = _beneath(error)
     known = isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory)
     return known or "can't allocate memory" in str(error)
 
 
 def fatal(error: BaseException) -> bool:
     """Whether a CUDA error leaves the process without its device."""
+    error = _beneath(error)
     if isinstance(error, Failure | InputError) or out_of_memory(error):
         return False
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _beneath(error: BaseException) -> BaseException:
+    """What an error was before it was worded as a mistake in what was asked for, as those of loaders are."""
+    while isinstance(error, InputError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,6 +1,7 @@
 """The A1111 routes: only where they are asked for, and only what is harmless."""
 
 import base64
+import gc
 import io
 import json
 import threading
@@ -10,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
+from starlette.requests import Request
 
 from vivace.families import FAMILIES
 from vivace.serve import Spec
+from vivace.serve.http.a1111 import Img2Img
 
 ORDER = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "seed": 5}
 
@@ -90,6 +93,24 @@ def test_pictures_may_be_as_large_as_in_a_form(server):
         answer = http.post("/sdapi/v1/img2img", json=ORDER | {"init_images": [coded], "denoising_strength": 0.9})
         assert picture(answer.json()["images"][0]).size == (64, 64)
         assert http.post("/sdapi/v1/txt2img", json=ORDER | {"init_images": [coded]}).status_code == 413
+
+
+def test_nothing_holds_a_picture_as_it_came_while_it_waits(server, pipe, gated):
+    gate, file = gated(pipe.transformer), io.BytesIO()
+    gate.shut()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    order = ORDER | {"init_images": [base64.b64encode(file.getvalue()).decode()], "denoising_strength": 0.9}
+    with server.http as http, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, "/sdapi/v1/img2img", json=order)
+        assert gate.reached.wait(120)
+        gc.collect()
+        found = gc.get_objects()
+        read = [one for one in found if isinstance(one, Img2Img)]
+        bodies = [one for one in found if isinstance(one, Request) and hasattr(one, "_body")]
+        gate.open.set()
+        assert answer.result().status_code == 200
+    assert not read
+    assert not bodies
 
 
 def test_progress_and_interrupt(server, pipe, gated):

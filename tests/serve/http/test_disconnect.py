@@ -1,10 +1,14 @@
 """A client that goes away: its picture is not finished for nobody."""
 
 import gc
+import io
 import socket
 import time
 
+import httpx2
 import pytest
+import torch
+from PIL import Image
 
 
 def ask(server, body: bytes) -> socket.socket:
@@ -127,3 +131,34 @@ def test_a_full_disk_fails_the_video_and_nothing_else(launch, pipe, monkeypatch,
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert found["status"] == "completed"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_what_came_to_nothing_leaves_no_picture_in_memory(launch, pipe, gated, stream, fails):
+    server, gate, raw = launch({"tiny": pipe}), gated(pipe.transformer), io.BytesIO()
+    Image.new("RGB", (640, 672)).save(raw, "PNG")
+    asked = {"files": {"image": raw.getvalue()}, "data": {"prompt": "a", "size": "176x80", "stream": stream}}
+    gc.collect()
+    gc.disable()  # what is in a circle stays for as long as the server has little else to do
+    try:
+        with server.http as http:
+            if fails:
+                gate.fail(torch.OutOfMemoryError("CUDA out of memory."))
+                assert "out_of_memory" in http.post("/v1/images/edits", **asked).text
+            else:
+                gate.shut()
+                with pytest.raises(httpx2.TimeoutException):
+                    http.post("/v1/images/edits", **asked, timeout=2)
+                assert gate.reached.wait(60)
+        gate.open.set()
+        deadline = time.monotonic() + 10
+        while (held := _pictures((176, 80))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        gc.enable()
+    assert held == 0
+
+
+def _pictures(size: tuple[int, int]) -> int:
+    return sum(isinstance(one, Image.Image) and one.size == size for one in gc.get_objects())

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from vivace.families import FAMILIES
 from vivace.serve.http import uploads
 from vivace.serve.http.server import DECODED
 from vivace.serve.http.settings import Settings
@@ -85,6 +86,44 @@ def test_few_bytes_do_not_become_much_memory_for_many_at_a_time(http, monkeypatc
     # The model takes one, which it is asked about only then.
     assert {answer.result().status_code for answer in answers} == {400}
     assert most == DECODED
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/images/edits", {"n": "4"}, "n"),
+        ("/v1/images/edits", {"model": "other"}, "model"),
+        ("/v1/videos", {"seconds": "999"}, "seconds"),
+        ("/v1/videos", {"seconds": "10", "size": "9999x9999"}, "size"),
+    ],
+)
+def test_nothing_is_decoded_for_what_is_refused_anyway(launch, pipe, monkeypatch, path, fields, param):
+    decoded: list[str] = []
+    monkeypatch.setattr(uploads, "decode", lambda *args, field, **options: decoded.append(field))
+    server = launch({"tiny": pipe, "clip": FAMILIES["wan"].tiny()}, engine={"queue": 1, "threads": 2})
+    name = "input_reference" if path == "/v1/videos" else "image"
+    with server.http as http:
+        answer = http.post(path, files={name: picture()}, data={"prompt": "a", **fields})
+    assert answer.json()["error"]["param"] == param
+    assert not decoded
+
+
+def test_the_pictures_of_those_who_wait_are_bounded(launch, pipe, gated):
+    server, gate = launch({"tiny": pipe}, held_bytes=64 * 64 * 3 * 2 - 1), gated(pipe.transformer)
+    gate.shut()
+    with server.http as http, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(edit, http, picture())
+        assert gate.reached.wait(60)
+        second = edit(http, picture())
+        gate.open.set()
+        assert first.result().status_code == 200
+        assert (second.status_code, second.json()["error"]["code"]) == (429, "queue_full")
+        assert "pictures of other requests" in second.json()["error"]["message"]
+        assert int(second.headers["retry-after"]) >= 1
+        deadline = time.monotonic() + 10
+        while (again := edit(http, picture())).status_code == 429 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert again.status_code == 200
 
 
 @pytest.mark.parametrize("mask", [False, True])

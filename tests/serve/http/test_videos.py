@@ -95,6 +95,7 @@ def test_deleting_a_running_video_ends_it(client, shared):
         ({"size": "60x64"}, "size"),
         ({"model": "tiny"}, "model"),
         ({"extra_body": {"path": "/tmp/x"}}, "path"),
+        ({"extra_body": {"image": "x"}}, "image"),
     ],
 )
 def test_wrong_videos_are_400(client, fields, param):

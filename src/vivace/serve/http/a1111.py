@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from vivace.serve.failures import FieldError
 from vivace.serve.http.envelope import ApiError, renamed
-from vivace.serve.http.images import first_of, fitting, json_body, make
+from vivace.serve.http.images import first_of, json_body, make
 from vivace.serve.http.schema import PLAIN, Fields, ImageOrder, Number, Whole, read, settings_of
 from vivace.serve.http.server import Server, read_json, server_of
 from vivace.serve.http.uploads import decode
@@ -128,29 +129,29 @@ async def txt2img(request: Request) -> Response:
     order = _order(request, asked)
     with renamed(FIELDS):
         first = first_of(request, order)
-    return await _answer(request, asked, order, first)
+    return await _answer(request, order, first, _parameters(asked))
 
 
 @router.post("/img2img", openapi_extra=json_body(Img2Img))
 async def img2img(request: Request) -> Response:
     """Pictures from a prompt and another picture; white in the mask is painted anew."""
+    order, first, parameters = await _edit(request)
+    return await _answer(request, order, first, parameters)
+
+
+async def _edit(request: Request) -> tuple[ImageOrder, EngineRequest, dict[str, Any]]:
+    """An edit's order, request and parameters. Here, so that nothing holds its pictures as they came while it waits."""
     server = server_of(request)
     asked: Img2Img = read(Img2Img, await read_json(request), server.settings)
     order = _order(request, asked)
-    async with server.decoding:
-        first = await _first(request, asked, order)
-    return await _answer(request, asked, order, first)
-
-
-async def _first(request: Request, asked: Img2Img, order: ImageOrder) -> EngineRequest:
-    """The request of the first picture. Here, so that nothing holds the pictures as they came while it waits."""
-    server = server_of(request)
-    image = await asyncio.to_thread(_decode, asked.init_images[0], server, "init_images")
-    fields: dict[str, Any] = {"images": (image.convert("RGB"),), "strength": asked.denoising_strength}
-    if asked.mask:
-        fields["mask"] = (await asyncio.to_thread(_decode, asked.mask, server, "mask")).convert("L")
     with renamed(FIELDS):
-        return await fitting(request, order, **fields)
+        first = first_of(request, order)
+        async with server.decoding:
+            image = await asyncio.to_thread(_decode, asked.init_images[0], server, "init_images")
+            fields: dict[str, Any] = {"images": (image.convert("RGB"),), "strength": asked.denoising_strength}
+            if asked.mask:
+                fields["mask"] = (await asyncio.to_thread(_decode, asked.mask, server, "mask")).convert("L")
+            return order, await server.fitted(replace(first, **fields)), _parameters(asked)
 
 
 @router.get("/progress")
@@ -204,11 +205,14 @@ def _order(request: Request, asked: Txt2Img) -> ImageOrder:
     return read(ImageOrder, asked.order(), server_of(request).settings)
 
 
-async def _answer(request: Request, asked: Txt2Img, order: ImageOrder, first: EngineRequest) -> Response:
+def _parameters(asked: Txt2Img) -> dict[str, Any]:
+    return asked.model_dump(exclude={"init_images", "mask"})
+
+
+async def _answer(request: Request, order: ImageOrder, first: EngineRequest, parameters: dict[str, Any]) -> Response:
     with renamed(FIELDS):
         results, entries = await make(request, order, first, watch=server_of(request).interruptible)
     facts = dict(results[0].effective) | {"all_seeds": [one.effective["seed"] for one in results]}
-    parameters = asked.model_dump(exclude={"init_images", "mask"})
     return JSONResponse(
         {"images": [entry["b64_json"] for entry in entries], "parameters": parameters, "info": json.dumps(facts)}
     )

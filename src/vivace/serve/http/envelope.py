@@ -100,6 +100,9 @@ class ApiError(Exception):
 
 def api_error(error: BaseException, **facts: object) -> ApiError:
     """The answer for any error. What is not ours to tell becomes a plain 500; the log has the rest, with `facts`."""
+    if isinstance(error, ApiError | InputError | Failure):
+        # A job and its error would hold each other: by the frames that it came through, which have its pictures too.
+        error.__traceback__ = None
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownModelError):

@@ -21,7 +21,6 @@ from vivace.serve.http.schema import EditOrder, ImageOrder, from_form, read
 from vivace.serve.http.server import Server, note, read_form, read_json, server_of, while_connected
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Preview, Progress, Result
-from vivace.serve.prepare import fitted
 from vivace.serve.request import Request as EngineRequest
 
 router = APIRouter()
@@ -70,6 +69,7 @@ async def _edit(request: Request) -> tuple[EditOrder, EngineRequest]:
     server = server_of(request)
     async with read_form(request, most_files=server.settings.most_files) as form:
         order: EditOrder = from_form(EditOrder, form, server.settings, files=FILES)
+        first = first_of(request, order)
         async with server.decoding:
             images = await pictures(form, "image", "image[]", settings=server.settings)
             masks = await pictures(form, "mask", settings=server.settings)
@@ -77,11 +77,11 @@ async def _edit(request: Request) -> tuple[EditOrder, EngineRequest]:
                 raise ApiError(400, "the field 'image' is missing", code="missing_field", param="image")
             if len(masks) > 1:
                 raise ApiError(400, "one mask is taken", code="invalid_value", param="mask")
-            fields = await asyncio.to_thread(_inputs, images, masks)
-            return order, await fitting(request, order, strength=order.strength, **fields)
+            fields = await asyncio.to_thread(fields_of, images, masks)
+            return order, await server.fitted(replace(first, strength=order.strength, **fields))
 
 
-def _inputs(images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> dict[str, Any]:
+def fields_of(images: Sequence[Image.Image], masks: Sequence[Image.Image] = ()) -> dict[str, Any]:
     """A request's fields of these pictures."""
     # Not converted where there is nothing to: that would be a copy of each.
     plain = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in images)
@@ -120,7 +120,7 @@ async def make(
     jobs = _submit(request, order, first)
     watch.update(jobs)
     try:
-        results = await while_connected(request, asyncio.gather(*(_result(job) for job in jobs)))
+        results = await while_connected(request, _all(jobs))
         return results, [await asyncio.to_thread(_entry, server, order, result) for result in results]
     finally:
         watch.difference_update(jobs)
@@ -128,18 +128,17 @@ async def make(
             job.cancel()
 
 
+async def _all(jobs: Sequence[Job]) -> list[Result]:
+    """Their results. Here, so that no frame holds the `gather`: one that is cancelled would stay, and its jobs."""
+    return await asyncio.gather(*map(_result, jobs))
+
+
 async def _result(job: Job) -> Result:
     return await job
 
 
-async def fitting(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
-    """The request of an order's first picture, those it is made of brought to its size."""
-    first = first_of(request, order, **fields)
-    return await asyncio.to_thread(fitted, first, server_of(request).engine.model(first.model).source)
-
-
-def first_of(request: Request, order: ImageOrder, **fields: Any) -> EngineRequest:
-    """The request of an order's first picture."""
+def first_of(request: Request, order: ImageOrder) -> EngineRequest:
+    """The request of an order's first picture, less what it is made of."""
     server = server_of(request)
     settings, engine = server.settings, server.engine
     if order.n > engine.most_taken:
@@ -147,7 +146,6 @@ def first_of(request: Request, order: ImageOrder, **fields: Any) -> EngineReques
         raise FieldError("n", f"n is {order.n}; this server has room for {engine.most_taken} at once")
     alias = server.alias(order.model, media="image")
     return order.request(
-        **fields,
         model=alias,
         quality=order.preset,
         queue_seconds=settings.queue_seconds,

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
+from PIL import Image
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
-from vivace.serve.failures import UnknownModelError
+from vivace.serve.failures import Busy, UnknownModelError
 from vivace.serve.http.envelope import ApiError, api_error, disk_error
 from vivace.serve.http.gauges import Gauges
 from vivace.serve.http.links import Links
 from vivace.serve.http.settings import Settings
 from vivace.serve.http.shelf import Shelf
 from vivace.serve.job import Job
+from vivace.serve.prepare import fitted
+from vivace.serve.request import Request as EngineRequest
 from vivace.serve.studio import Studio
 
 logger = logging.getLogger(__name__)
@@ -44,11 +48,23 @@ class Server:
     interruptible: set[Job] = field(default_factory=set)  # what the A1111 routes make now
     answering: set[str] = field(default_factory=set)  # ids of the API's requests that are not answered to the end
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODED))
+    _held: list[weakref.ref[Image.Image]] = field(default_factory=list)  # what requests are made of
     _followed: dict[str, tuple[Job, asyncio.Task[None]]] = field(default_factory=dict)
 
     def full(self) -> ApiError | None:
         """What a request gets at the door while the queue has no room."""
         return api_error(self.engine.busy()) if self.engine.queued >= self.engine.most_queued else None
+
+    async def fitted(self, wanted: EngineRequest) -> EngineRequest:
+        """A request, its pictures of the size that is made. Raises InputError, and Busy where others' leave no room."""
+        found = await asyncio.to_thread(fitted, wanted, self.engine.model(wanted.model).source)
+        pictures = [*found.images, *([found.mask] if found.mask else [])]
+        held = [one for ref in self._held if (one := ref()) is not None]
+        if sum(len(one.getbands()) * one.width * one.height for one in (*held, *pictures)) > self.settings.held_bytes:
+            wait = self.engine.busy().retry_after
+            raise Busy("the pictures of other requests fill the memory; try again later", retry_after=wait)
+        self._held = [weakref.ref(one) for one in (*held, *pictures)]
+        return found
 
     def follow(self, name: str, job: Job, work: Coroutine[Any, Any, None]) -> None:
         """Have `work` keep a video job's record until it is over."""
@@ -108,7 +124,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body has to be application/json", code="unsupported_type")
     try:
-        found = json.loads(await request.body())
+        # Not `body()`: the request would keep it for as long as it is answered.
+        found = json.loads(b"".join([part async for part in request.stream()]))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
     if not isinstance(found, dict):
@@ -140,14 +157,9 @@ async def read_form(request: Request, *, most_files: int, most_fields: int = 64)
         await form.close()
 
 
-async def while_connected(request: Request, work: Awaitable[Answer]) -> Answer:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """The answer of `work`, which is cancelled when the client goes away. Raises ApiError then."""
-
-    async def all_of_it() -> Answer:
-        return await work
-
-    # A task: of a cancelled `gather`, whose end nobody waits for, asyncio writes an error to the log.
-    task = asyncio.create_task(all_of_it())
+    task = asyncio.create_task(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK)

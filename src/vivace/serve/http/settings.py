@@ -34,6 +34,7 @@ class Settings:
     most_upload: int = 20_000_000  # bytes of one picture
     most_files: int = 8
     most_upload_pixels: int = 25_000_000
+    held_bytes: int = 4 * 2**30  # of the pixels of all uploads that requests wait or run with
 
     queue_seconds: float = 600.0  # the longest a picture may wait
     run_seconds: float = 600.0  # the longest a picture may take; a video may take as long as it needs

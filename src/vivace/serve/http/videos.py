@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -19,12 +20,11 @@ from vivace.generation.generate import FPS
 from vivace.generation.job import nearest_frames
 from vivace.serve.failures import Cancelled
 from vivace.serve.http.envelope import ApiError, api_error, disk_error, in_its_words, renamed
-from vivace.serve.http.images import BINARY
+from vivace.serve.http.images import BINARY, fields_of
 from vivace.serve.http.schema import VideoOrder, check_pixels, from_form, preset, read
 from vivace.serve.http.server import Server, is_form, note, read_form, read_json, server_of
 from vivace.serve.http.uploads import pictures
 from vivace.serve.job import Job, Progress, Result
-from vivace.serve.prepare import fitted
 from vivace.serve.request import Request as EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Clip(FileResponse):
 async def create(request: Request) -> Response:
     """Begin a video; its record comes back at once."""
     server = server_of(request)
+    order, wanted = await _asked(request)
     with renamed({"image": "input_reference"}):
-        order, wanted = await _asked(request)
         job = server.engine.submit(wanted, most_pixels=server.settings.most_video_pixels)
     note(request, [job])
     record = {
@@ -100,16 +100,18 @@ async def _asked(request: Request) -> tuple[VideoOrder, EngineRequest]:
         return order, _request(order, server)
     async with read_form(request, most_files=1) as form:
         order = from_form(VideoOrder, form, server.settings, files=("input_reference",))
+        wanted = _request(order, server)
         async with server.decoding:
             images = await pictures(form, "input_reference", settings=server.settings)
-            wanted = _request(order, server, images=tuple(image.convert("RGB") for image in images))
-            return order, await asyncio.to_thread(fitted, wanted, server.engine.model(wanted.model).source)
+            with renamed({"image": "input_reference"}):
+                fields = await asyncio.to_thread(fields_of, images)
+                return order, await server.fitted(replace(wanted, **fields))
 
 
-def _request(order: VideoOrder, server: Server, **fields: Any) -> EngineRequest:
+def _request(order: VideoOrder, server: Server) -> EngineRequest:
     alias = server.alias(order.model, media="video")
     frames = _frames(order, server, alias)
-    return order.request(model=alias, quality=preset(order.quality), frames=frames, fps=order.fps, **fields)
+    return order.request(model=alias, quality=preset(order.quality), frames=frames, fps=order.fps)
 
 
 @router.get("/v1/videos")
