@@ -23,7 +23,8 @@ from vivace.load import resolve_dtype
 from vivace.memory import heap
 from vivace.serve.admit import admit, model_of
 from vivace.serve.backlog import Backlog, Entry
-from vivace.serve.failures import Busy, Failure, FieldError, OutOfMemory, Unavailable
+from vivace.serve.causes import named, public
+from vivace.serve.failures import Busy, OutOfMemory, Unavailable
 from vivace.serve.gather import Gather
 from vivace.serve.job import Job, Result
 from vivace.serve.model import Model, Spec, lane_of
@@ -286,7 +287,7 @@ class Engine:
         except InputError as error:
             if out_of_memory(error) or fatal(error):
                 raise
-            raise _named(error, job.request) from None
+            raise named(error, job.request) from None
         finally:
             self._preparing.discard(job)
         run = partial(Run, job, model=model, worker=self._worker(model))
@@ -299,7 +300,7 @@ class Engine:
 
     def _told(self, error: BaseException, model: Model, facts: Mapping[str, str]) -> BaseException:
         """What the waiting side gets to see. A GPU says in whoever waits for it next what went wrong in a call."""
-        return self._worker(model).lose(error) if fatal(error) else _public(error, facts)
+        return self._worker(model).lose(error) if fatal(error) else public(error, facts)
 
     def _first(self) -> Iterator[Model]:
         """The models, without those that would drive one out which is loaded already."""
@@ -389,26 +390,6 @@ def _graphed(module: torch.nn.Module) -> bool:
 
     lane = lane_of(module)
     return lane is not None and isinstance(lane.run, Graphs)
-
-
-def _named(error: InputError, request: Request) -> InputError:
-    """What a model cannot be brought into, as an error of the field that asked for it."""
-    asked = [name for name in ("cache", "quality") if getattr(request, name) is not None]
-    return FieldError(asked[0], str(error)) if asked and not isinstance(error, FieldError) else error
-
-
-def _public(error: BaseException, facts: Mapping[str, str]) -> BaseException:
-    """What the waiting side gets to see: a Failure or an InputError, never the inside."""
-    if isinstance(error, Failure):
-        return error
-    if out_of_memory(error):
-        return OutOfMemory("the device has too little memory for it")
-    if isinstance(error, InputError):
-        return error
-    logger.error("a request failed", exc_info=error, extra={"facts": facts})
-    if type(error) is ValueError:  # how pipelines refuse what they were called with
-        return InputError("the model's pipeline refuses these arguments")
-    return Failure("the request failed inside; the log says why")
 
 
 __all__ = ["Busy", "Engine", "Health", "InputError"]
