@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from vivace.fused.foresight import Foresight
+
 
 @dataclass
 class State:
@@ -66,7 +68,8 @@ class Split:
     `ready(state, first, last)` makes what the blocks from `first` up to `last`, not included (None: all that follow),
     read of the context and the prologue left out, because a cache may skip them. It comes before these blocks, and at
     least once, with any, before the epilogue. `signal(state)` is what TeaCache watches, once the first block is ready.
-    `bring` gets the weights of blocks that are streamed.
+    `bring` gets the weights of blocks that are streamed. `foresight`, where a fused split has it, makes of a request's
+    timesteps what the prologue takes as `once["made"]` (`vivace.fused.foresight`).
     """
 
     prologue: Callable[..., State]
@@ -78,6 +81,7 @@ class Split:
     ready: Callable[[State, int, int | None], State] = _ready
     signal: Callable[[State], torch.Tensor] | None = None
     bring: Bring = nothing
+    foresight: Foresight | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
         if self.once is not None and "once" not in kwargs:

@@ -29,6 +29,7 @@ from vivace.autocast import autocast_type
 from vivace.cache.layer import Cache
 from vivace.family import Block, Split, State
 from vivace.fused.contract import Fused
+from vivace.fused.foresight import Foreseen
 from vivace.lora.adapters import DENOISER_METHODS, REWRITES, SHOWS, Adapters, lowered, lowering
 from vivace.lora.strength import strength_in, without_strength
 from vivace.memory.here import bring_of
@@ -209,7 +210,7 @@ class Lane:
         """Compute one segment of a call that went `through`, by `run`; `end` says what `at_end` did."""
         split = next((one for one in (segment, *getattr(segment, "args", ())) if isinstance(one, Split)), None)
         if split is not None and split.once is not None and not {*split.once_inputs}.isdisjoint(kwargs):
-            kwargs["once"] = self._once(split, kwargs)
+            kwargs["once"] = self._once(split, kwargs, foresee=False)  # joined with others, it is of many requests
         token = request.EXACT.set(end)
         try:
             with self._settings(kwargs):
@@ -303,7 +304,7 @@ class Lane:
         packs = self.split is not None and isinstance(self.attend, Packed)
         self._watch = Watch(self.denoiser, storages=not self._moves, vectors=packs)
 
-    def _once(self, split: Split, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _once(self, split: Split, kwargs: Mapping[str, Any], *, foresee: bool = True) -> Mapping[str, Any]:
         """What the split computes once per prompt, remembered for the length of the request."""
         given = {name: kwargs.get(name) for name in split.once_inputs}
         leaves, spec = tree_flatten(given)
@@ -315,6 +316,7 @@ class Lane:
         shapes = tree_leaves([kwargs.get(name) for name in split.once_shapes])
         key = (
             id(split),
+            foresee,
             self.adapters.version if self.adapters else 0,
             spec,
             *((id(leaf), leaf._version) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
@@ -322,10 +324,19 @@ class Lane:
         )
         if key not in memo:
             # The inputs and the split are held too: an id names an object only as long as it lives.
-            memo[key] = (split.prepare(kwargs), leaves, split)
+            once = split.prepare(kwargs)
+            memo[key] = (once, self._foreseen(split, once, kwargs) if foresee else None, leaves, split)
             if len(memo) > MEMO:
                 memo.popitem(last=False)
-        return memo[key][0]
+        once, foreseen, *_ = memo[key]
+        return once if foreseen is None else {**once, "made": foreseen.at(kwargs["timestep"])}
+
+    def _foreseen(self, split: Split, once: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Foreseen | None:
+        """What later steps of this request find made; where weights come and go there is no memory for it."""
+        now = request.current()
+        if split.foresight is None or self._moves or self._streams or now is None or now.timesteps is None:
+            return None
+        return split.foresight(now.timesteps, once, kwargs)
 
     def _count(self, served_by: str, *, warn: bool) -> None:
         if warn and served_by not in self.calls:

@@ -51,14 +51,18 @@ class Request:
     memo: dict[Any, Any] = field(default_factory=dict)  # values that hold for the request; dropped when it ends
 
     @property
+    def timesteps(self) -> Any:
+        """The scheduler's, a tensor [S], once it knows them; else None."""
+        return getattr(self.scheduler, "timesteps", None)
+
+    @property
     def steps(self) -> int | None:
         """How many steps it takes in all, once its scheduler knows; image to image begins within the scheduler's."""
         if self.times:
             return len(self.times)
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        if timesteps is None:
+        if self.timesteps is None:
             return None
-        return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+        return len(self.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
 
 _CURRENT: ContextVar[Request | None] = ContextVar("vivace_request", default=None)

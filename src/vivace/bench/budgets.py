@@ -272,6 +272,7 @@ def apart(children: Children, name: str, way: str, *, seconds: float) -> dict[st
         ended = children.run(["--measure", name, way, str(path)], seconds=seconds)
         if path.is_file():
             return json.loads(path.read_text("utf-8"))
+    logger.warning("%s, %s:\n%s", name, way, ended.said)
     said = [line for line in ended.said.splitlines() if line.strip()]
     # CUDA's errors end with advice.
     last = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "no message")

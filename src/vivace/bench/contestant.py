@@ -177,8 +177,9 @@ def _convolutional(denoiser: Any) -> bool:
 def _use_channels_last(denoiser: Any) -> None:
     import torch
 
-    if _convolutional(denoiser):
-        denoiser.to(memory_format=torch.channels_last)
+    for module in denoiser.modules():
+        if isinstance(module, torch.nn.Conv2d):  # a video's convolutions over time have weights of five dimensions
+            module.to(memory_format=torch.channels_last)
 
 
 def _layout(subject: Any, workload: Workload) -> str:

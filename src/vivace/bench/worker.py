@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vivace.bench.contestant import PEERS, REFERENCE, Contestant, prepare
@@ -95,12 +96,17 @@ def run(workload: Workload, contestant: Contestant, *, reference: Path, trace: P
 
 
 def _scope(contestant: Contestant, workload: Workload) -> Any:
-    """A bare forward of ours runs within one request, as in a pipeline: what holds for a prompt is computed once."""
+    """A bare forward of ours runs within one request, as in a pipeline: what holds for a prompt is computed once.
+
+    The request has as many steps as the model usually takes, or one more: the forward's, at 500, is in their middle.
+    """
     if not contestant.ours or workload.end_to_end:
         return nullcontext()
+    import torch
+
     from vivace.request import open_request
 
-    return open_request()
+    return open_request(scheduler=SimpleNamespace(timesteps=torch.linspace(1000, 0, workload.steps | 1)))
 
 
 def _report(contestant: Contestant, subject: Any) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from vivace.families.flux import spread
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings
 from vivace.fused.double_single import blocks_of, foreign, positions
+from vivace.fused.foresight import foresight_of
 from vivace.fused.heads import Heads
 from vivace.fused.joint import JointBlock, Mlp, epilogue, signal, streams_of
 from vivace.fused.modulation import Modulation, modulating
@@ -50,9 +51,10 @@ def build(denoiser: Any, parts: Parts) -> Split:
         ),
         epilogue=partial(epilogue, denoiser, modulation.spans["out"], parts),
         once=partial(_once, denoiser),
-        once_inputs=("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
+        once_inputs=("encoder_hidden_states", "pooled_projections", "guidance", "txt_ids", "img_ids"),
         ready=modulation.ready,
         signal=partial(signal, modulation.spans["0.image"], parts),
+        foresight=foresight_of(parts, modulation=modulation, embed=partial(_embedding, denoiser), unit=1000),
     )
 
 
@@ -93,16 +95,26 @@ def _once(
     denoiser: Any,
     encoder_hidden_states: torch.Tensor,  # [B, T, D]
     pooled_projections: torch.Tensor,  # [B, D]
+    guidance: torch.Tensor | None,  # [B]
     txt_ids: torch.Tensor,  # [T, 3]
     img_ids: torch.Tensor,  # [S, 3]
 ) -> Mapping[str, Any]:
     """What holds for all steps of a prompt at one size."""
-    return {
+    embed = denoiser.time_text_embed
+    if (guidance is not None) != hasattr(embed, "guidance_embedder"):
+        raise InputError(
+            f"this model {'takes no' if guidance is not None else 'needs a'} guidance, got guidance={guidance}; "
+            "the pipeline's guidance_scale sets it where its config has guidance_embeds"
+        )
+    once = {
         "text": denoiser.context_embedder(encoder_hidden_states),
-        "pooled": denoiser.time_text_embed.text_embedder(pooled_projections),
+        "pooled": embed.text_embedder(pooled_projections),
         "tokens": positions(denoiser, txt_ids, img_ids),
-        "frequencies": _frequencies(denoiser.time_text_embed.time_proj, device=pooled_projections.device),
+        "frequencies": _frequencies(embed.time_proj, device=pooled_projections.device),
     }
+    if guidance is None:
+        return {**once, "guidance": None}
+    return {**once, "guidance": embed.guidance_embedder(_waves(guidance.to(encoder_hidden_states.dtype), once))}
 
 
 def _frequencies(projection: Any, *, device: torch.device) -> torch.Tensor:
@@ -112,13 +124,32 @@ def _frequencies(projection: Any, *, device: torch.device) -> torch.Tensor:
     return torch.exp(exponent / (half - projection.downscale_freq_shift))
 
 
+def _embedding(
+    denoiser: Any,
+    times: torch.Tensor,  # [N], 0 to 1: of as many steps as there are samples in N
+    once: Mapping[str, Any],
+    kwargs: Mapping[str, Any] = {},
+) -> torch.Tensor:
+    """[N, D], of time, guidance and pooled text."""
+    embedding = denoiser.time_text_embed.timestep_embedder(_waves(times, once))
+    steps = embedding.unflatten(0, (-1, len(once["pooled"])))
+    if once["guidance"] is not None:
+        steps = steps + once["guidance"]
+    return F.silu(steps + once["pooled"]).flatten(0, 1)
+
+
+def _waves(numbers: torch.Tensor, once: Mapping[str, Any]) -> torch.Tensor:
+    """What numbers [N] become before they are embedded, [N, waves], by diffusers' formula."""
+    angles = (numbers * 1000)[:, None].float() * once["frequencies"]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(once["pooled"].dtype)
+
+
 def _prologue(
     denoiser: Any,
     *,
     hidden_states: torch.Tensor,  # [B, S, C]
     timestep: torch.Tensor,  # [B], 0 to 1
     once: Mapping[str, Any],
-    guidance: torch.Tensor | None = None,  # [B]
     controlnet_block_samples: list[torch.Tensor] | None = None,
     controlnet_single_block_samples: list[torch.Tensor] | None = None,
     controlnet_blocks_repeat: bool = False,
@@ -126,23 +157,11 @@ def _prologue(
     **unused: Any,
 ) -> State:
     x = denoiser.x_embedder(hidden_states)
-    embed, pooled = denoiser.time_text_embed, once["pooled"]
-    if (guidance is not None) != hasattr(embed, "guidance_embedder"):
-        raise InputError(
-            f"this model {'takes no' if guidance is not None else 'needs a'} guidance, got guidance={guidance}; "
-            "the pipeline's guidance_scale sets it where its config has guidance_embeds"
-        )
-    # The waves of both in one go: until the first product of a block the device waits for every launch.
-    numbers = [number for number in (timestep, guidance) if number is not None]
-    angles = (torch.cat(numbers).to(x.dtype) * 1000)[:, None].float() * once["frequencies"]
-    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(pooled.dtype).split([len(one) for one in numbers])
-    embedding = embed.timestep_embedder(waves[0])
-    if guidance is not None:
-        embedding = embedding + embed.guidance_embedder(waves[1])
     single = denoiser.single_transformer_blocks
     context = {
-        "embedding": F.silu(embedding + pooled),
+        "embedding": _embedding(denoiser, timestep.to(x.dtype), once),
         "modulation": (),
+        "made": once.get("made"),
         "tokens": once["tokens"],
         "control": spread(controlnet_block_samples, denoiser.transformer_blocks, repeat=controlnet_blocks_repeat),
         "single_control": spread(controlnet_single_block_samples, single),

@@ -42,6 +42,7 @@ class Modulation:
                 linears.append(linear)
             self._ends.append((self.chunks, len(linears)))
         self.stack = Stack(linears, undo=undo)
+        self.columns = sum(linear.out_features for linear in linears)
         self._parts: dict[tuple[int, int], Stack] = {}
 
     def __call__(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -61,9 +62,22 @@ class Modulation:
         if end <= start:
             return state
         (before, _), (after, _) = self._ends[start], self._ends[end]
-        rows = self._part(start, end)(state.context["embedding"]).unflatten(-1, (after - before, -1))
+        rows = self._rows(start, end, state.context).unflatten(-1, (after - before, -1))
         gap = (None,) * (before * self.times - len(made))
         return replace(state, context={**state.context, "modulation": (*made, *gap, *_vectors(rows))})
+
+    def table(self, embedding: torch.Tensor) -> torch.Tensor:
+        """All columns for many embeddings [..., D]: [..., W], group by group, so that none is unpacked with another."""
+        groups = range(len(self._ends) - 1)
+        return torch.cat([self._part(group, group + 1)(embedding) for group in groups], -1)
+
+    def _rows(self, start: int, end: int, context: Mapping[str, Any]) -> torch.Tensor:
+        """The columns of some groups: those of the context's "made", where it has them."""
+        part, embedding, made = self._part(start, end), context["embedding"], context.get("made")
+        if made is None:
+            return part(embedding)
+        first, last = (sum(one.out_features for one in self.stack.linears[: self._ends[at][1]]) for at in (start, end))
+        return part.unless(made.found.repeat_interleave(self.times), embedding, made.rows.flatten(0, 1)[:, first:last])
 
     def _part(self, start: int, end: int) -> Stack:
         """The linears of some groups."""

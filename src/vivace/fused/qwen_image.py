@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from vivace.families.qwen_image import spread
 from vivace.family import Split, State
 from vivace.fused.contract import Fused, brings, foreign_attention
+from vivace.fused.foresight import foresight_of
 from vivace.fused.heads import Tokens
 from vivace.fused.joint import JointBlock, Mlp, chained, epilogue, streams_of
 from vivace.fused.modulation import Modulation, modulating
@@ -58,6 +59,7 @@ def build(denoiser: Any, parts: Parts) -> Split:
         once_inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"),
         ready=modulation.ready,
         signal=partial(_signal, modulation.spans["0.text"], parts),
+        foresight=foresight_of(parts, modulation=modulation, embed=partial(_foreseeable, denoiser), unit=1000),
     )
 
 
@@ -139,18 +141,34 @@ def _prologue(
     **unused: Any,
 ) -> State:
     x = denoiser.img_in(hidden_states)
-    timestep = timestep.to(x.dtype)
-    times = (timestep, timestep * 0) if denoiser.zero_cond_t else (timestep,)
-    embedding = denoiser.time_text_embed(torch.cat(times), x, additional_t_cond)
     context = {
-        "embedding": F.silu(torch.stack(embedding.chunk(len(times)), dim=1)),  # [B, times, D]
+        "embedding": _embedding(denoiser, timestep.to(x.dtype), x, additional_t_cond),
         "modulation": (),
+        "made": once.get("made"),
         "tokens": once["tokens"],
         "new": once["new"],
         "control": spread(controlnet_block_samples, len(denoiser.transformer_blocks)),
         "return_dict": return_dict,
     }
     return State(x=x, text=once["text"], context=context)
+
+
+def _embedding(
+    denoiser: Any, times: torch.Tensor, like: torch.Tensor, additional: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[N, times, D] of times [N], 0 to 1, in the type of `like`; with that of time zero where the model reads it."""
+    several = (times, times * 0) if denoiser.zero_cond_t else (times,)
+    embedding = denoiser.time_text_embed(torch.cat(several), like, additional)
+    return F.silu(torch.stack(embedding.chunk(len(several)), dim=1))
+
+
+def _foreseeable(
+    denoiser: Any, times: torch.Tensor, once: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Of many steps, unless the call brings a condition beside the time."""
+    if kwargs.get("additional_t_cond") is not None:
+        return None
+    return _embedding(denoiser, times, once["text"])
 
 
 QWEN_IMAGE = Fused(

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vivace.kernels.few_rows_linear import few_rows_linear
 from vivace.kernels.row import Quantize, RowScaled
 from vivace.lora.room import Room, Rows, room_for
 from vivace.lora.side import side_of
 from vivace.lora.together import together
 from vivace.memory.joined import followed, join
 from vivace.quant.linear import QuantLinear, stackable, stacked
+from vivace.quant.storage import INT8_WEIGHTS
 
 
 class Stack:
@@ -93,6 +95,18 @@ class Stack:
         if self._adapters is not None:
             self._adapters.add_to(out, x)
         return out
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is one weight that `few_rows_linear` reads, without adapters."""
+        alone = not self._apart and self.room is None and not self._sides and self._adapters is None
+        return alone and (self._quantised is None or self._quantised.format is INT8_WEIGHTS)
+
+    def unless(self, found: torch.Tensor, x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """A `bare` one of a few rows [..., K]; where `found` [M], rows of `made` [M, N], and no weight is read."""
+        weight = {"values": self.weight} if self._quantised is None else self._quantised.packed
+        out = few_rows_linear(x.flatten(0, -2), bias=self.bias, made=made, found=found, **weight)
+        return out.view(*x.shape[:-1], -1)
 
     def gelu(self, x: torch.Tensor | Rows) -> torch.Tensor | None:
         """GELU (tanh) of rows with room through this linear, applied as the product is stored; None: not so here."""

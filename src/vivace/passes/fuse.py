@@ -118,12 +118,14 @@ def _rehearse(target: Target, lane: Lane, fused: Fused) -> None:
     sides = sorted({min(side, largest) for side in SIDES})
     small = {"batch": 2, "frames": 1, "text_tokens": family.variant().text_tokens}
     shapes = [{"size": (side, side), **small} for side in sides] + [family.usual(lane.denoiser)]
-    calls = []
+    calls, foresight = [], lane.split.foresight
     for shape in shapes:
         kwargs = family.inputs(lane.denoiser, seed=0, **shape)
         if lane.split.once is not None:
             with torch.no_grad():
                 kwargs["once"] = lane.split.prepare(kwargs)
+        if foresight is not None and calls:  # a server's calls bring nothing made before
+            kwargs["once"] = {**kwargs["once"], "made": foresight.like(kwargs["hidden_states"])}
         calls.append(without_values(kwargs))
     first = FirstCalls(lane.attend, device=target.device)
     with ExitStack() as undo:
