@@ -179,7 +179,7 @@ def _use_channels_last(denoiser: Any) -> None:
 
     for module in denoiser.modules():
         if isinstance(module, torch.nn.Conv2d):  # a video's convolutions over time have weights of five dimensions
-            module.to(memory_format=torch.channels_last)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _layout(subject: Any, workload: Workload) -> str:
