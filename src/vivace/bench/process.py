@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-TAIL = 2000  # characters of the child's last words that are kept
+TAIL = 8000  # characters of the child's last words that are kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,8 @@ def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way]) -> torch.Te
     path = _keep(z)
     raise InputError(
         f"the device has too little memory to decode {[*z.shape]} ({', '.join(failed)}); the latents are in {path}: "
-        "free some memory, then pipe.vae.decode(safetensors.torch.load_file(path)['latents'])"
+        "free some memory, then pipe.vae.decode(safetensors.torch.load_file(path)['latents']); where much is reserved "
+        "and not allocated (the log says), PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True from the start on frees it"
     )
 
 
