@@ -64,7 +64,8 @@ def clip_score(
 
     try:
         local = Path(model).is_dir()
-        network, told = CLIPModel.from_pretrained(model, local_files_only=local, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(model, local_files_only=local, output_loading_info=True)
+        network, told = loaded
         processor = CLIPProcessor.from_pretrained(model, local_files_only=local)
     except BROKEN as error:
         raise InputError(
