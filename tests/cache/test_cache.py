@@ -210,7 +210,14 @@ def test_guidance_is_refused_where_its_halves_cannot_be_told(family, pipeline, m
 
 
 @pytest.mark.parametrize(
-    ("family", "pipeline"), [("flux", "FluxPipeline"), ("wan", "WanPipeline"), ("flux2", "Flux2KleinPipeline")]
+    ("family", "pipeline"),
+    [
+        ("flux", "FluxPipeline"),
+        ("wan", "WanPipeline"),
+        ("flux2", "Flux2KleinPipeline"),
+        ("qwen_image", "QwenImageImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLPipeline"),
+    ],
 )
 def test_guidance_is_taken_where_the_loop_names_its_halves(family, pipeline):
     pipe = FAMILIES[family].tiny(pipeline)

@@ -62,7 +62,7 @@ class GuidanceReuse(Policy):
             return "perturbed attention guidance has halves of its own"
         if family is None or family.guidance == "none":
             return "this model is not known to compute guidance by a second, unconditional half"
-        if family.listed:
+        if family.guidance == "batched" and family.listed:
             return f"{family.title} takes guidance's halves as lists, the conditional one first; use planned or dicache"
         if "image_guidance_scale" in inspect.signature(pipeline.__call__).parameters:
             return "guidance by text and by a picture computes three thirds of a batch, not two halves"
