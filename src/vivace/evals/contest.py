@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -145,8 +145,8 @@ class Contest:
         return alone
 
     def seconds(self, contestant: Contestant) -> float:
-        """Mean seconds a picture, of what was drawn with these settings by whichever process."""
-        return mean(r.seconds for r in self.of(contestant) if r.seconds is not None)
+        """Median seconds a picture, of what was drawn with these settings by whichever process."""
+        return median(r.seconds for r in self.of(contestant) if r.seconds is not None)
 
     def of(self, contestant: Contestant) -> list[Record]:
         """The records of a contestant as it is set now, in the prompts' order."""
