@@ -225,6 +225,14 @@ def test_guidance_is_taken_where_the_loop_names_its_halves(family, pipeline):
         vivace.accelerate(pipe, cache="guidance:every=2")
 
 
+@pytest.mark.parametrize("policy", ["firstblock", "dicache:retain=0", "teacache:coefficients=1+0"])
+def test_of_the_first_steps_one_in_so_many_is_computed(pipe, draw, last, policy):
+    separator = "," if ":" in policy else ":"
+    vivace.accelerate(pipe, cache=f"{policy}{separator}threshold=99,warmup=6,warmup_every=2")
+    draw(pipe)
+    assert last(pipe)["skipped_steps"] == [1, 3, 5, *range(6, STEPS)]
+
+
 @pytest.mark.parametrize("spelled", ["taylorseer:interval=2", "meancache", "steps:compute=0-3,5,7", "dicache"])
 def test_keys_and_values_that_a_call_hands_out_are_none_of_the_caches(spelled, last):
     pipe = FAMILIES["flux2"].tiny("Flux2KleinKVPipeline")
