@@ -190,3 +190,53 @@ def test_what_is_no_value_is_said(policy, fields):
     (name,) = fields
     with pytest.raises(InputError, match=f"{policy}: {name} is "):
         POLICIES[policy](**fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "message"),
+    [
+        ("z_image", "ZImagePipeline", "halves as lists"),
+        ("sd", "StableDiffusionInstructPix2PixPipeline", "three thirds"),
+        ("flux", "FluxImg2ImgPipeline", "does not say which of its calls"),
+        ("wan", "WanVideoToVideoPipeline", "does not say which of its calls"),
+        ("lcm", "LatentConsistencyModelPipeline", "computes no unconditional half"),
+        ("flux2", "Flux2Pipeline", "computes no unconditional half"),
+    ],
+)
+def test_guidance_is_refused_where_its_halves_cannot_be_told(family, pipeline, message):
+    pipe = FAMILIES[family].tiny(pipeline)
+    with pytest.raises(InputError, match=message):
+        vivace.accelerate(pipe, cache="guidance:every=2")
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline"),
+    [
+        ("flux", "FluxPipeline"),
+        ("wan", "WanPipeline"),
+        ("flux2", "Flux2KleinPipeline"),
+        ("qwen_image", "QwenImageImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_guidance_is_taken_where_the_loop_names_its_halves(family, pipeline):
+    pipe = FAMILIES[family].tiny(pipeline)
+    for _ in range(2):  # the second time over a class that is ours
+        vivace.accelerate(pipe, cache="guidance:every=2")
+
+
+@pytest.mark.parametrize("policy", ["firstblock", "dicache:retain=0", "teacache:coefficients=1+0"])
+def test_of_the_first_steps_one_in_so_many_is_computed(pipe, draw, last, policy):
+    separator = "," if ":" in policy else ":"
+    vivace.accelerate(pipe, cache=f"{policy}{separator}threshold=99,warmup=6,warmup_every=2")
+    draw(pipe)
+    assert last(pipe)["skipped_steps"] == [1, 3, 5, *range(6, STEPS)]
+
+
+@pytest.mark.parametrize("spelled", ["taylorseer:interval=2", "meancache", "steps:compute=0-3,5,7", "dicache"])
+def test_keys_and_values_that_a_call_hands_out_are_none_of_the_caches(spelled, last):
+    pipe = FAMILIES["flux2"].tiny("Flux2KleinKVPipeline")
+    vivace.accelerate(pipe, cache=spelled)
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    pipe(prompt="a fox", image=picture, height=64, width=64, num_inference_steps=12, output_type="latent")
+    assert last(pipe)["skipped"] > 0

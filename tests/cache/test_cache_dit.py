@@ -27,8 +27,8 @@ def write(tmp_path, text):
 
 
 def test_dbcache_is_firstblock(tmp_path):
-    path = write(tmp_path, DBCACHE.replace("warmup_interval: 2", "warmup_interval: 1"))
-    policy = FirstBlock(threshold=0.12, depth=1, warmup=8, max_skips=2, order=1)
+    path = write(tmp_path, DBCACHE)
+    policy = FirstBlock(threshold=0.12, depth=1, warmup=8, warmup_every=2, max_skips=2, order=1)
     assert parse(path) == policy
     assert vivace.Config(cache=path).cache == policy
 
@@ -53,7 +53,8 @@ def test_a_flat_file_and_other_types(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (DBCACHE, "warmup_interval=2 has no counterpart"),
+        ("warmup_interval: 0", "warmup_every is a whole number from 1 on, got 0"),
+        ("max_cached_steps: 5", "max_cached_steps=5 has no counterpart"),
         ("cache_config:\n  residual_dif_threshold: 0.1", "nearest is 'residual_diff_threshold'"),
         ("cache_config:\n  Bn_compute_blocks: 8", "Bn_compute_blocks=8 has no counterpart"),
         ("steps_computation_mask: [1, 0, 1]", "steps_computation_policy: static"),
@@ -83,8 +84,7 @@ def test_what_we_cannot_do_is_said(tmp_path, text, message):
 
 def test_what_changes_nothing_here_is_taken(tmp_path):
     more = "  enable_encoder_taylorseer: true\n  calibrator_cache_type: residual\n  enable_separate_cfg: true\n"
-    text = DBCACHE.replace("warmup_interval: 2", "warmup_interval: 1")
-    assert parse(write(tmp_path, text + more)) == parse(write(tmp_path, text))
+    assert parse(write(tmp_path, DBCACHE + more)) == parse(write(tmp_path, DBCACHE))
 
 
 def test_bytes_that_are_no_text(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vivace import InputError
 from vivace.evals import perceptual
@@ -34,8 +35,9 @@ def test_lpips_of_equal_pictures():
     assert (measure(x, torch.rand(2, 3, 64, 64)) > 0).all()
 
 
-def test_clip_score_is_100_times_the_cosine(tmp_path):
-    """With a random CLIP from a local folder, against the cosine by hand."""
+@pytest.fixture
+def clip(tmp_path):
+    """A random CLIP and its processor, which lie in `tmp_path` too."""
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     from vivace.families import tiny
@@ -47,6 +49,31 @@ def test_clip_score_is_100_times_the_cosine(tmp_path):
     processor = CLIPProcessor(clip_image_processor(size=32), clip_tokenizer())
     for part in (model, processor):
         part.save_pretrained(tmp_path)
+    return model, processor
+
+
+def test_a_clip_that_lacks_its_picture_half_is_no_clip(clip, tmp_path):
+    """Transformers would draw the missing weights at random, and the score would be one of noise."""
+    weights = load_file(path := tmp_path / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if "vision" not in name}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"has no vis.* give a whole one with --clip"):
+        perceptual.clip_score(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_broken_files_of_weights_are_one_line(clip, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="does not hold the backbone's weights"):
+        perceptual._load_backbone(torch.nn.Linear(1, 1), tmp_path / name)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="the CLIP score has no model"):
+        perceptual.clip_score(tmp_path)
+
+
+def test_clip_score_is_100_times_the_cosine(clip, tmp_path):
+    """With a random CLIP from a local folder, against the cosine by hand."""
+    model, processor = clip
     pictures, captions = torch.rand(3, 3, 32, 32), ["a fox", "a red house", "seven cats"]
     scores = perceptual.clip_score(tmp_path)(pictures, captions)
     pixels = (pictures * 255).round().to(torch.uint8)

@@ -32,6 +32,7 @@ FIELDS = {
     "residual_diff_threshold": "threshold",
     "Fn_compute_blocks": "depth",
     "max_warmup_steps": "warmup",
+    "warmup_interval": "warmup_every",
     "max_continuous_cached_steps": "max_skips",
     "taylorseer_order": "order",
 }
@@ -46,7 +47,6 @@ WARMUP = 8
 NEUTRAL: dict[str, Any] = {
     "Bn_compute_blocks": 0,
     "max_cached_steps": -1,
-    "warmup_interval": 1,
     "max_accumulated_residual_diff_threshold": None,
     "enable_dmd": False,
     "enable_foca": False,

@@ -7,6 +7,7 @@ whole call where they are two.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,11 +57,18 @@ class GuidanceReuse(Policy):
             )
 
     def refuses(self, target: Target) -> str | None:
-        kind = target.family.guidance if target.family else "none"
-        if hasattr(type(target.subject), "do_perturbed_attention_guidance"):
+        family, pipeline = target.family, type(target.subject)
+        if hasattr(pipeline, "do_perturbed_attention_guidance"):
             return "perturbed attention guidance has halves of its own"
-        if kind not in ("batched", "two_calls", "embedded"):
+        if family is None or family.guidance == "none":
             return "this model is not known to compute guidance by a second, unconditional half"
+        if family.guidance == "batched" and family.listed:
+            return f"{family.title} takes guidance's halves as lists, the conditional one first; use planned or dicache"
+        if "image_guidance_scale" in inspect.signature(pipeline.__call__).parameters:
+            return "guidance by text and by a picture computes three thirds of a batch, not two halves"
+        bare = target.subject in target.denoisers.values()
+        if family.guidance != "batched" and not bare and not _names_halves(pipeline):
+            return f"{pipeline.__name__} computes no unconditional half, or does not say which of its calls it is"
         return None
 
     def fresh(self) -> Memory:
@@ -108,6 +116,12 @@ class GuidanceReuse(Policy):
         conditional, spec = tree_flatten(call.second_half())
         unconditional = _unconditional(conditional, memory, guided=guided)
         return tree_unflatten([torch.cat(pair) for pair in zip(unconditional, conditional, strict=True)], spec)
+
+
+def _names_halves(pipeline: type) -> bool:
+    """Whether a pipeline's loop says by diffusers' `cache_context("uncond")` which call is the unconditional one."""
+    loops = (inspect.unwrap(vars(cls)["__call__"]) for cls in pipeline.__mro__ if "__call__" in vars(cls))
+    return any("uncond" in loop.__code__.co_consts for loop in loops if inspect.isfunction(loop))
 
 
 def _unconditional(conditional: list[Any], memory: Memory, *, guided: bool) -> list[Any]:

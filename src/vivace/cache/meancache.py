@@ -73,6 +73,7 @@ class MeanCache(Policy):
         return step in rescaled(self.of50, len(schedule))
 
     def serve(self, memory: Memory, call: Call) -> Any:
+        import torch
         from torch.utils._pytree import tree_flatten, tree_unflatten
 
         spans = rescaled(self.of50, len(call.schedule))
@@ -80,6 +81,9 @@ class MeanCache(Policy):
         if self.computes(call.step, call.schedule) or memory.end is None:
             out = call.whole()
             leaves, memory.spec = tree_flatten(out)
+            if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                # FLUX.2 hands out the keys and values of its references once: nothing to carry on.
+                return out
             memory.dtypes = [leaf.dtype for leaf in leaves]
             leaves = [leaf.float().clone() for leaf in leaves]
             memory.path = memory.path or [leaf.new_zeros(()) for leaf in leaves]

@@ -58,11 +58,15 @@ class TaylorSeer(Policy):
         return step < self.warmup or (step - self.warmup - 1) % self.interval == 0 or ending
 
     def serve(self, memory: Memory, call: Call) -> Any:
+        import torch
         from torch.utils._pytree import tree_flatten, tree_unflatten
 
         if memory.step is None or self.computes(call.step, call.schedule):
             out = call.whole()
             leaves, memory.spec = tree_flatten(out)
+            if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                # FLUX.2 hands out the keys and values of its references once: nothing to add up.
+                return out
             memory.factors = self._differences(leaves, memory, call.step)
             memory.dtypes, memory.step = [leaf.dtype for leaf in leaves], call.step
             return out

@@ -18,15 +18,19 @@ class Windowed(Policy):
     warmup: int = 1
     """Steps at the beginning that are always computed."""
 
+    warmup_every: int = 1
+    """Of these, one in so many is; the others where the signal says so."""
+
     cooldown: int = 0
     """Steps at the end that are always computed."""
 
     max_skips: int | None = None
     """Steps that may be skipped in a row; None: no limit."""
 
-    least: ClassVar = {"warmup": 1}
+    least: ClassVar = {"warmup": 1, "warmup_every": 1}
 
     def forced(self, call: Call, *, skips: int) -> bool:
         """Whether this step is computed whatever the signal says, after `skips` skipped ones in a row."""
         limit = self.max_skips is not None and skips >= self.max_skips
-        return call.step < self.warmup or call.left < self.cooldown or limit
+        warming = call.step < self.warmup and call.step % self.warmup_every == 0
+        return warming or call.left < self.cooldown or limit

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any, Literal
 
 import torch
 
 from vivace.accelerate import accelerate, acceleration_of, restore
+from vivace.bench.clock import wall
 from vivace.cache.calibration import digest_of
 from vivace.config import PRESETS, Config
 from vivace.errors import InputError
@@ -80,9 +80,16 @@ class Contest:
     tell: Callable[[str], None] = lambda line: None
     contents: str = ""  # fingerprint of the model's files, where they are known
     place: str = ""  # device and type that times and pictures hold for: the pipeline's
+    device: torch.device | None = None  # where it computes, offloaded or not: the pipeline's
 
     def __post_init__(self) -> None:
         self.place = self.place or place_of(self.pipe)
+        self.device = self.device or (self.pipe.device if self.pipe is not None else None)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU; not always the one that this process has for its current one."""
+        return self.device is not None and self.device.type == "cuda"
 
     def run(self, contestant: Contestant) -> None:
         """Draw what is missing of this process's prompts; raises InputError where the contestant cannot be."""
@@ -138,8 +145,8 @@ class Contest:
         return alone
 
     def seconds(self, contestant: Contestant) -> float:
-        """Mean seconds a picture, of what was drawn with these settings by whichever process."""
-        return mean(r.seconds for r in self.of(contestant) if r.seconds is not None)
+        """Median seconds a picture, of what was drawn with these settings by whichever process."""
+        return median(r.seconds for r in self.of(contestant) if r.seconds is not None)
 
     def of(self, contestant: Contestant) -> list[Record]:
         """The records of a contestant as it is set now, in the prompts' order."""
@@ -179,28 +186,24 @@ class Contest:
                 contestant=contestant.name, index=index, prompt=self.prompts[index], seed=self.seed + index,
                 key=self.key(contestant, index), settings=contestant.settings(self),
                 seconds=seconds if contestant.batch == 1 else None, computed=_computed(self.pipe),
-                peak_bytes=torch.cuda.max_memory_allocated() if self.pipe.device.type == "cuda" else None,
+                peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.on_gpu else None,
             )  # fmt: skip
             frames = pictures[place]
             self.store.keep(record, latents=latents[place], frames=frames if frames.ndim == 4 else frames[None])
 
     def _draw(self, contestant: Contestant, batch: range) -> tuple[torch.Tensor, torch.Tensor, float]:
         prompts, seeds = [self.prompts[index] for index in batch], [self.seed + index for index in batch]
-        cuda = self.pipe.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        started = time.perf_counter()
+        assert self.device is not None
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        one = partial(draw, self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
         try:
             with final_latents(self.pipe.scheduler) as latents:
-                pictures = draw(self.pipe, prompts, steps=contestant.steps, seeds=seeds, output_type="pt", **self.call)
+                seconds, pictures = wall(one, self.device)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{contestant.name} needs more memory than there is; leave it out, or take a smaller size"
             ) from error
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
         # Rounded to 8 bits NaN would be black, and a black picture is as near to another as can be.
         if not (latents[0].isfinite().all() and pictures.isfinite().all()):
             raise InputError(

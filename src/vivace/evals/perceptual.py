@@ -8,13 +8,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vivace.errors import InputError, first_line
 
 CLIP = "openai/clip-vit-base-patch16"
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+"""What is raised for a file of weights that is missing, or none, or another network's."""
 
 
 def lpips(
@@ -59,13 +64,20 @@ def clip_score(
 
     try:
         local = Path(model).is_dir()
-        network = CLIPModel.from_pretrained(model, local_files_only=local).to(device).eval()  # pyright: ignore
+        loaded: Any = CLIPModel.from_pretrained(model, local_files_only=local, output_loading_info=True)
+        network, told = loaded
         processor = CLIPProcessor.from_pretrained(model, local_files_only=local)
-    except (OSError, ValueError) as error:
+    except BROKEN as error:
         raise InputError(
             f"the CLIP score has no model {str(model)!r}: {first_line(error)}; give a folder with --clip"
         ) from error
-
+    # They were drawn at random, and so would be the score.
+    if missing := sorted(told["missing_keys"]):
+        raise InputError(
+            f"the CLIP model {str(model)!r} has no {missing[0]} and lacks {len(missing)} weights in all; give a whole "
+            "one with --clip"
+        )
+    network = network.to(device).eval()
     bare: Any = _Features(network)
 
     def measure(pictures: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
@@ -90,7 +102,7 @@ def inception(weights: Path | None = None, *, device: torch.device | str = "cpu"
     try:
         path = str(weights) if weights is not None else None
         net: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
-    except (OSError, RuntimeError) as error:
+    except BROKEN as error:
         raise InputError(f"FID has no weights of Inception: {first_line(error)}; give a file of them") from error
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
@@ -138,5 +150,5 @@ def _load_backbone(net: torch.nn.Module, path: Path) -> None:
             given = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {name: given[f"features.{name.partition('.')[2]}"] for name in net.state_dict()}
         net.load_state_dict(wanted)
-    except (OSError, KeyError, RuntimeError) as error:
+    except BROKEN as error:
         raise InputError(f"{path} does not hold the backbone's weights: {first_line(error)}") from error

@@ -20,7 +20,7 @@ class Verdict:
     """One contestant beside the reference; distances and scores are per prompt."""
 
     contestant: Contestant
-    seconds: float | None  # a picture, mean; None: drawn together with others
+    seconds: float | None  # a picture, median; None: drawn together with others
     speedup: float | None  # over the reference
     computed: float | None  # share of denoiser calls
     peak_bytes: int | None
@@ -114,10 +114,9 @@ def _verdict(
     instruments: Instruments,
 ) -> Verdict:
     records = contest.of(contestant)
-    times = [record.seconds for record in records if record.seconds is not None]
     shares = [record.computed for record in records if record.computed is not None]
     peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
-    seconds = sum(times) / len(times) if times else None
+    seconds = None if contestant.batch > 1 else contest.seconds(contestant)
     pictures = (contest.store.drawn(contestant.name, index).frames for index in range(len(contest.prompts)))
     of = f"{contestant.role}: {contestant.name}"
     return Verdict(
