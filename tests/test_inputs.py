@@ -6,7 +6,7 @@ import pytest
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.family import family_of
-from vivace.inputs import arguments, choose, no_step, size_arguments
+from vivace.inputs import arguments, choose, no_step, size_arguments, unheard
 from vivace.load import Source
 
 
@@ -127,3 +127,22 @@ def test_a_size_is_told_in_all_that_a_class_takes_it_by():
 )
 def test_a_strength_that_leaves_no_step(pipeline, call, prediction, left):
     assert (no_step(getattr(diffusers, pipeline), call, prediction=prediction) is None) == left
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "call", "argument"),
+    [
+        ("FluxPipeline", {"negative_prompt": "red"}, "negative_prompt"),  # its own true guidance is 1
+        ("FluxPipeline", {"negative_prompt": "red", "true_cfg_scale": 4.0}, None),
+        ("FluxPipeline", {"negative_prompt": ""}, None),
+        ("QwenImagePipeline", {"negative_prompt": "red"}, None),  # and this one's 4
+        ("QwenImagePipeline", {"true_cfg_scale": 4.0}, "true_cfg_scale"),
+        ("QwenImagePipeline", {"true_cfg_scale": 1.0}, None),
+        ("StableDiffusion3Pipeline", {"negative_prompt": "red"}, None),
+        ("StableDiffusion3Pipeline", {"negative_prompt": "red", "guidance_scale": 1.0}, "negative_prompt"),
+        ("StableVideoDiffusionPipeline", {}, None),
+    ],
+)
+def test_what_a_pipeline_would_not_hear(pipeline, call, argument):
+    found = unheard(getattr(diffusers, pipeline), call, silent=1.0)
+    assert (found and found[0]) == argument

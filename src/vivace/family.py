@@ -161,6 +161,7 @@ class Family:
     multiple: int = 16  # pixel sizes must be multiples of this
     largest: Callable[[Any], int] | None = None  # (denoiser) -> the longest side that it has positions for, in pixels
     media: Literal["image", "video"] = "image"
+    silent: float = 1.0  # guidance up to which a pipeline leaves it out, and hears no negative prompt
     takes: frozenset[str] = frozenset({"prompt"})  # of: prompt negative guidance true_cfg image mask strength control
     # pipeline class -> what a model of another class says of itself where that class runs it too
     only_with: Mapping[str, str] = field(default_factory=dict)

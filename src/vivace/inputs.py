@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Set
 from itertools import takewhile
+from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,6 +136,23 @@ def no_step(pipeline: type[Any], call: Mapping[str, Any], *, prediction: str) ->
     if "strength" not in accepted or not strength or not steps or int(steps * strength) >= 1:
         return None
     return f"strength {strength} of {steps} steps leaves none"
+
+
+def unheard(pipeline: type[Any], call: Mapping[str, Any], *, silent: float) -> tuple[str, str] | None:
+    """The argument of a call that would change nothing, and why in words: a negative prompt without guidance, or true
+    guidance without a negative prompt. None where all is heard. `silent` is the guidance up to which there is none.
+
+    What the call does not say is the pipeline's own.
+    """
+    accepted = arguments(pipeline)
+    name = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
+    scale = call.get(name, accepted[name].default if name in accepted else None)
+    guided = not isinstance(scale, Real) or float(scale) > silent
+    if call.get("negative_prompt") and not guided:
+        return "negative_prompt", f"a negative prompt needs {name} above {silent:g}, and that is {scale:g}"
+    if "true_cfg_scale" in call and guided and not {"negative_prompt", "negative_prompt_embeds"} & call.keys():
+        return "true_cfg_scale", "true_cfg_scale counts beside a negative prompt alone; give one, ' ' at least"
+    return None
 
 
 def _alike(own: str, name: str) -> int:

@@ -89,6 +89,13 @@ def test_what_decided_the_pixels_is_told(start, order):
     assert (told["negative"], told["true_cfg"], told["steps"]) == ("a star", 3.0, 3)
 
 
+@pytest.mark.parametrize(("family", "fields"), [("flux", {"negative": "a star"}), ("qwen_image", {"true_cfg": 3.0})])
+def test_what_would_change_nothing_is_refused(start, order, family, fields):
+    with pytest.raises(FieldError, match="negative prompt") as error:
+        start(FAMILIES[family].tiny()).submit(order(**fields))
+    assert error.value.field in fields
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

@@ -236,6 +236,7 @@ Z_IMAGE = Family(
     tiny=tiny,
     inputs=inputs,
     multiple=16,
+    silent=0.0,
     takes=frozenset({"prompt", "negative", "guidance", "image", "mask", "strength", "control"}),
     listed=frozenset({"x", "cap_feats"}),
     padded={"cap_feats": None},

@@ -35,9 +35,11 @@ class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
     its model's mode holds back later ones of the same model, so that no mode starves another. When a mode begins, as
     many as there are `places` of those who wait for it go together, unless something more urgent waits: one by one in
-    turns with others, none would share a call, and the model would be changed for each.
+    turns with others, none would share a call, and the model would be changed for each. So do those who come while it
+    is loaded for them; where it has to make room for another model, it does so after them.
 
-    A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
+    A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once. Nor
+    does one that will have such a thread when its model is loaded: until then that is there for other models.
     With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
     quarter of the waiting places is not for them either. The thread that became idle last is woken first: who asks one
     thing after another is served by one thread, whose memory is warm, and not by each in turn, which keep some each.
@@ -53,7 +55,10 @@ class Backlog:
         self._closed = False
 
     def __len__(self) -> int:
-        return max(0, len(self._waiting) - len(self._coming))
+        with self._lock:
+            sure, free = len(self._coming), len(self._coming) + len(self._idle)
+            promised = sum(one.model.coming(one.mode) for one in self._waiting)
+            return max(0, len(self._waiting) - max(sure, min(free, promised)))
 
     @property
     def idle(self) -> int:
@@ -68,6 +73,8 @@ class Backlog:
             crowded = entry.long and self.videos is not None and self._long >= self.most - self.most // 4
             if len(self) >= self.most or crowded:
                 raise full()
+            others = any(one.model is entry.model and one.mode != entry.mode for one in self._waiting)
+            entry.along = entry.model.coming(entry.mode) and not others
             self._waiting.append(entry)
             self._waiting.sort(key=lambda one: (-one.job.request.priority, one.order))
             self._coming.update(self._wake(1))
@@ -95,9 +102,9 @@ class Backlog:
             self._wake(len(self._waiting))
 
     def wake(self) -> None:
-        """A model became free."""
+        """A model became free, or is loaded."""
         with self._lock:
-            self._wake(len(self._waiting))
+            self._coming.update(self._wake(len(self._waiting)))
 
     def remove(self, job: Job) -> bool:
         """Take a waiting job out; False where it does not wait."""
@@ -146,7 +153,7 @@ class Backlog:
             if entry.long and self.videos is not None and self._videos >= self.videos:
                 continue
             begins = not entry.model.active
-            if entry.model.reserve(entry.mode):
+            if entry.model.reserve(entry.mode, along=entry.along):
                 if begins:
                     self._gather(entry)
                 return entry

@@ -29,6 +29,7 @@ NEEDS = {
     "mask": "mask",
     "strength": "strength",
 }
+_FIELD = {argument: name for name, argument in CALL.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ def prepare(request: Request, source: Source) -> Prepared:
     call |= request.arguments
     if none := inputs.no_step(pipeline, call, prediction=source.prediction):
         raise FieldError("strength", f"{none}; raise one of them")
+    if source.family and (unheard := inputs.unheard(pipeline, call, silent=source.family.silent)):
+        raise FieldError(_FIELD[unheard[0]], unheard[1])
     return Prepared(request=request, pipeline=pipeline, call=call, size=size)
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -22,6 +23,7 @@ from PIL import Image
 from vivace.errors import InputError
 from vivace.serve import Engine, Request
 from vivace.serve.cluster.run import drain, serving
+from vivace.serve.http.run import IDLE_SECONDS
 from vivace.serve.plan import Plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -89,6 +91,18 @@ def test_every_process_listens_on_this_machine_only(live):
     assert len(set(serving)) == 3  # the door and two replicas
     assert len(serving) == 6, "Ray no longer opens it"
     assert {one.laddr.ip for one in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_connection_rests_as_long_as_on_the_plain_server(live):
+    """A proxy in front goes on using it; one that ends meanwhile takes a request with it."""
+    with httpx2.Client(base_url=live.url, limits=httpx2.Limits(keepalive_expiry=None)) as http:
+
+        def port() -> int:
+            return http.get("/livez").extensions["network_stream"].get_extra_info("client_addr")[1]
+
+        before = port()
+        time.sleep(IDLE_SECONDS + 3)
+        assert port() == before
 
 
 def test_what_is_wrong_is_said_at_the_door(live):

@@ -10,7 +10,8 @@ from PIL import Image
 from vivace.errors import InputError
 from vivace.families import FAMILIES
 from vivace.serve.http.envelope import ApiError, api_error
-from vivace.serve.ui.form import Form, restored, sizes
+from vivace.serve.model import Model, Spec
+from vivace.serve.ui.form import Form, restored, sizes, takes
 from vivace.serve.ui.inputs import Input, Inputs
 
 PLAIN = {
@@ -125,3 +126,12 @@ def test_sizes_fit_the_model(server):
         for size in sizes(model):
             width, height = map(int, size.split("x"))
             assert width % model.source.family.multiple == height % model.source.family.multiple == 0
+
+
+@pytest.mark.parametrize(("name", "few_step", "shown"), [("builtin", False, True), ("builtin", True, False)])
+def test_a_negative_prompt_is_asked_for_where_it_is_heard(name, few_step, shown):
+    assert takes(Model(name, Spec(source=name, few_step=few_step)), "negative") == shown
+
+
+def test_a_negative_prompt_is_not_asked_for_where_only_true_guidance_hears_it():
+    assert not takes(Model("flux", Spec(source=FAMILIES["flux"].tiny())), "negative")

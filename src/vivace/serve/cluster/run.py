@@ -16,7 +16,7 @@ from vivace.cluster.connect import connect, token
 from vivace.cluster.places import Machines, grows, machines, places
 from vivace.errors import InputError, first_line
 from vivace.serve.http.log import configure
-from vivace.serve.http.run import IDLE_SECONDS
+from vivace.serve.http.run import KEEP_SECONDS
 from vivace.serve.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def serving(plan: Plan, *, api_key: str | None, port: int, own: bool = True) -> 
     check_room(plan, machines(), cards=cards(plan), grows=not own and grows())
     made = application(plan, api_key=api_key, port=port)
     # Without a timeout of its own: the door has one for every request, and a video has none.
-    http = {"host": plan.host, "port": port, "keep_alive_timeout_s": IDLE_SECONDS}
+    http = {"host": plan.host, "port": port, "keep_alive_timeout_s": KEEP_SECONDS}
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "WARNING"})
     check_place(plan.host, port)
     try:

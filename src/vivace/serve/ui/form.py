@@ -8,6 +8,9 @@ from typing import Any
 
 from vivace.cache import POLICIES
 from vivace.config import PRESETS
+from vivace.generation.generate import CALL
+from vivace.inputs import unheard
+from vivace.load import pipeline_class
 from vivace.serve.http.schema import EditOrder, read
 from vivace.serve.http.server import Server
 from vivace.serve.model import Model
@@ -90,7 +93,12 @@ def restored(found: Any, server: Server) -> dict[str, Any]:
 
 def takes(model: Model, what: str) -> bool:
     """Whether a model takes a negative prompt, an image, ...; of one without a family it is found out by trying."""
-    return model.source.family is None or what in model.source.family.takes
+    family = model.source.family
+    if family is None or what not in family.takes:
+        return family is None
+    own = {CALL[name]: value for name, value in model.source.defaults.items()} | {"negative_prompt": " "}
+    # Which guidance there is, is the model's own: the page has no field for true guidance, and a student has none.
+    return what != "negative" or not unheard(pipeline_class(model.source), own, silent=family.silent)
 
 
 def sizes(model: Model) -> list[str]:
