@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +16,7 @@ from vivace.config import Config
 from vivace.errors import InputError
 from vivace.fused import Fused, fused_of
 from vivace.memory import strips
-from vivace.memory.decode import rescue
+from vivace.memory.decode import FRAMES, rescue, tiles
 from vivace.memory.footprint import denoiser_work, work
 from vivace.memory.joined import planning
 from vivace.memory.pinned import available, gib
@@ -245,6 +246,12 @@ def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
     denoiser: Any = next(iter(target.denoisers.values()))
     variant = family.nearest(denoiser.config) if family else None
     (width, height), frames = (variant.size, variant.frames) if variant else ((1024, 1024), 1)
+    if "num_frames" in inspect.signature(vae.decode).parameters:
+        z = _latents(target, vae, width=width, height=height)
+        several = [(count, z.expand(count, *z.shape[1:])) for count in (frames, min(frames, FRAMES))]
+        whole, small = (work(vae, "decode", z=some, num_frames=count) or UNKNOWN for count, some in several)
+        result = 3 * width * height * frames * (vae.dtype.itemsize + torch.float32.itemsize)
+        return whole + result, small + result
     # In half precision SDXL's VAE overflows, so its pipeline decodes in full.
     doubled = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
     # The VAEs of videos decode frame after frame: what grows with their number is the result, and its copy.
@@ -253,7 +260,7 @@ def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
     whole = doubled * (result + (work(vae, "decode", z=z) or UNKNOWN))
     if strips.refuses(vae) is None:
         return whole, min(whole, doubled * strips.work(vae, width=width, height=height))
-    if not hasattr(vae, "enable_tiling"):
+    if not tiles(vae):
         return whole, None
     tile = z[..., :TILE, :TILE]
     return whole, min(whole, doubled * (result + (work(vae, "decode", z=tile) or UNKNOWN)))
