@@ -12,6 +12,7 @@ import vivace
 from vivace import InputError
 from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
+from vivace.memory.footprint import work
 from vivace.memory.placement import LEVELS
 from vivace.passes.vram import parts_of
 
@@ -243,3 +244,22 @@ def test_a_vae_without_tiles_within_a_budget(on_cpu):
     torch.testing.assert_close(video(), stock, rtol=1e-3, atol=1e-3)
     vivace.restore(pipe)
     assert torch.equal(video(), stock)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "more"),
+    [
+        ("StableDiffusionPipeline", False),
+        ("StableDiffusionImg2ImgPipeline", True),
+        ("StableDiffusionControlNetPipeline", False),
+        ("StableDiffusionControlNetImg2ImgPipeline", True),
+    ],
+)
+def test_pictures_that_the_vae_encodes_count(pipeline, more, on_cpu, monkeypatch):
+    """In strips a decode takes less than an encode, which takes the picture whole."""
+    monkeypatch.setattr("vivace.memory.strips.LIMIT", 2**16)
+    pipe = FAMILIES["sd"].tiny(pipeline)
+    vivace.accelerate(pipe, vram="strips")
+    (vae,) = (part for part in parts_of(acceleration_of(pipe).target) if part.kind == "vae")
+    x = torch.empty(1, 3, 512, 512, device="meta")
+    assert (vae.strip_work >= work(pipe.vae, "encode", x=x)) == more

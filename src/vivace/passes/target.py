@@ -43,6 +43,7 @@ class Target:
     family: Family | None
     config: Config
     denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
+    pipeline: type | None = None  # the class of the pipeline; None for a bare denoiser
     place: torch.device | None = None  # where they will compute, when that is not where they are
     prompts: Prompts | None = None  # what is remembered of the last prompts
     placement: Placement | None = None  # where weights will live, when a budget was given
