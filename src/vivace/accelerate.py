@@ -110,6 +110,7 @@ def _apply(subject: Any, config: Config, bases: Sequence[Base] = ()) -> None:
         family=family,
         config=config,
         denoisers=denoisers,
+        pipeline=None if subject in denoisers.values() else type(subject),
         place=device_for(config),
         bases=list(bases),
         inference=any(map(in_inference, denoisers.values())),

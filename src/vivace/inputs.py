@@ -40,6 +40,12 @@ def control_argument(pipeline: type) -> str | None:
     return "image" if control_slot(pipeline) else None
 
 
+def encodes(pipeline: type) -> bool:
+    """Whether the VAE encodes pictures that the class's call brings: control images of older ones it does not."""
+    brought = {"image", "video", "control_image"} & arguments(pipeline).keys()
+    return bool(brought - ({"image"} if control_argument(pipeline) == "image" else set()))
+
+
 def size_arguments(size: tuple[int, int], accepted: Container[str]) -> dict[str, int]:
     """What tells a pipeline whose call accepts these arguments to make pictures of `size`, width and height."""
     # Kontext brings any size to an area of its own, and what it paints over to one of its favourite sizes.

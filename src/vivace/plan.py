@@ -12,7 +12,7 @@ from vivace.bench.roofline import FASTEST
 from vivace.cold_start import cold_start, told
 from vivace.config import Config, plain, preset_name, resolve
 from vivace.errors import InputError
-from vivace.load import Source, find, resolve_device, resolve_dtype
+from vivace.load import Source, find, pipeline_class, resolve_device, resolve_dtype
 from vivace.passes.target import Note
 
 if TYPE_CHECKING:
@@ -153,8 +153,14 @@ def _target(source: Source, config: Config, parts: dict[str, torch.nn.Module], *
     for name, denoiser in denoisers.items():
         if source.path is not None and folder.holds(source.path / name):
             folder.put_shapes(denoiser, source.path / name)
-    subject = SimpleNamespace(**parts)
-    return Target(subject=subject, family=source.family, config=config, denoisers=denoisers, place=place)
+    return Target(
+        subject=SimpleNamespace(**parts),
+        family=source.family,
+        config=config,
+        denoisers=denoisers,
+        pipeline=pipeline_class(source),
+        place=place,
+    )
 
 
 def _tflop(source: Source, *, dtype: torch.dtype) -> float | None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def diffusers_file(transformer):
     return file, {name: (1.0, up, down)}
 
 
-def peft_file(transformer):
-    """As `PeftModel.save_pretrained` names them, with the alpha that people add."""
+def file_with_alpha(transformer):
+    """With the alpha that people add."""
     file, deltas = diffusers_file(transformer)
     return {**file, "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(2.0)}, {
         name: (0.5, up, down) for name, (_, up, down) in deltas.items()
@@ -81,7 +82,7 @@ def kohya_file(transformer):
     return file, {name: (0.5, part, down) for name, part in zip(names, up.chunk(3), strict=True)}
 
 
-@pytest.mark.parametrize("make", [diffusers_file, peft_file, kohya_file])
+@pytest.mark.parametrize("make", [diffusers_file, file_with_alpha, kohya_file])
 def test_formats_of_flux(flux_pipe, place, tmp_path, make):
     file, deltas = make(flux_pipe.transformer)
     save_file({key: value.contiguous() for key, value in file.items()}, tmp_path / "style.safetensors")
@@ -90,6 +91,54 @@ def test_formats_of_flux(flux_pipe, place, tmp_path, make):
     wanted = expected(flux_pipe, "flux", deltas)
     torch.testing.assert_close(noise(pipe, "flux"), wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(wanted, noise(flux_pipe, "flux"), atol=1e-2)
+
+
+PEFT = {
+    "alpha": {"r": 4, "lora_alpha": 6},
+    "patterns": {"r": 4, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_q": 20}, "lora_bias": True},
+    "rank-stabilised": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("config", PEFT.values(), ids=[*PEFT])
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
+def test_what_peft_itself_writes(flux_pipe, place, tmp_path, config, whole):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = copy.deepcopy(flux_pipe)
+    config = LoraConfig(target_modules=["to_q", "to_k", "proj_out"], init_lora_weights=False, **config)
+    adapted.transformer = get_peft_model(adapted.transformer, config)
+    adapted.transformer.save_pretrained(tmp_path)
+    wanted = noise(SimpleNamespace(transformer=adapted.transformer.base_model.model), "flux")
+    pipe = place(copy.deepcopy(flux_pipe))
+    files.load(pipe, tmp_path if whole else tmp_path / "adapter_model.safetensors", adapter_name="style")
+    torch.testing.assert_close(noise(pipe, "flux"), wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(wanted, noise(flux_pipe, "flux"), atol=1e-2)
+
+
+def test_without_its_configuration_an_alpha_is_its_rank(flux_pipe, caplog, tmp_path):
+    file, deltas = diffusers_file(flux_pipe.transformer)
+    file = {key.replace("transformer.", "base_model.model.", 1): value for key, value in file.items()}
+    save_file(file, tmp_path / "adapter_model.safetensors")
+    pipe = copy.deepcopy(flux_pipe)
+    with caplog.at_level(logging.WARNING, logger="vivace"):
+        files.load(pipe, tmp_path)
+    assert "without adapter_config.json" in caplog.text
+    torch.testing.assert_close(noise(pipe, "flux"), expected(flux_pipe, "flux", deltas), rtol=1e-3, atol=1e-4)
+    (tmp_path / "adapter_config.json").write_text("[1")
+    with pytest.raises(InputError, match=r"adapter_config\.json cannot be read"):
+        files.load(pipe, tmp_path)
+
+
+def test_factors_of_8_bits(flux_pipe):
+    file, deltas = diffusers_file(flux_pipe.transformer)
+    file = {key: value.to(torch.float8_e4m3fn) for key, value in file.items()}
+    pipe = copy.deepcopy(flux_pipe)
+    files.load(pipe, dict(file))
+    down, up = (value.float() for value in file.values())
+    deltas = dict.fromkeys(deltas, (1.0, up, down))
+    torch.testing.assert_close(noise(pipe, "flux"), expected(flux_pipe, "flux", deltas), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [("lora_down", "lora_up"), ("lora_A", "lora_B")], ids="-".join)
@@ -132,6 +181,14 @@ def half(file, first):
     return {key: value for key, value in file.items() if "lora_B" not in key}
 
 
+def other_half(file, first):
+    return {key: value for key, value in file.items() if key != first}
+
+
+def whole_numbers(file, first):
+    return {key: value.to(torch.int8) for key, value in file.items()}
+
+
 def strangers(file, first):
     return {key.replace("transformer_blocks", "layers"): value for key, value in file.items()}
 
@@ -143,6 +200,8 @@ def strangers(file, first):
         (impossible_rank, "share no rank"),
         (not_finite, "holds NaN or infinity; fetch"),
         (half, "no lora_B"),
+        (other_half, "no lora_A"),
+        (whole_numbers, "in int8, no floating point type"),
         (strangers, "none of its layers is there, for example transformer.layers.0"),
     ],
 )

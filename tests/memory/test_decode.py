@@ -109,6 +109,27 @@ def test_other_vaes_try_tiles(full):
     assert vae.use_tiling is False
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_video_that_is_a_batch_comes_in_a_few_frames_at_a_time(monkeypatch, planned):
+    vae, tried = FAMILIES["svd"].tiny().vae, []
+    stock = type(vae).decode
+
+    def decode(self, z, num_frames, return_dict=True):
+        tried.append((len(z), num_frames))
+        if len(z) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(self, z, num_frames, return_dict)
+
+    monkeypatch.setattr(type(vae), "decode", decode)
+    rescue(vae, in_strips=planned)
+    z = torch.randn(12, vae.config.latent_channels, 8, 8)
+    with torch.no_grad():
+        made = vae.decode(z, num_frames=6).sample
+        wanted = [stock(vae, z[first:last], last - first).sample for first, last in ((0, 4), (4, 6), (6, 10), (10, 12))]
+    assert torch.equal(made, torch.cat(wanted))
+    assert tried == [(12, 6)] * (not planned) + [(4, 4), (2, 2)] * 2
+
+
 def test_latents_by_any_name_and_place():
     from diffusers import AutoencoderTiny
 

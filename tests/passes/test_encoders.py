@@ -126,3 +126,53 @@ def test_what_fails_halfway_is_put_back(monkeypatch):
         vivace.accelerate(pipe, encoders="int8_weights")
     assert len(made) == 9
     assert packed(pipe) == 0
+
+
+def with_style(pipe, lora_of):
+    """A LoRA of the denoiser's blocks and of both text encoders."""
+    parts = {"unet": "blocks", "text_encoder": "self_attn", "text_encoder_2": "self_attn"}
+    made = [lora_of(getattr(pipe, name), prefix=name, within=within, std=0.3) for name, within in parts.items()]
+    return {key: value for each in made for key, value in each.items()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"vram": "encoders"}, {"quant": "int8"}], ids=["", "placed", "int8"])
+@pytest.mark.parametrize("first", ["load", "accelerate"])
+def test_adapters_of_the_encoders_come_and_go(first, fields, lora_of, monkeypatch):
+    module = importlib.import_module("vivace.accelerate")
+    monkeypatch.setattr(module, "device_for", lambda config: torch.device("cpu") if config.vram else None)
+    pipe = FAMILIES["sdxl"].tiny()
+    file, stock = with_style(pipe, lora_of), encoded(pipe)[0]
+    pipe.load_lora_weights(dict(file))
+    styled = encoded(pipe)[0]
+    assert (styled - stock).norm() > 0.2 * stock.norm()
+    if first == "accelerate":
+        pipe.unload_lora_weights()
+    vivace.accelerate(pipe, encoders="int8_weights", **fields)
+    if first == "accelerate":
+        pipe.load_lora_weights(dict(file))
+    for _ in range(2):
+        assert (encoded(pipe)[0] - styled).norm() < 0.1 * stock.norm()
+        pipe.unload_lora_weights()
+        assert 0 < (encoded(pipe)[0] - stock).norm() < 0.1 * stock.norm()
+        assert packed(pipe) > 6
+        pipe.load_lora_weights(dict(file), adapter_name="style")
+    vivace.restore(pipe)
+    assert packed(pipe) == 0
+    torch.testing.assert_close(encoded(pipe)[0], styled, rtol=1e-5, atol=1e-5)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(encoded(pipe)[0], stock, rtol=1e-5, atol=1e-5)
+
+
+def test_restored_wherever_adapters_left_the_linears(lora_of):
+    """Through another pipeline of the same parts, whose methods know nothing of it."""
+    pipe = FAMILIES["sdxl"].tiny()
+    stock = encoded(pipe)[0]
+    pipe.load_lora_weights(with_style(pipe, lora_of))
+    vivace.accelerate(pipe, encoders="int8_weights")
+    other = type(pipe)(**pipe.components)
+    with pytest.raises(InputError, match="are quantised, so nothing can be fused into them"):
+        pipe.fuse_lora(components=["text_encoder"])
+    other.unload_lora_weights()
+    vivace.restore(pipe)
+    assert packed(pipe) == 0
+    torch.testing.assert_close(encoded(pipe)[0], stock, rtol=1e-5, atol=1e-5)

@@ -6,11 +6,13 @@ import inspect
 
 import pytest
 import torch
+from PIL import Image
 
 import vivace
 from vivace import InputError
 from vivace.accelerate import acceleration_of
 from vivace.families import FAMILIES
+from vivace.memory.footprint import work
 from vivace.memory.placement import LEVELS
 from vivace.passes.vram import parts_of
 
@@ -212,3 +214,52 @@ def test_a_plan_leaves_no_shapes_behind(on_cpu):
         wanted = copy.deepcopy(denoiser)(**given)[0][0]
         vivace.accelerate(denoiser, vram="resident", fuse="off")
         torch.testing.assert_close(denoiser(**given)[0][0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_video_that_is_a_batch_is_counted_with_all_of_its_frames():
+    """Stable Video Diffusion decodes 25 frames at once: 28 GiB at its size, which a budget of 24 has no room for."""
+    whole, part = (str(vivace.plan("svd", vram=vram, device="cpu", dtype="bfloat16")) for vram in ("48GB", "24GB"))
+    assert "resident: peak 4" in whole
+    assert "strips: peak 1" in part
+
+
+def test_a_vae_without_tiles_within_a_budget(on_cpu):
+    pipe = FAMILIES["svd"].tiny()
+
+    def video():
+        still, generator = Image.linear_gradient("L").resize((64, 64)).convert("RGB"), torch.Generator().manual_seed(0)
+        return pipe(
+            still,
+            64,
+            64,
+            num_frames=5,
+            num_inference_steps=1,
+            decode_chunk_size=4,
+            generator=generator,
+            output_type="pt",
+        ).frames
+
+    stock = video()
+    vivace.accelerate(pipe, vram="strips")
+    torch.testing.assert_close(video(), stock, rtol=1e-3, atol=1e-3)
+    vivace.restore(pipe)
+    assert torch.equal(video(), stock)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "more"),
+    [
+        ("StableDiffusionPipeline", False),
+        ("StableDiffusionImg2ImgPipeline", True),
+        ("StableDiffusionControlNetPipeline", False),
+        ("StableDiffusionControlNetImg2ImgPipeline", True),
+    ],
+)
+def test_pictures_that_the_vae_encodes_count(pipeline, more, on_cpu, monkeypatch):
+    """In strips a decode takes less than an encode, which takes the picture whole."""
+    monkeypatch.setattr("vivace.memory.strips.LIMIT", 2**16)
+    pipe = FAMILIES["sd"].tiny(pipeline)
+    vivace.accelerate(pipe, vram="strips")
+    (vae,) = (part for part in parts_of(acceleration_of(pipe).target) if part.kind == "vae")
+    x = torch.empty(1, 3, 512, 512, device="meta")
+    assert (vae.strip_work >= work(pipe.vae, "encode", x=x)) == more

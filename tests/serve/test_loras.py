@@ -126,7 +126,7 @@ def test_no_lora_stays_in_memory_that_is_not_worn(pipe, start, order, style, mon
         read.extend(map(weakref.ref, weights.values()))
         return weights
 
-    monkeypatch.setattr("vivace.serve.loras.load_file", load_file)
+    monkeypatch.setattr("vivace.lora.files.load_file", load_file)
     engine.submit(order(lora={"style": 1.0})).result(60)
     engine.submit(order()).result(60)
     gc.collect()

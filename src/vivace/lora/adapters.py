@@ -147,7 +147,7 @@ class Adapters:
     def __init__(self, denoiser: torch.nn.Module, *, effect: Effect, bases: Sequence[Base] = ()) -> None:
         self.denoiser, self.effect = denoiser, effect
         self._bases = bases  # of quantised layers; filled later, by their pass
-        self._lent: list[tuple[torch.Tensor, torch.Tensor]] = []  # originals' weights, and their bytes
+        self._bare: list[Callable[[], None]] = []  # give originals their bytes again
         self.version = 0  # counts what may have changed the denoiser's results
         self.refused: str | None = None  # why the layers are left in the tree
         self.writing: Callable[[], AbstractContextManager[Any]] = nullcontext  # around what changes weights in place
@@ -231,18 +231,15 @@ class Adapters:
     def _put_originals(self) -> None:
         """PEFT adapts plain linears alone: let the originals stand for the quantised layers, without bytes."""
         for swap in (swap for base in self._bases for swap in base.swaps):
-            weight, stand_in = swap.original.weight, swap.stand_in
-            shape = (stand_in.out_features, stand_in.in_features)
-            self._lent.append((weight, weight.data))
-            weight.data = torch.zeros(1, 1, dtype=stand_in.dtype, device=stand_in.device).expand(shape)
+            self._bare.append(swap.bare())
             for parent, leaf in swap.places:
-                if parent._modules.get(leaf) is stand_in:
+                if parent._modules.get(leaf) is swap.stand_in:
                     parent._modules[leaf] = swap.original
 
     def _put_stand_ins(self) -> None:
-        for weight, data in self._lent:
-            weight.data = data
-        self._lent.clear()
+        for undo in self._bare:
+            undo()
+        self._bare.clear()
         for swap in (swap for base in self._bases for swap in base.swaps):
             for parent, leaf in swap.places:
                 if parent._modules.get(leaf) is swap.original:
@@ -316,7 +313,15 @@ def _refuses(place: Place) -> str | None:
     return None
 
 
-Held = Callable[[], Iterable[Adapters | None]]
+class Holder(Protocol):
+    """Who holds what methods have to find in its place."""
+
+    def lowered(self, kind: str) -> AbstractContextManager[None]:
+        """The module as a method of that kind has to find it, within the block."""
+        ...
+
+
+Held = Callable[[], Iterable[Holder | None]]
 
 
 def lowering(stock: type, methods: Mapping[str, str | Callable[..., str]], *, adapters: Held) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from safetensors.torch import load_file
 
 from vivace import checkpoint
 from vivace.errors import InputError, first_line
+from vivace.lora import peft_file
 from vivace.quant.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -57,8 +59,13 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
     name, names = "this LoRA", []
     if not isinstance(source, Mapping):
         name = os.fspath(source)
-        source, names = _file(Path(name).expanduser(), kwargs)
+        source, file = _file(Path(name).expanduser(), kwargs)
         kwargs["use_safetensors"] = True
+        names = list(checkpoint.header(file)) if file else []
+        if file and peft_file.slot_of(names, _slots(pipe)):
+            source = read(pipe, file)
+    elif slot := peft_file.slot_of(source, _slots(pipe)):
+        source = peft_file.named(source, slot=slot)
     call = stock or pipe.load_lora_weights
 
     def check(state: dict[str, torch.Tensor]) -> None:
@@ -74,6 +81,13 @@ def load(pipe: Any, source: Any, *args: Any, stock: Callable[..., Any] | None = 
             raise InputError(f"{name} does not fit {type(pipe).__name__}: {first_line(error)}") from error
 
 
+def read(pipe: Any, file: Path) -> dict[str, torch.Tensor]:
+    """What a local file holds, under names that `pipe.load_lora_weights` knows."""
+    state = load_file(file)
+    slot = peft_file.slot_of(state, _slots(pipe))
+    return peft_file.named(state, slot=slot, folder=file.parent) if slot else state
+
+
 def in_few_bits(pipe: Any) -> bool:
     """Whether layers of the pipeline's denoisers are quantised: PEFT adapts those only while it is accelerated."""
     slots = (*getattr(pipe, "_lora_loadable_modules", ()), "transformer_2")
@@ -81,8 +95,14 @@ def in_few_bits(pipe: Any) -> bool:
     return any(isinstance(module, QuantLinear) for part in found for module in part.modules())
 
 
-def _file(path: Path, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The source that diffusers is to read and, of a local file, its keys; a file of another kind is refused."""
+def _slots(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The components that take LoRAs, the denoisers first."""
+    found = {slot: getattr(pipe, slot, None) for slot in pipe._lora_loadable_modules}
+    return {slot: part for slot, part in found.items() if part is not None}
+
+
+def _file(path: Path, kwargs: dict[str, Any]) -> tuple[str, Path | None]:
+    """The source that diffusers is to read, and which local file that is; one of another kind is refused."""
     weight_name = kwargs.get("weight_name")
     if path.is_dir():
         path = path / kwargs.get("subfolder", "") if kwargs.get("subfolder") else path
@@ -92,12 +112,12 @@ def _file(path: Path, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
             raise InputError(
                 f"no .safetensors file in {path}; pickles are refused because loading one can run any code"
             )
-        return str(path), list(checkpoint.header(chosen)) if weight_name or len(files) == 1 else []
+        return str(path), chosen if weight_name or len(files) == 1 else None
     if path.exists() or path.suffix.lower() in {".safetensors", *checkpoint.PICKLES}:
-        return str(path), list(checkpoint.header(path))
+        return str(path), path
     if weight_name is not None and not weight_name.endswith(".safetensors"):
         raise InputError(f"{weight_name} is refused: only .safetensors files are loaded, a pickle can run any code")
-    return str(path), []
+    return str(path), None
 
 
 @contextmanager
@@ -125,11 +145,11 @@ def _checking(pipe: Any, check: Callable[[dict[str, torch.Tensor]], None]) -> It
 
 def _check(pipe: Any, name: str, state: dict[str, torch.Tensor], left_out: list[str], *, second: bool) -> None:
     """Raise InputError where a converted state dict does not fit; warn of keys that match nothing, and drop them."""
-    slots = [slot for slot in pipe._lora_loadable_modules if getattr(pipe, slot, None) is not None]
+    slots = _slots(pipe)
     total = Match(unmatched=list(dict.fromkeys([*left_out, *(k for k in state if k.partition(".")[0] not in slots)])))
     for slot in slots:
         part = {key.removeprefix(f"{slot}."): value for key, value in state.items() if key.startswith(f"{slot}.")}
-        component = getattr(pipe, "transformer_2" if second and slot == "transformer" else slot)
+        component = pipe.transformer_2 if second and slot == "transformer" else slots[slot]
         found = _match(_named_by_peft(part, slot), component, grows=hasattr(pipe, "_maybe_expand_lora_state_dict"))
         total.matched += found.matched
         total.unmatched += [f"{slot}.{key}" for key in found.unmatched]
@@ -174,9 +194,11 @@ def _match(part: Mapping[str, torch.Tensor], component: torch.nn.Module, *, grow
     found = Match()
     modules = {name.replace(".base_layer", ""): module for name, module in component.named_modules()}
     for key, value in part.items():
-        if value.is_floating_point() and value.numel() and not all(e.isfinite() for e in torch.aminmax(value)):
-            found.wrong.append(f"{key} holds NaN or infinity; fetch the file again, or train it anew")
         factor = FACTOR.search(key)
+        if factor and not value.is_floating_point():
+            found.wrong.append(f"{key} is in {str(value.dtype).removeprefix('torch.')}, no floating point type")
+        elif value.is_floating_point() and value.numel() and not _finite(value):
+            found.wrong.append(f"{key} holds NaN or infinity; fetch the file again, or train it anew")
         name = key[: factor.start()] if factor else OTHER_KINDS.split(key)[0]
         module = modules.get(name) or modules.get(name.removeprefix("text_model."))
         # FLUX's control LoRAs bring whole norm weights.
@@ -188,7 +210,15 @@ def _match(part: Mapping[str, torch.Tensor], component: torch.nn.Module, *, grow
             up = part.get(key.replace(".lora_A.", ".lora_B."))
             if why := _misfit(module, value, up, grows=grows and name == "x_embedder"):
                 found.wrong.append(f"{name} {why}")
+        elif factor and key.replace(".lora_B.", ".lora_A.").replace(".bias", ".weight") not in part:
+            found.wrong.append(f"{name} has a lora_B and no lora_A; fetch the file again")
     return found
+
+
+def _finite(value: torch.Tensor) -> bool:
+    # Nothing compares numbers of 8 bits.
+    wide = value.float() if value.itemsize == 1 else value
+    return all(end.isfinite() for end in torch.aminmax(wide))
 
 
 def _misfit(module: Any, down: torch.Tensor, up: torch.Tensor | None, *, grows: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""A VAE whose decode does not lose the latents: whole, else strip by strip, else kept in a file."""
+"""A VAE whose decode does not lose the latents: whole, else in parts, else kept in a file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from vivace.memory import strips
 from vivace.one_off import give_class
 
 logger = logging.getLogger(__name__)
+
+FRAMES = 4
+"""Frames at a time, of a VAE that takes those of a video as a batch and looks across them."""
 
 Way = tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]
 
@@ -47,14 +50,15 @@ def rescue(
         return_dict = {**bound.arguments, **bound.kwargs}.get("return_dict", True)
         z = bound.arguments[latents]
 
-        def whole(vae: Any, z: torch.Tensor) -> torch.Tensor:
-            bound.arguments |= {latents: z, "return_dict": False}
+        def whole(vae: Any, z: torch.Tensor, **changed: int) -> torch.Tensor:
+            bound.arguments |= {latents: z, "return_dict": False, **changed}
             return stock.decode(*bound.args, **bound.kwargs)[0]
 
-        ways = [*_ways(self, z, whole, in_strips=in_strips, room=room)]
+        frames = bound.arguments.get("num_frames")
+        ways = [*_ways(self, z, whole, in_strips=in_strips, room=room, frames=frames)]
         if release is not None:
             ways.append(_after(release, *ways[-1]))
-        sample = _first_that_fits(self, z, ways)
+        sample = _first_that_fits(self, z, ways, frames=frames)
         if not return_dict:
             return (sample,)
         from diffusers.models.autoencoders.vae import DecoderOutput
@@ -64,7 +68,7 @@ def rescue(
     return give_class(vae, {"decode": decode})
 
 
-def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way]) -> torch.Tensor:
+def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way], *, frames: int | None) -> torch.Tensor:
     failed = []
     for name, way in ways:
         try:
@@ -74,29 +78,42 @@ def _first_that_fits(vae: Any, z: torch.Tensor, ways: Iterable[Way]) -> torch.Te
             logger.warning("the decode ran out of memory %s; the latents are kept: %s", name, error)
         # Outside of the handler: the error's traceback holds what the failed try had allocated.
         _return_unused(z.device)
-    path = _keep(z)
+    path, beside = _keep(z), "" if frames is None else f", num_frames={frames}"
     raise InputError(
         f"the device has too little memory to decode {[*z.shape]} ({', '.join(failed)}); the latents are in {path}: "
-        "free some memory, then pipe.vae.decode(safetensors.torch.load_file(path)['latents']); where much is reserved "
-        "and not allocated (the log says), PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True from the start on frees it"
+        f"free some memory, then pipe.vae.decode(safetensors.torch.load_file(path)['latents']{beside}); where much is "
+        "reserved and not allocated (the log says), PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True from the start on "
+        "frees it"
     )
 
 
 def _ways(
-    vae: Any, z: torch.Tensor, whole: Callable[..., torch.Tensor], *, in_strips: bool, room: Callable[[], int] | None
+    vae: Any,
+    z: torch.Tensor,
+    whole: Callable[..., torch.Tensor],
+    *,
+    in_strips: bool,
+    room: Callable[[], int] | None,
+    frames: int | None,
 ) -> Iterator[Way]:
-    """The ways to decode, the quickest that should fit first."""
-    reason = strips.refuses(vae)
+    """The ways to decode, the quickest that should fit first. `frames`: of each video, where these are a batch."""
     if not in_strips:
         yield "whole", whole
-    if reason is None:
+    if strips.refuses(vae) is None:
         scale = 2 ** (len(vae.decoder.up_blocks) - 1)
         needed = strips.map_bytes(vae, width=z.shape[-1] * scale, height=z.shape[-2] * scale)
         if room is None or needed < room():
             yield "in strips", _hooked(strips.decode)
         yield "in strips kept on the host", _hooked(functools.partial(strips.decode, store=torch.device("cpu")))
-    elif hasattr(vae, "enable_tiling"):
+    elif tiles(vae):
         yield "in tiles", functools.partial(_tiled, whole)
+    elif frames is not None:
+        yield f"{FRAMES} frames at a time", functools.partial(_by_frames, whole, frames)
+
+
+def tiles(vae: Any) -> bool:
+    """Whether a VAE has tiles of its own: diffusers' classes all have the method that asks for them."""
+    return hasattr(vae, "use_tiling")
 
 
 def _after(release: Callable[[], None], name: str, way: Callable[[Any, torch.Tensor], torch.Tensor]) -> Way:
@@ -134,6 +151,11 @@ def _tiled(whole: Callable[..., torch.Tensor], vae: Any, z: torch.Tensor) -> tor
         return whole(vae, z)
     finally:
         vae.use_tiling = before
+
+
+def _by_frames(whole: Callable[..., torch.Tensor], frames: int, vae: Any, z: torch.Tensor) -> torch.Tensor:
+    parts = [part for video in z.split(frames) for part in video.split(FRAMES)]
+    return torch.cat([whole(vae, part, num_frames=len(part)) for part in parts])
 
 
 def _keep(z: torch.Tensor) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vivace.lora.encoder import Quantised
 from vivace.memory.leaving import Leaving
 from vivace.passes.target import Pass, Target, repeating_lists
 from vivace.quant import format_of
@@ -76,7 +77,8 @@ def _apply(target: Target) -> None:
     said, held = _forecast(target), 0
     for encoder in encoders_of(target).values():
         base, leave = Base(kept="host"), Leaving()
-        target.undo.callback(base.put_back)
+        target.encoders.append(quantised := Quantised(encoder, base))
+        target.undo.callback(quantised.close)
         for layer in _layers(target, encoder):
             if layer.format and layer.how:
                 parent, _, leaf = layer.name.rpartition(".")

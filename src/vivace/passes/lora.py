@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vivace.config import Config, Switch
 from vivace.lora import files
-from vivace.lora.adapters import PIPELINE_METHODS, Adapters, lowering, refuses
+from vivace.lora.adapters import PIPELINE_METHODS, Adapters, Holder, lowering, refuses
 from vivace.lora.merged import Merged
 from vivace.lora.side import Sides, hidden
 from vivace.passes.quantize import came_in_few_bits, quantises
@@ -71,6 +71,10 @@ def _merged(lane: Lane, target: Target) -> Merged:
     return Merged(on_device=target.config.vram is None, rebuilt=rebuilt)
 
 
+def _holders(target: Target) -> list[Holder | None]:
+    return [*(lane.adapters for lane in target.lanes.values()), *target.encoders]
+
+
 def _sides(lane: Lane) -> Sides:
     # Looked up when it is called: a later pass sets the lane's runner.
     return Sides(changed=lambda: lane.run.clear(), device=lambda: device_of(lane.denoiser), outdated=lane.outdate)
@@ -79,7 +83,7 @@ def _sides(lane: Lane) -> Sides:
 def lora_methods(target: Target) -> dict[str, Any]:
     """The pipeline's own LoRA methods, as members of its class: they find the layers in the tree, and files checked."""
     stock = type(target.subject)
-    members = lowering(stock, PIPELINE_METHODS, adapters=lambda: [lane.adapters for lane in target.lanes.values()])
+    members = lowering(stock, PIPELINE_METHODS, adapters=lambda: _holders(target))
     if "load_lora_weights" in members:
         load = members["load_lora_weights"]
 

@@ -17,6 +17,7 @@ from vivace.one_off import behind
 if TYPE_CHECKING:
     from vivace.family import Family
     from vivace.lane import Lane
+    from vivace.lora.encoder import Quantised
     from vivace.memory.placement import Placement
     from vivace.prompts import Prompts
     from vivace.quant.layers import Layer
@@ -42,6 +43,7 @@ class Target:
     family: Family | None
     config: Config
     denoisers: dict[str, torch.nn.Module]  # by their name in the pipeline
+    pipeline: type | None = None  # the class of the pipeline; None for a bare denoiser
     place: torch.device | None = None  # where they will compute, when that is not where they are
     prompts: Prompts | None = None  # what is remembered of the last prompts
     placement: Placement | None = None  # where weights will live, when a budget was given
@@ -49,6 +51,7 @@ class Target:
     notes: list[Note] = field(default_factory=list)
     undo: ExitStack = field(default_factory=ExitStack)
     bases: list[Base] = field(default_factory=list)  # originals of quantised layers; they outlive a re-acceleration
+    encoders: list[Quantised] = field(default_factory=list)  # text encoders in few bits
     layers: dict[str, tuple[Layer, ...]] = field(default_factory=dict)  # denoiser -> what became of its linears
     parts: dict[str, ref[torch.nn.Module]] = field(default_factory=dict)  # the pipeline's components; not held
     _told: set[str] = field(default_factory=set)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,8 +15,9 @@ import torch
 from vivace.config import Config
 from vivace.errors import InputError
 from vivace.fused import Fused, fused_of
+from vivace.inputs import encodes
 from vivace.memory import strips
-from vivace.memory.decode import rescue
+from vivace.memory.decode import FRAMES, rescue, tiles
 from vivace.memory.footprint import denoiser_work, work
 from vivace.memory.joined import planning
 from vivace.memory.pinned import available, gib
@@ -245,18 +247,43 @@ def _vae_work(target: Target, vae: Any) -> tuple[int, int | None]:
     denoiser: Any = next(iter(target.denoisers.values()))
     variant = family.nearest(denoiser.config) if family else None
     (width, height), frames = (variant.size, variant.frames) if variant else ((1024, 1024), 1)
-    # In half precision SDXL's VAE overflows, so its pipeline decodes in full.
-    doubled = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
+    size = {"width": width, "height": height, "frames": frames}
+    whole, small = _decode_work(target, vae, **size)
+    encode = _encode_work(vae, **size) if target.pipeline and encodes(target.pipeline) else 0
+    return max(whole, encode), None if small is None else max(small, encode)
+
+
+def _decode_work(target: Target, vae: Any, *, width: int, height: int, frames: int) -> tuple[int, int | None]:
+    z = _latents(target, vae, width=width, height=height)
+    if "num_frames" in inspect.signature(vae.decode).parameters:
+        several = [(count, z.expand(count, *z.shape[1:])) for count in (frames, min(frames, FRAMES))]
+        whole, small = (work(vae, "decode", z=some, num_frames=count) or UNKNOWN for count, some in several)
+        result = 3 * width * height * frames * (vae.dtype.itemsize + torch.float32.itemsize)
+        return whole + result, small + result
+    doubled = _widened(vae)
     # The VAEs of videos decode frame after frame: what grows with their number is the result, and its copy.
     result = 2 * 3 * width * height * frames * vae.dtype.itemsize
-    z = _latents(target, vae, width=width, height=height)
     whole = doubled * (result + (work(vae, "decode", z=z) or UNKNOWN))
     if strips.refuses(vae) is None:
         return whole, min(whole, doubled * strips.work(vae, width=width, height=height))
-    if not hasattr(vae, "enable_tiling"):
+    if not tiles(vae):
         return whole, None
     tile = z[..., :TILE, :TILE]
     return whole, min(whole, doubled * (result + (work(vae, "decode", z=tile) or UNKNOWN)))
+
+
+def _encode_work(vae: Any, *, width: int, height: int, frames: int) -> int:
+    """Of the picture that a call brings, or of a video, the first of whose frames comes alone, the others by fours."""
+    video = vae.config.get("z_dim") is not None
+    some = (min(frames, 5),) if video else ()
+    x = torch.empty(1, 3, *some, height, width, device="meta", dtype=vae.dtype)
+    brought = 3 * width * height * (frames if video else 1) * vae.dtype.itemsize
+    return _widened(vae) * (brought + (work(vae, "encode", x=x) or UNKNOWN))
+
+
+def _widened(vae: Any) -> int:
+    # In half precision SDXL's VAE overflows, so its pipeline takes it in full.
+    return 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else 1
 
 
 def _latents(target: Target, vae: Any, *, width: int, height: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,17 @@ class Swap:
     stand_in: QuantLinear
     places: list[tuple[torch.nn.Module, str]]  # parents, and its name in each
     file: Path | None = None  # holds the weight
+
+    def bare(self) -> Callable[[], None]:
+        """Give the original a weight of its shape that takes no bytes: what PEFT can adapt. Returns the undo."""
+        weight, stand_in = self.original.weight, self.stand_in
+        data, nothing = weight.data, torch.zeros(1, 1, dtype=stand_in.dtype, device=stand_in.device)
+        weight.data = nothing.expand(stand_in.out_features, stand_in.in_features)
+
+        def undo() -> None:
+            weight.data = data
+
+        return undo
 
 
 @dataclass(kw_only=True)

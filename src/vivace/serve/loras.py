@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from vivace.checkpoint import header
 from vivace.errors import InputError, first_line
-from vivace.lora.files import load
+from vivace.lora.files import load, read
 from vivace.serve.failures import FieldError, Unavailable
 from vivace.serve.worker import fatal, out_of_memory
 
@@ -53,7 +52,7 @@ class Loras:
         # Not by their aliases: PEFT makes attributes of the names, which have no dots and are not such as "half".
         adapters = [f"lora_{index}" for index, _ in enumerate(chosen)]
         for adapter, (alias, _) in zip(adapters, chosen, strict=True):
-            weights = self._read(alias)
+            weights = self._read(pipe, alias)
             try:
                 load(pipe, weights, adapter_name=adapter)
             except Exception as error:  # diffusers and peft raise what the file's layout leads them to
@@ -75,9 +74,9 @@ class Loras:
         """The pipeline is gone."""
         self._on = ()
 
-    def _read(self, alias: str) -> dict[str, torch.Tensor]:
+    def _read(self, pipe: Any, alias: str) -> dict[str, torch.Tensor]:
         try:
-            return load_file(self.files[alias])
+            return read(pipe, Path(self.files[alias]))
         except (OSError, SafetensorError) as error:
             logger.error("LoRA %s cannot be read: %s", alias, first_line(error))
             raise Unavailable(f"the LoRA {alias} cannot be read") from None

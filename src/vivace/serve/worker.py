@@ -18,6 +18,7 @@ import torch
 
 from vivace import request
 from vivace.errors import InputError
+from vivace.memory.decode import tiles
 from vivace.serve.call import Axes, Call, Digest, Form, Unsplittable
 from vivace.serve.cohort import Cohorts
 from vivace.serve.failures import Failure, OutOfMemory, Unavailable
@@ -319,7 +320,7 @@ class Worker:
 
     def _tiled(self, call: Call) -> BaseException | None:
         """Once more in tiles, where the module can; the error that remains."""
-        if call.method not in ("encode", "decode") or not hasattr(call.module, "enable_tiling"):
+        if call.method not in ("encode", "decode") or not tiles(call.module):
             return OutOfMemory("the device has too little memory for it")
         module: Any = call.module
         before = module.use_tiling
