@@ -139,6 +139,7 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         plain = _put_layers(denoiser, record, {key: _placed(opened.get_tensor(key)) for key in held}, dtype=number)
     plain = {key: tensor.to(_type(denoiser, key, number)) for key, tensor in plain.items()}
     missing, unexpected = denoiser.load_state_dict(plain, strict=False, assign=True)
+    missing = [key for key in missing if key.removesuffix(".weight") not in record["layers"]]
     if missing or unexpected:
         raise InputError(f"{path} does not fit {room / CONFIG}: {', '.join([*missing, *unexpected][:3])}")
     # No cast of the whole: tables of positions, which no file holds, keep their type.
