@@ -174,6 +174,13 @@ def test_an_altered_configuration(copied, reads):
         reads(copied.parent)
 
 
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_a_missing_record(copied, reads):
+    (copied / folder.RECORD).unlink()
+    with pytest.raises(InputError, match=r"quantised\.json cannot be read"):
+        reads(copied.parent)
+
+
 def test_a_missing_weight_file(copied):
     (copied / folder.WEIGHTS).unlink()
     with pytest.raises(InputError, match="no weight file"):

@@ -111,8 +111,8 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def holds(room: Path) -> bool:
-    """Whether a component's folder holds a quantised denoiser."""
-    return (room / RECORD).is_file()
+    """Whether a component's folder holds a quantised denoiser, or what is left of one."""
+    return any((room / name).exists() for name in (RECORD, WEIGHTS))
 
 
 def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
