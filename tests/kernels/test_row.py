@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vivace.kernels.join_activate import join_activate
 from vivace.kernels.quant_rows import quant_rows
 
 
@@ -27,3 +28,15 @@ def test_a_constant_row_divides_by_nothing(quantize, value):
 def test_int8_uses_all_steps_of_a_one_sided_row():
     values = quant_rows(torch.linspace(0, 5, 256)[None], quantize="int8").values
     assert sorted(values.flatten().tolist()) == list(range(-128, 128))
+
+
+def test_a_row_of_int8_with_a_nan_is_one_of_nans():
+    """Else what a model overflowed in would come out of the next linear as numbers."""
+    x, plain = torch.ones(2, 3, 64), torch.rand(2, 3, 64)
+    x[0, 1, 5] = torch.nan
+    made = quant_rows(x, quantize="int8"), *(join_activate(*both, quantize="int8") for both in ((x, plain), (plain, x)))
+    for rows in made:
+        dense = rows.dense()
+        assert dense[0, 1].isnan().all()
+        dense[0, 1] = 0
+        assert dense.isfinite().all()

@@ -67,6 +67,23 @@ def test_another_dtype(written):
     torch.testing.assert_close(output(pipe.transformer), written[1].float(), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_what_a_class_keeps_in_32_bit_stays_so(tmp_path, name):
+    """Norms and tables of positions, whatever the rest is read as."""
+    family = FAMILIES[name]
+    family.tiny().save_pretrained(tmp_path / "stock")
+    pipe = vivace.load(tmp_path / "stock", dtype="bfloat16", device="cpu")
+    vivace.accelerate(pipe, quant="int8", keep_base="no", fuse="off")
+    folder.write(pipe, tmp_path / "few", denoisers={"transformer": pipe.transformer})
+    arguments = family.inputs(pipe.transformer, size=(64, 64), batch=1, frames=1, text_tokens=8, seed=0)
+    made, again = pipe.transformer, vivace.load(tmp_path / "few", dtype="bfloat16", device="cpu").transformer
+    types, found = ({key: t.dtype for key, t in (*m.named_parameters(), *m.named_buffers())} for m in (made, again))
+    assert found == types
+    assert torch.float32 in {t.dtype for t in (*again.parameters(), *again.buffers())}
+    with torch.no_grad():
+        assert torch.equal(again(**arguments)[0], made(**arguments)[0])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format(format, tmp_path):
     pipe = FAMILIES["sd"].tiny()
@@ -154,6 +171,13 @@ def test_an_altered_configuration(copied, reads):
     path = copied / folder.CONFIG
     path.write_text(path.read_text().replace('"num_layers": 2', '"num_layers": 1'))
     with pytest.raises(InputError, match=r"config\.json is not the file that quantised\.json"):
+        reads(copied.parent)
+
+
+@pytest.mark.parametrize("reads", [vivace.load, vivace.plan])
+def test_a_missing_record(copied, reads):
+    (copied / folder.RECORD).unlink()
+    with pytest.raises(InputError, match=r"quantised\.json cannot be read"):
         reads(copied.parent)
 
 

@@ -163,6 +163,17 @@ def test_checkpoints_hold_the_weight(name):
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_a_checkpoint_that_does_not_fit():
+    layer = QuantLinear.of(linear(), format=format_of("int8"))
+    before, (outputs, inputs) = layer.dequantised(), layer.dequantised().shape
+    for weight in (torch.ones(1, inputs), torch.ones(outputs, inputs + 1)):
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            layer.load_state_dict({"weight": weight, "bias": layer.bias})
+    with pytest.raises(RuntimeError, match=r"Missing key.*\"weight\""):
+        layer.load_state_dict({"bias": layer.bias})
+    assert torch.equal(layer.dequantised(), before)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_stacked(name):
     parts = [QuantLinear.of(linear(outputs=n), format=format_of(name)) for n in (32, 48)]

@@ -78,7 +78,8 @@ def _join_activate_kernel(
     if LIMIT > 0:
         x_low, x_high = extremes(x, a_mask, kind)
         y_low, y_high = extremes(y, b_mask, kind)
-        scale, offset = factors(tl.minimum(x_low, y_low), tl.maximum(x_high, y_high), kind, LIMIT)
+        low = tl.minimum(x_low, y_low, tl.PropagateNan.ALL)
+        scale, offset = factors(low, tl.maximum(x_high, y_high), kind, LIMIT)
         store_factors(row_scale, first, rows, scale, offset, tokens, kind)
         x, y = scaled(x, a_mask, scale, offset, kind), scaled(y, b_mask, scale, offset, kind)
     out += (first + rows)[:, None] * (A_WIDTH + B_WIDTH)

@@ -111,8 +111,8 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def holds(room: Path) -> bool:
-    """Whether a component's folder holds a quantised denoiser."""
-    return (room / RECORD).is_file()
+    """Whether a component's folder holds a quantised denoiser, or what is left of one."""
+    return any((room / name).exists() for name in (RECORD, WEIGHTS))
 
 
 def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -134,13 +134,21 @@ def read(room: Path, *, device: torch.device, dtype: torch.dtype | None = None) 
         raise InputError(f"{room / RECORD} names a {record['class']}, which diffusers {diffusers.__version__} lacks")
     with init_empty_weights():
         denoiser = made.from_config(made.load_config(room))
+    number = dtype or getattr(torch, record["dtype"])
     with safe_open(path, framework="pt", device=str(device)) as opened:
-        plain = _put_layers(denoiser, record, {key: _placed(opened.get_tensor(key)) for key in held})
+        plain = _put_layers(denoiser, record, {key: _placed(opened.get_tensor(key)) for key in held}, dtype=number)
+    plain = {key: tensor.to(_type(denoiser, key, number)) for key, tensor in plain.items()}
     missing, unexpected = denoiser.load_state_dict(plain, strict=False, assign=True)
+    missing = [key for key in missing if key.removesuffix(".weight") not in record["layers"]]
     if missing or unexpected:
         raise InputError(f"{path} does not fit {room / CONFIG}: {', '.join([*missing, *unexpected][:3])}")
-    denoiser.to(device, dtype or getattr(torch, record["dtype"]))
-    return denoiser.eval()
+    # No cast of the whole: tables of positions, which no file holds, keep their type.
+    return denoiser.to(device).eval()
+
+
+def _type(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
+    """What diffusers loads a tensor of a model of that type as: some classes keep parts of theirs in 32 bit."""
+    return dtype if set(model._keep_in_fp32_modules or ()).isdisjoint(key.split(".")) else torch.float32
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,8 +158,9 @@ def _placed(tensor: torch.Tensor) -> torch.Tensor:
 
 def put_shapes(denoiser: torch.nn.Module, room: Path) -> None:
     """The quantised layers that `room` holds, without their values, in a `denoiser` that has shapes alone."""
-    held = checkpoint.header(room / WEIGHTS)
-    _put_layers(denoiser, _record(room), {name: _shape(tensor) for name, tensor in held.items()})
+    record, held = _record(room), checkpoint.header(room / WEIGHTS)
+    shapes = {name: _shape(tensor) for name, tensor in held.items()}
+    _put_layers(denoiser, record, shapes, dtype=getattr(torch, record["dtype"]))
 
 
 def nbytes(room: Path, *, dtype: torch.dtype) -> int:
@@ -164,7 +173,7 @@ def nbytes(room: Path, *, dtype: torch.dtype) -> int:
 
 
 def _put_layers(
-    denoiser: torch.nn.Module, record: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+    denoiser: torch.nn.Module, record: dict[str, Any], tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The quantised layers of `record`, out of `tensors`, in the places of linears; returns the tensors of the rest."""
     packed: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["layers"]}
@@ -178,7 +187,7 @@ def _put_layers(
     for name, layer in record["layers"].items():
         linear: Any = denoiser.get_submodule(name)
         parent, _, leaf = name.rpartition(".")
-        facts = {"format": format_of(layer["format"]), "how": layer["how"], "dtype": getattr(torch, record["dtype"])}
+        facts = {"format": format_of(layer["format"]), "how": layer["how"], "dtype": _type(denoiser, name, dtype)}
         denoiser.get_submodule(parent)._modules[leaf] = QuantLinear(packed[name], bias=linear.bias, **facts)
     return rest
 

@@ -134,19 +134,32 @@ class QuantLinear(torch.nn.Module):
         destination[f"{prefix}weight"] = self.dequantised()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        weight = state_dict.pop(f"{prefix}weight", None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if weight is not None:
-            if self.device.type == "meta":
-                # There is no memory to write into.
-                self._buffers.update(self.format.pack(weight.detach(), self.how))
-            else:
-                # What it shows of itself tells nothing of the original.
-                if self.keep is not None and not torch.equal(weight.to(self.device, self.dtype), self.dequantised()):
-                    self.keep(weight.detach())
-                # In place: it may be a part of what is joined, or streamed.
-                self.rewrite(self.format.pack(weight.to(self.device), self.how))
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        key, shape = f"{prefix}weight", (self.out_features, self.in_features)
+        weight = state_dict.pop(key, None)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if weight is None:
+            missing.append(key)
+        elif weight.shape != shape:
+            errors.append(f"size mismatch for {key}: {tuple(weight.shape)} in the checkpoint, {shape} in this model.")
+        elif self.device.type == "meta":
+            # There is no memory to write into.
+            self._buffers.update(self.format.pack(weight.detach(), self.how))
+        else:
+            # What it shows of itself tells nothing of the original.
+            if self.keep is not None and not torch.equal(weight.to(self.device, self.dtype), self.dequantised()):
+                self.keep(weight.detach())
+            # In place: it may be a part of what is joined, or streamed.
+            self.rewrite(self.format.pack(weight.to(self.device), self.how))
 
 
 def stackable(layers: Sequence[torch.nn.Module]) -> bool:
