@@ -200,7 +200,7 @@ def test_models_without_pictures_are_refused():
 
 
 WATCHED = """
-import socket
+import socket, time
 asked = []
 resolve, connect = socket.getaddrinfo, socket.socket.connect
 def getaddrinfo(host, *more, **options):
@@ -219,6 +219,8 @@ from vivace.serve.http.settings import Settings
 with Engine() as engine, TestClient(create_app(engine, Settings(ui=True)), base_url="http://127.0.0.1") as client:
     assert client.get("/ui/").status_code == 200
     assert client.get("/ui/theme.css").status_code == 200
+    while client.get("/readyz").status_code != 200:
+        time.sleep(0.1)
 print("asked", asked)
 """
 
