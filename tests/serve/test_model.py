@@ -107,26 +107,6 @@ def test_those_who_wait_for_a_load_or_a_change_take_no_places_of_other_models(fo
             job.result(60)
 
 
-def test_those_who_waited_for_a_load_go_before_another_model_takes_its_room(folder, order, monkeypatch):
-    loads, go = [], threading.Event()
-
-    def counted(source, **options):
-        loads.append(source.path.name)
-        assert go.wait(120)
-        return load_source(source, **options)
-
-    monkeypatch.setattr(serve_model, "load_source", counted)
-    aliases = ("a", "b")
-    for alias in aliases:
-        shutil.copytree(folder, folder.parent / alias)
-    with Engine(models={alias: str(folder.parent / alias) for alias in aliases}, threads=4, memory=1) as engine:
-        jobs = [engine.submit(order(model=alias)) for _ in range(3) for alias in aliases]
-        go.set()
-        for job in jobs:
-            job.result(60)
-    assert sorted(loads) == ["a", "b"]
-
-
 def test_no_model_is_parked_while_modules_are_made(folder):
     """Where it is parked, other accelerations hold, and those make modules too."""
     model = Model("a", Spec(source=str(folder)))

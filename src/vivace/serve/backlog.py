@@ -35,8 +35,7 @@ class Backlog:
     """At most `most` waiting jobs. A job is handed out when its model can take its mode; a job that has to wait for
     its model's mode holds back later ones of the same model, so that no mode starves another. When a mode begins, as
     many as there are `places` of those who wait for it go together, unless something more urgent waits: one by one in
-    turns with others, none would share a call, and the model would be changed for each. So do those who come while it
-    is loaded for them; where it has to make room for another model, it does so after them.
+    turns with others, none would share a call, and the model would be changed for each.
 
     A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once. Nor
     does one that will have such a thread when its model is loaded: until then that is there for other models.
@@ -73,8 +72,6 @@ class Backlog:
             crowded = entry.long and self.videos is not None and self._long >= self.most - self.most // 4
             if len(self) >= self.most or crowded:
                 raise full()
-            others = any(one.model is entry.model and one.mode != entry.mode for one in self._waiting)
-            entry.along = entry.model.coming(entry.mode) and not others
             self._waiting.append(entry)
             self._waiting.sort(key=lambda one: (-one.job.request.priority, one.order))
             self._coming.update(self._wake(1))
@@ -153,7 +150,7 @@ class Backlog:
             if entry.long and self.videos is not None and self._videos >= self.videos:
                 continue
             begins = not entry.model.active
-            if entry.model.reserve(entry.mode, along=entry.along):
+            if entry.model.reserve(entry.mode):
                 if begins:
                     self._gather(entry)
                 return entry

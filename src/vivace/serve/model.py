@@ -176,19 +176,19 @@ class Model:
             return Axes()
         return Axes(shared=family.shared, listed=family.listed, padded=family.padded if padded else {})
 
-    def reserve(self, mode: Mode, *, along: bool = False) -> bool:
-        """Whether a request of that mode may begin now, until `leave`; `along` with those whom others wait out too."""
+    def reserve(self, mode: Mode) -> bool:
+        """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
         with self._gate:
             alike = self._mode == mode and mode.alone is None and not self.coming(mode)
-            if self._moving.locked() or (self.active and not alike) or (self.closing and not (along and self.active)):
+            if self.closing or self._moving.locked() or (self.active and not alike):
                 return False
             self._mode, self.active = mode, self.active + 1
             return True
 
     def coming(self, mode: Mode) -> bool:
         """Whether it is just being loaded, or changed, for that mode; who waits for that takes no place of others'."""
-        there = self._applied == mode and self.pipe is not None and not self._home
-        return self.active > 0 and self._mode == mode and not there
+        here = self.pipe is not None and not self._home
+        return self.active > 0 and self._mode == mode and not (here and self._applied == mode)
 
     def ready(
         self,
