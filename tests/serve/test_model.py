@@ -25,7 +25,6 @@ from vivace.few_step import FOLDER, WEIGHTS, use_few_step
 from vivace.load import Source, find, load_source
 from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
-from vivace.serve import model as serve_model
 from vivace.serve.failures import Cancelled, DeadlineExceeded, FieldError, OutOfMemory, Unavailable
 from vivace.serve.model import BUILDING, Mode, Model
 from vivace.serve.prepare import prepare
@@ -82,29 +81,6 @@ def test_who_waits_for_anothers_load_can_be_cancelled(folder, order):
             with pytest.raises(Cancelled):
                 job.result(30)
         engine.submit(order()).result(60)
-
-
-@pytest.mark.parametrize("what", ["load_source", "accelerate"])
-def test_those_who_wait_for_a_load_or_a_change_take_no_places_of_other_models(folder, order, monkeypatch, what):
-    real, at, go = getattr(serve_model, what), threading.Event(), threading.Event()
-
-    def held(subject, *args, **options):
-        if getattr(subject, "path", None) == folder or subject is engine.models["slow"].pipe:
-            at.set()
-            assert go.wait(120)
-        return real(subject, *args, **options)
-
-    quick = shutil.copytree(folder, folder.parent / "quick")
-    with Engine(models={"quick": str(quick), "slow": str(folder)}, threads=2) as engine:
-        engine.load("quick")
-        monkeypatch.setattr(serve_model, what, held)
-        jobs = [engine.submit(order(model="slow")) for _ in range(4)]
-        assert at.wait(120)
-        engine.submit(order(model="quick")).result(60)
-        assert not any(job.over for job in jobs)
-        go.set()
-        for job in jobs:
-            job.result(60)
 
 
 def test_no_model_is_parked_while_modules_are_made(folder):
@@ -407,15 +383,12 @@ def test_one_mode_at_a_time(pipe):
     model = Model("tiny", Spec(source=pipe))
     plain, styled, alone = Mode(preset=Config()), Mode(preset=Config(), loras=(("x", 1.0),)), Mode(preset=None, alone=1)
     assert model.reserve(plain)
-    assert not model.reserve(plain)  # the first one brings it there
-    model.ready(plain)
     assert model.reserve(plain)
     assert not model.reserve(styled)
     model.leave()
     model.leave()
     assert model.reserve(alone)
     assert not model.reserve(alone)
-    assert not model.reserve(plain)  # although it still is in that
     assert not model.unload()
     model.leave()
     assert model.reserve(styled)

@@ -37,8 +37,7 @@ class Backlog:
     many as there are `places` of those who wait for it go together, unless something more urgent waits: one by one in
     turns with others, none would share a call, and the model would be changed for each.
 
-    A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once. Nor
-    does one that will have such a thread when its model is loaded: until then that is there for other models.
+    A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
     With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
     quarter of the waiting places is not for them either. The thread that became idle last is woken first: who asks one
     thing after another is served by one thread, whose memory is warm, and not by each in turn, which keep some each.
@@ -54,10 +53,7 @@ class Backlog:
         self._closed = False
 
     def __len__(self) -> int:
-        with self._lock:
-            sure, free = len(self._coming), len(self._coming) + len(self._idle)
-            promised = sum(one.model.coming(one.mode) for one in self._waiting)
-            return max(0, len(self._waiting) - max(sure, min(free, promised)))
+        return max(0, len(self._waiting) - len(self._coming))
 
     @property
     def idle(self) -> int:
@@ -99,9 +95,9 @@ class Backlog:
             self._wake(len(self._waiting))
 
     def wake(self) -> None:
-        """A model became free, or is loaded."""
+        """A model became free."""
         with self._lock:
-            self._coming.update(self._wake(len(self._waiting)))
+            self._wake(len(self._waiting))
 
     def remove(self, job: Job) -> bool:
         """Take a waiting job out; False where it does not wait."""

@@ -290,8 +290,6 @@ class Engine:
             raise named(error, job.request) from None
         finally:
             self._preparing.discard(job)
-        # Others of its mode have waited for that.
-        self._backlog.wake()
         run = partial(Run, job, model=model, worker=self._worker(model))
         if entry.warm is not None:
             run(entry.warm, shown=False)()

@@ -179,16 +179,15 @@ class Model:
     def reserve(self, mode: Mode) -> bool:
         """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
         with self._gate:
-            alike = self._mode == mode and mode.alone is None and not self.coming(mode)
-            if self.closing or self._moving.locked() or (self.active and not alike):
+            if (
+                self.closing
+                or self._moving.locked()
+                or (self.active and (self._mode != mode or mode.alone is not None))
+            ):
                 return False
-            self._mode, self.active = mode, self.active + 1
+            self._mode = mode
+            self.active += 1
             return True
-
-    def coming(self, mode: Mode) -> bool:
-        """Whether it is just being loaded, or changed, for that mode; who waits for that takes no place of others'."""
-        here = self.pipe is not None and not self._home
-        return self.active > 0 and self._mode == mode and not (here and self._applied == mode)
 
     def ready(
         self,
