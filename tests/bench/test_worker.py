@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from vivace import InputError
-from vivace.bench.contestant import REFERENCE, Contestant, contestants_of
+from vivace.bench.contestant import PEERS, REFERENCE, Contestant, contestants_of
 from vivace.bench.worker import run
 from vivace.bench.workload import workload_of
+from vivace.families import FAMILIES
 
 EXACT = Contestant(name="exact", ours=True)
 
@@ -107,3 +108,13 @@ def test_a_tiny_pixart_is_timed_end_to_end(tmp_path):
     workload = workload_of("pixart", device="cpu", dtype="float32", tiny=True, end_to_end=True)
     found = run(workload, Contestant(name="eager"), reference=tmp_path / "none")
     assert (found["status"], found["median_ms"] > 0) == ("done", True)
+
+
+def test_a_video_models_convolutions_get_an_order_where_they_have_one():
+    """Those over time have weights of five dimensions, which channels_last does not know."""
+    workload = workload_of("svd", device="cpu", dtype="float32", tiny=True)
+    denoiser = FAMILIES["svd"].tiny().unet
+    assert "channels_last" in PEERS["compile-full"].prepare(denoiser, workload)
+    flat = [m.weight for m in denoiser.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert flat
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in flat)

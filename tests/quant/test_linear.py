@@ -65,6 +65,9 @@ def test_few_rows_are_multiplied_with_the_int8_weight_as_it_is(inputs, bias):
     torch.testing.assert_close(layer(x[:3].t().contiguous().t()), layer(x[:3]))
     with pytest.raises(ValueError, match="x must be"):
         few_rows_linear(x[None], layer.values, scales=layer.scales)
+    for wrong in ({"made": torch.empty(3, 80)}, {"made": torch.empty(3, 79), "found": torch.ones(3, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match=r"made must be \[3, 80\] and found \[3\]"):
+            few_rows_linear(x[:3], layer.values, scales=layer.scales, **wrong)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -54,7 +54,7 @@ def prepare(contestant: Contestant, subject: Any, workload: Workload) -> str:
         # A bench asks for one picture again and again: with its prompt remembered it would not be a picture's time.
         fields = ("prompts=off", *contestant.fields) if workload.end_to_end else contestant.fields
         accelerate(subject, contestant.name, **parse_fields(fields))
-        request = "" if workload.end_to_end else "; a later step of a request, what its prompt decides kept"
+        request = "" if workload.end_to_end else "; a later step of a request, what prompt and times decide kept"
         return "vivace.accelerate(" + ", ".join((f'"{contestant.name}"', *fields)) + ")" + request
     if contestant.rung:
         from vivace.bench.rungs import climb
@@ -177,7 +177,7 @@ def _convolutional(denoiser: Any) -> bool:
 def _use_channels_last(denoiser: Any) -> None:
     import torch
 
-    for module in denoiser.modules():
+    for module in denoiser.modules() if _convolutional(denoiser) else ():
         if isinstance(module, torch.nn.Conv2d):  # a video's convolutions over time have weights of five dimensions
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
