@@ -25,10 +25,12 @@ from vivace.few_step import FOLDER, WEIGHTS, use_few_step
 from vivace.load import Source, find, load_source
 from vivace.quant import folder as quantised
 from vivace.serve import Engine, Request, Spec
+from vivace.serve import model as serve_model
 from vivace.serve.failures import Cancelled, DeadlineExceeded, FieldError, OutOfMemory, Unavailable
 from vivace.serve.model import BUILDING, Mode, Model
 from vivace.serve.prepare import prepare
 from vivace.serve.room import Room
+from vivace.serve.run import Run
 
 
 @pytest.fixture
@@ -81,6 +83,52 @@ def test_who_waits_for_anothers_load_can_be_cancelled(folder, order):
             with pytest.raises(Cancelled):
                 job.result(30)
         engine.submit(order()).result(60)
+
+
+@pytest.mark.parametrize("what", ["load_source", "accelerate"])
+def test_a_loaded_model_draws_while_many_wait_for_anothers_load_or_change(folder, order, monkeypatch, what):
+    real, at, go = getattr(serve_model, what), threading.Event(), threading.Event()
+
+    def held(subject, *args, **options):
+        if getattr(subject, "path", None) == folder or subject is engine.models["slow"].pipe:
+            at.set()
+            assert go.wait(120)
+        return real(subject, *args, **options)
+
+    quick = shutil.copytree(folder, folder.parent / "quick")
+    with Engine(models={"quick": str(quick), "slow": str(folder)}, threads=4) as engine:
+        engine.load("quick")
+        monkeypatch.setattr(serve_model, what, held)
+        jobs = [engine.submit(order(model="slow")) for _ in range(8)]
+        assert at.wait(120)
+        engine.submit(order(model="quick")).result(60)
+        assert engine.running + engine.queued == len(jobs)
+        assert not any(job.over for job in jobs)
+        go.set()
+        for job in jobs:
+            job.result(60)
+
+
+def test_those_who_wait_for_a_load_leave_a_place_and_take_it_when_it_is_there(folder, order, monkeypatch):
+    """All of them at once: the places kept for other models are theirs again."""
+    real, go, together = Run.__call__, threading.Event(), threading.Barrier(4)
+    slow = shutil.copytree(folder, folder.parent / "slow")
+
+    def held(source, **options):
+        assert go.wait(120)
+        return load_source(source, **options)
+
+    monkeypatch.setattr(serve_model, "load_source", held)
+    with Engine(models={"slow": str(slow), "other": str(folder)}, threads=4) as engine:
+        jobs = [engine.submit(order(model="slow")) for _ in range(4)]
+        deadline = time.monotonic() + 60
+        while (engine.running, engine.queued) != (3, 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.setattr(Run, "__call__", lambda run: (together.wait(60), real(run))[1])
+        go.set()
+        for job in jobs:
+            job.result(60)
 
 
 def test_no_model_is_parked_while_modules_are_made(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from vivace.serve.failures import Busy, DeadlineExceeded, Unavailable
@@ -27,7 +27,7 @@ class Entry:
     order: int = field(default_factory=itertools.count().__next__)
 
     @property
-    def long(self) -> bool:
+    def video(self) -> bool:
         return self.model.media == "video"
 
 
@@ -38,14 +38,17 @@ class Backlog:
     turns with others, none would share a call, and the model would be changed for each.
 
     A job that an idle thread is on its way to take does not wait: as many as there are idle threads come at once.
-    With `videos`, no more videos than that run at a time, so that pictures need not wait for the end of one, and a
-    quarter of the waiting places is not for them either. The thread that became idle last is woken first: who asks one
-    thing after another is served by one thread, whose memory is warm, and not by each in turn, which keep some each.
+    A quarter of the `places` is kept from those who would hold one for long while other `models` could draw: who waits
+    until a model is loaded or changed, and videos beside models of pictures, for which a quarter of the waiting places
+    is none either. The thread that became idle last is woken first: who asks one thing after another is served by one
+    thread, whose memory is warm, and not by each in turn, which keep some each.
     """
 
-    def __init__(self, most: int, *, places: int, videos: int | None = None) -> None:
-        self.most, self.places, self.videos = most, places, videos
-        self._videos = 0  # that run
+    def __init__(self, most: int, *, places: int, models: Collection[Model] = ()) -> None:
+        self.most, self.places = most, places
+        self._kept = max(1, places // 4) if places > 1 and len(models) > 1 else 0
+        self._mixed = self._kept > 0 and len({model.media for model in models}) > 1
+        self._taken: set[Entry] = set()
         self._waiting: list[Entry] = []
         self._idle: list[threading.Condition] = []  # of the threads that wait for a job, each its own; all of the lock
         self._coming: set[threading.Condition] = set()  # of those that were woken for a new job and have not looked yet
@@ -65,7 +68,8 @@ class Backlog:
         with self._lock:
             if self._closed:
                 raise Unavailable("the engine is closing")
-            crowded = entry.long and self.videos is not None and self._long >= self.most - self.most // 4
+            videos = sum(one.video for one in self._waiting)
+            crowded = self._mixed and entry.video and videos >= self.most - self.most // 4
             if len(self) >= self.most or crowded:
                 raise full()
             self._waiting.append(entry)
@@ -79,7 +83,7 @@ class Backlog:
                 entry = self._next()
                 if entry is not None:
                     self._waiting.remove(entry)
-                    self._videos += entry.long
+                    self._taken.add(entry)
                     return entry
                 if self._closed and not self._waiting:
                     return None
@@ -91,11 +95,11 @@ class Backlog:
     def done(self, entry: Entry) -> None:
         """What was taken is over, and its model free again."""
         with self._lock:
-            self._videos -= entry.long
+            self._taken.discard(entry)
             self._wake(len(self._waiting))
 
     def wake(self) -> None:
-        """A model became free."""
+        """A model became free, or is loaded."""
         with self._lock:
             self._wake(len(self._waiting))
 
@@ -134,8 +138,13 @@ class Backlog:
         return woken
 
     @property
-    def _long(self) -> int:
-        return sum(entry.long for entry in self._waiting)
+    def _crowded(self) -> bool:
+        """Whether the places that are left are kept from those who hold one for long."""
+        return self._kept > 0 and sum(map(self._long, self._taken)) >= self.places - self._kept
+
+    def _long(self, entry: Entry) -> bool:
+        """Whether it holds its place for long."""
+        return (self._mixed and entry.video) or not entry.model.is_in(entry.mode)
 
     def _next(self) -> Entry | None:
         held: dict[Model, int] = {}  # with the priority of the first that waits for it
@@ -143,10 +152,9 @@ class Backlog:
             first = held.get(entry.model)
             if first is not None and not (entry.along and entry.job.request.priority >= first):
                 continue
-            if entry.long and self.videos is not None and self._videos >= self.videos:
-                continue
             begins = not entry.model.active
-            if entry.model.reserve(entry.mode):
+            patient = self._long(entry) and not (begins and not entry.video)
+            if not (patient and self._crowded) and entry.model.reserve(entry.mode):
                 if begins:
                     self._gather(entry)
                 return entry

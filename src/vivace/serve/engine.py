@@ -84,8 +84,7 @@ class Engine:
         self._batch, self._gather = batch, gather
         self._on_batch: Callable[[Batch], None] = lambda batch: None
         self._on_job: Callable[[Job], None] = lambda job: None
-        videos = _videos(threads, {model.media for model in self.models.values()})
-        self._backlog = Backlog(queue, places=threads, videos=videos)
+        self._backlog = Backlog(queue, places=threads, models=self.models.values())
         self.workers: dict[torch.device, Worker] = {}  # of the devices that were computed on so far
         self._running: set[Job] = set()
         self._preparing: set[Job] = set()  # of these, those whose model is loaded or changed for them
@@ -290,6 +289,7 @@ class Engine:
             raise named(error, job.request) from None
         finally:
             self._preparing.discard(job)
+        self._backlog.wake()  # those of its mode who left a place to other models meanwhile
         run = partial(Run, job, model=model, worker=self._worker(model))
         if entry.warm is not None:
             run(entry.warm, shown=False)()
@@ -347,11 +347,6 @@ class Engine:
         """Seconds until the queue has moved, from what requests took lately."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
         return max(1.0, usual * len(self._backlog) / self._places)
-
-
-def _videos(threads: int, media: set[str]) -> int | None:
-    """How many videos may run at a time; None: as many as there are threads."""
-    return threads - max(1, threads // 4) if len(media) > 1 and threads > 1 else None
 
 
 def _spec(what: Any) -> Spec:

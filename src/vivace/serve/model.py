@@ -179,15 +179,15 @@ class Model:
     def reserve(self, mode: Mode) -> bool:
         """Whether a request of that mode may begin now; if so, it counts as begun until `leave`."""
         with self._gate:
-            if (
-                self.closing
-                or self._moving.locked()
-                or (self.active and (self._mode != mode or mode.alone is not None))
-            ):
+            alike = self._mode == mode and mode.alone is None
+            if self.closing or self._moving.locked() or (self.active and not alike):
                 return False
-            self._mode = mode
-            self.active += 1
+            self._mode, self.active = mode, self.active + 1
             return True
+
+    def is_in(self, mode: Mode) -> bool:
+        """Whether it is loaded, and in that mode."""
+        return self._applied == mode and self.pipe is not None and not self._home
 
     def ready(
         self,
