@@ -100,6 +100,14 @@ def test_a_crash_is_a_row_and_is_tried_again(tmp_path, monkeypatch):
     assert Book(tmp_path).settled(WORKLOAD, Contestant(name="eager"), machine=MACHINE, limit=200) is None
 
 
+def test_what_failed_is_told_whole(tmp_path, caplog):
+    unknown = Contestant(name="eager", rung=True)  # no rung of a ladder is called so
+    assert bench(tmp_path, contestants=[unknown]).run() == 0
+    assert "\n" not in Book(tmp_path).contests()[-1]["why"]
+    assert "Traceback" in caplog.text
+    assert "rungs.py" in caplog.text
+
+
 def test_a_line_that_was_cut_short_is_forgotten(finished, tmp_path):
     whole = (finished / "bench.jsonl").read_text()
     first, second = whole.splitlines()

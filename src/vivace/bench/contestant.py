@@ -116,7 +116,7 @@ def _compile_regional(subject: Any, workload: Workload) -> str:
     for denoiser in denoisers_of(subject, workload):
         if not getattr(denoiser, "_repeated_blocks", None):
             raise InputError(f"not offered by {type(denoiser).__name__}")
-        _use_channels_last(denoiser)
+        use_channels_last(denoiser)
         denoiser.compile_repeated_blocks(fullgraph=True)
     return f"compile_repeated_blocks(fullgraph=True){_layout(subject, workload)}"
 
@@ -124,11 +124,18 @@ def _compile_regional(subject: Any, workload: Workload) -> str:
 def _compile_full(subject: Any, workload: Workload) -> str:
     mode = None
     for denoiser in denoisers_of(subject, workload):
-        _use_channels_last(denoiser)
-        mode = "reduce-overhead" if _parameters(denoiser) <= SMALL else None
-        denoiser.compile(fullgraph=True, mode=mode)
+        use_channels_last(denoiser)
+        mode = compile_whole(denoiser)
     graphs = f", mode={mode!r}" if mode else ""
     return f"torch.compile(fullgraph=True{graphs}){_layout(subject, workload)}"
+
+
+def compile_whole(part: Any) -> str | None:
+    """Compile a denoiser or a VAE's decoder in one piece; returns the mode: a small one's launches are recorded too."""
+    small = sum(parameter.numel() for parameter in part.parameters()) <= SMALL
+    mode = "reduce-overhead" if small and next(part.parameters()).is_cuda else None
+    part.compile(fullgraph=True, mode=mode)
+    return mode
 
 
 def _torchao(subject: Any, workload: Workload) -> str:
@@ -174,7 +181,7 @@ def _convolutional(denoiser: Any) -> bool:
     return sum(isinstance(m, torch.nn.Conv2d) and max(m.kernel_size) > 1 for m in denoiser.modules()) > 3
 
 
-def _use_channels_last(denoiser: Any) -> None:
+def use_channels_last(denoiser: Any) -> None:
     import torch
 
     for module in denoiser.modules() if _convolutional(denoiser) else ():
@@ -184,10 +191,6 @@ def _use_channels_last(denoiser: Any) -> None:
 
 def _layout(subject: Any, workload: Workload) -> str:
     return ", channels_last" if any(map(_convolutional, denoisers_of(subject, workload))) else ""
-
-
-def _parameters(denoiser: Any) -> int:
-    return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 PEERS: dict[str, Peer] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _settings(line: Line) -> dict[str, Any]:
         "num_inference_steps": workload.steps,
         f"compile_{workload.facts.denoisers[0]}": compiled,
         "compile_vae": compiled,
-        "compile_mode": "max-autotune" if compiled and workload.device.startswith("cuda") else "",
+        "compile_mode": next(iter(re.findall(r"mode='([^']+)'", line.get("detail") or "")), "") if compiled else "",
         "change_comp_config": False,
         "do_quant": bool(on.get("do_quant")),
     }

@@ -138,7 +138,10 @@ class Bench:
         took = round(time.monotonic() - began, 1)
         # A process whose work is done may still hang at its end: the result counts.
         if result.is_file():
-            return {**json.loads(result.read_text()), "process_seconds": took}
+            got = json.loads(result.read_text())
+            if got["status"] == "failed":
+                logger.warning("%s, %s:\n%s", workload.name, contestant.label, ended.said.strip())
+            return {**got, "process_seconds": took}
         if ended.code is None:
             why = f"not finished in {seconds:.0f} s"
             return {"status": "not finished", "why": why, "process_seconds": took}

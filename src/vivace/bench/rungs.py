@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vivace.bench.contestant import Contestant, denoisers_of, ours_of, widen
+from vivace.bench.contestant import Contestant, compile_whole, denoisers_of, ours_of, use_channels_last, widen
 from vivace.bench.workload import Workload
 from vivace.errors import InputError
 
@@ -71,16 +71,11 @@ def _fuse_qkv(pipe: Any, workload: Workload) -> str:
 
 
 def _compile(pipe: Any, workload: Workload) -> str:
-    import torch
-
-    mode = "max-autotune" if workload.device.startswith("cuda") else None
-    for part in denoisers_of(pipe, workload):
-        if any(isinstance(module, torch.nn.Conv2d) for module in part.modules()):
-            part.to(memory_format=torch.channels_last)
-        part.compile(fullgraph=True, mode=mode)
-    pipe.vae.to(memory_format=torch.channels_last)
-    pipe.vae.decoder.compile(fullgraph=True, mode=mode)
-    return f"torch.compile(fullgraph=True, mode={mode!r}) of denoiser and decoder, channels_last"
+    done = []
+    for part in (*denoisers_of(pipe, workload), pipe.vae.decoder):
+        use_channels_last(part)
+        done.append(f"{type(part).__name__} (mode={compile_whole(part)!r})")
+    return f"torch.compile(fullgraph=True) of {', '.join(done)}, channels_last"
 
 
 def _int8(pipe: Any, workload: Workload) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ def main(task_path: str, result_path: str) -> None:
     except InputError as error:
         result = {"status": "not offered", "why": str(error)}
     except Exception as error:  # a contestant that breaks is a row of the table
+        traceback.print_exc()
         result = {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     # Whole or not at all: the parent may end this process at any moment.
     written = Path(f"{result_path}.part")

@@ -14,6 +14,12 @@ from vivace.quant.linear import QuantLinear
 E4M3 = torch.float8_e4m3fn
 LIMIT = FORMATS["fp8"].limit
 
+FEW_ROWS = 128
+"""Below so many rows products accumulate exactly: they wait for the weight to be read, whatever they add up in.
+
+And cuBLAS 13 has no kernel for a bias and fast accumulation where the rows are few (at most 42) and the inputs many.
+"""
+
 
 def pack(weight: torch.Tensor, how: How) -> dict[str, torch.Tensor]:
     """`values` [N, K] e4m3 and `scales` [N, 1]: one an output channel, or the same one for all ("tensorwise")."""
@@ -48,6 +54,7 @@ def _scaled_mm(layer: QuantLinear, values: torch.Tensor, rows: torch.Tensor, col
     # The rowwise kernels write bf16; another type is a cast behind them.
     direct = layer.dtype == torch.bfloat16 or values.device.type == "cpu"
     dtype = layer.dtype if direct else torch.bfloat16
+    fast = layer.how != "rowwise, exact accumulation" and len(values) >= FEW_ROWS
     y = torch._scaled_mm(
         values,
         layer.values.t(),
@@ -55,7 +62,7 @@ def _scaled_mm(layer: QuantLinear, values: torch.Tensor, rows: torch.Tensor, col
         scale_b=columns,
         bias=None if layer.bias is None else layer.bias.to(dtype),
         out_dtype=dtype,
-        use_fast_accum=layer.how != "rowwise, exact accumulation",
+        use_fast_accum=fast,
     )
     return y.to(layer.dtype)
 
