@@ -138,6 +138,14 @@ def compile_whole(part: Any) -> str | None:
     return mode
 
 
+def eight_bit(module: Any, name: str, workload: Workload) -> bool:
+    """Whether a peer may quantise a module: a linear of many rows. torch's int8 product refuses 16 rows and fewer."""
+    import torch
+
+    kept = (*workload.facts.keep_16bit, *workload.facts.one_row)
+    return isinstance(module, torch.nn.Linear) and not any(fnmatch(name, pattern) for pattern in kept)
+
+
 def _torchao(subject: Any, workload: Workload) -> str:
     import torch
 
@@ -150,12 +158,8 @@ def _torchao(subject: Any, workload: Workload) -> str:
     except ImportError as error:
         raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
-    kept = (*workload.facts.keep_16bit, *workload.facts.one_row)
-
     def wanted(module: torch.nn.Module, name: str) -> bool:
-        if not isinstance(module, torch.nn.Linear) or any(fnmatch(name, pattern) for pattern in kept):
-            return False
-        return module.in_features % 16 == 0 and module.out_features % 16 == 0
+        return eight_bit(module, name, workload) and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
     for denoiser in denoisers_of(subject, workload):
         quantize_(denoiser, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)

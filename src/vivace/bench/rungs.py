@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vivace.bench.contestant import Contestant, compile_whole, denoisers_of, ours_of, use_channels_last, widen
+from vivace.bench.contestant import (
+    Contestant,
+    compile_whole,
+    denoisers_of,
+    eight_bit,
+    ours_of,
+    use_channels_last,
+    widen,
+)
 from vivace.bench.workload import Workload
 from vivace.errors import InputError
 
@@ -90,7 +98,7 @@ def _int8(pipe: Any, workload: Workload) -> str:
         raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
     def wanted(module: torch.nn.Module, name: str) -> bool:
-        return isinstance(module, torch.nn.Linear) and min(module.in_features, module.out_features) >= 512
+        return eight_bit(module, name, workload) and min(module.in_features, module.out_features) >= 512
 
     for part in denoisers_of(pipe, workload):
         quantize_(part, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
