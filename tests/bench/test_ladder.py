@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vivace.bench import ladder
 from vivace.bench.book import Book
-from vivace.bench.contestant import Contestant, prepare
+from vivace.bench.contestant import Contestant, may_quantise, prepare
 from vivace.bench.run import Bench
 from vivace.bench.rungs import LADDERS, RUNGS, climb, columns_of, rungs_of
 from vivace.bench.subject import build
@@ -124,6 +124,13 @@ def test_a_rung_that_lacks_a_package_is_tried_again_when_it_is_there(monkeypatch
     load = workload(dtype="float32")
     with pytest.raises(ModuleNotFoundError, match="torchao is not installed; pip install"):  # not "not offered"
         climb(build(load), load, to="+ int8")
+
+
+def test_int8_leaves_a_time_embedding_as_it_was():
+    load = workload()
+    taken = {name for name, module in build(load).unet.named_modules() if may_quantise(module, name, load)}
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" in taken
+    assert not {name for name in taken if "time_emb" in name}  # torch._int_mm takes more than 16 rows
 
 
 def test_plain_attention_is_plain():

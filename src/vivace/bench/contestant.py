@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from vivace.bench.workload import Workload
 from vivace.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 SMALL = 1_000_000_000
 """Denoisers of at most so many parameters spend their time launching kernels: there peers get CUDA graphs too."""
@@ -138,7 +141,7 @@ def compile_whole(part: Any) -> str | None:
     return mode
 
 
-def eight_bit(module: Any, name: str, workload: Workload) -> bool:
+def may_quantise(module: Any, name: str, workload: Workload) -> TypeGuard[torch.nn.Linear]:
     """Whether a peer may quantise a module: a linear of many rows. torch's int8 product refuses 16 rows and fewer."""
     import torch
 
@@ -147,8 +150,6 @@ def eight_bit(module: Any, name: str, workload: Workload) -> bool:
 
 
 def _torchao(subject: Any, workload: Workload) -> str:
-    import torch
-
     try:
         from torchao.quantization import (  # pyright: ignore[reportMissingImports]
             Float8DynamicActivationFloat8WeightConfig,
@@ -159,7 +160,7 @@ def _torchao(subject: Any, workload: Workload) -> str:
         raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
     def wanted(module: torch.nn.Module, name: str) -> bool:
-        return eight_bit(module, name, workload) and module.in_features % 16 == 0 and module.out_features % 16 == 0
+        return may_quantise(module, name, workload) and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
     for denoiser in denoisers_of(subject, workload):
         quantize_(denoiser, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)

@@ -10,7 +10,7 @@ from vivace.bench.contestant import (
     Contestant,
     compile_whole,
     denoisers_of,
-    eight_bit,
+    may_quantise,
     ours_of,
     use_channels_last,
     widen,
@@ -98,7 +98,7 @@ def _int8(pipe: Any, workload: Workload) -> str:
         raise ModuleNotFoundError("torchao is not installed; pip install -c constraints.txt torchao") from error
 
     def wanted(module: torch.nn.Module, name: str) -> bool:
-        return eight_bit(module, name, workload) and min(module.in_features, module.out_features) >= 512
+        return may_quantise(module, name, workload) and min(module.in_features, module.out_features) >= 512
 
     for part in denoisers_of(pipe, workload):
         quantize_(part, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
