@@ -88,6 +88,32 @@ def test_the_columns_of_diffusion_fast(folder):
     assert float(rows[0]["time (secs)"]) == 0.64
 
 
+@pytest.mark.parametrize(("unet", "said"), [("None", "default"), ("'reduce-overhead'", "reduce-overhead")])
+def test_the_mode_of_a_ladder_is_its_denoisers(folder, unet, said):
+    book = folder / "bench.jsonl"
+    lines = [json.loads(line) for line in book.read_text().splitlines()]
+    detail = f"torch.compile(fullgraph=True) of UNet (mode={unet}), Decoder (mode='reduce-overhead')"
+    book.write_text("".join(json.dumps(line | {"detail": detail}) + "\n" for line in lines))
+    ladder.write(folder, name="sd15", workload=workload())
+    rows = csv.DictReader((folder / "ladder-sd15.csv").open())
+    assert {row["tag"]: row["compile_mode"] for row in rows if row["compile_mode"]} == {"+ compile": said}
+
+
+def test_a_chart_that_is_ended_midway_leaves_the_earlier_one(folder, monkeypatch):
+    chart = ladder.write(folder, name="sd15", workload=workload())
+    before = chart.read_bytes()
+
+    def ended(self, path, **_):
+        path.write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", ended)
+    with pytest.raises(KeyboardInterrupt):
+        ladder.write(folder, name="sd15", workload=workload())
+    assert chart.read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_a_rung_has_all_below_it():
     names = [rung.name for rung in RUNGS]
     for lower, upper in itertools.pairwise(names):

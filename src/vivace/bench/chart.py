@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from vivace.bench.table import Line, duration, rows
+from vivace.generation.picture import whole
 
 SCALE = 2  # pixels a unit, for sharp text
 WIDTH, MARGIN, LABEL, ROW, HEADER = 960, 24, 190, 30, 56  # LABEL: the least that names get
@@ -25,8 +26,7 @@ def draw(groups: Mapping[str, Sequence[Line]], path: Path) -> None:
     top = MARGIN
     for title, found, ours in panels:
         top = _panel(ImageDraw.Draw(image), title, found, ours, top)
-    # A few flat colours and their edges: half the bytes.
-    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    save(image, path)
 
 
 def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]], ours: set[str], top: int) -> int:
@@ -52,6 +52,12 @@ def _panel(canvas: ImageDraw.ImageDraw, title: str, found: list[dict[str, Any]],
             text(canvas, (left, middle), str(row["how"])[:96], size=12, fill=FAINT, anchor="lm")
         top += ROW
     return top + MARGIN
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Writes a PNG of a few flat colours and their edges, half the bytes; whole, or the earlier one stays."""
+    with whole(path) as part:
+        image.quantize(256, dither=Image.Dither.NONE).save(part, optimize=True)
 
 
 def text(

@@ -94,6 +94,7 @@ def _settings(line: Line) -> dict[str, Any]:
         quant = any(note["done"] for note in quantised)
         on = {"bf16": True, "sdpa": True, "fused_qkv_projections": True, "do_quant": quant}
     compiled = bool(on.get("compile"))
+    mode = re.search(r"mode=(?:'([^']+)'|None)", line.get("detail") or "")  # the denoiser's, which is told first
     return {
         "pipeline_cls": workload.published.pipeline or workload.facts.pipelines[0],
         "ckpt_id": workload.model or workload.published.hub_id,
@@ -105,7 +106,7 @@ def _settings(line: Line) -> dict[str, Any]:
         "num_inference_steps": workload.steps,
         f"compile_{workload.facts.denoisers[0]}": compiled,
         "compile_vae": compiled,
-        "compile_mode": next(iter(re.findall(r"mode='([^']+)'", line.get("detail") or "")), "") if compiled else "",
+        "compile_mode": ((mode and mode[1]) or "default") if compiled else "",
         "change_comp_config": False,
         "do_quant": bool(on.get("do_quant")),
     }

@@ -8,8 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vivace.bench.chart import FAINT, INK, MARGIN, OURS, PAPER, PEER, SCALE, text
-from vivace.bench.table import duration
+from vivace.bench.chart import FAINT, INK, MARGIN, OURS, PAPER, PEER, SCALE, save, text
 
 BAR, GAP, HEIGHT = 84, 34, 250
 """Width of a bar, the space beside it, and the height of the longest."""
@@ -47,8 +46,7 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, where: str, path: Pat
             text(canvas, at, _cell(key, row[key]), size=12, fill=INK, anchor="ma")
     for line, (name, _) in enumerate(under):
         text(canvas, (MARGIN, floor + NAMES + line * ROW), name, size=12, fill=FAINT)
-    # A few flat colours and their edges: half the bytes.
-    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    save(image, path)
 
 
 def _legend(canvas: ImageDraw.ImageDraw, right: float) -> None:
@@ -72,7 +70,7 @@ def _bar(canvas: ImageDraw.ImageDraw, row: Mapping[str, Any], *, left: int, floo
         return
     box = [edge * SCALE for edge in (left, min(top, floor - 2), left + BAR, floor)]
     canvas.rounded_rectangle(box, radius=4 * SCALE, fill=fill, corners=(True, True, False, False))
-    text(canvas, (middle, top - 21), duration(row["seconds"] * 1e3), size=14, fill=INK, anchor="mb")
+    text(canvas, (middle, top - 21), f"{row['seconds']:.3f} s", size=14, fill=INK, anchor="mb")
     times = f"{row['x first']:.2f} x" if row["x first"] else ""
     text(canvas, (middle, top - 5), times, size=11, fill=FAINT, anchor="mb")
 
